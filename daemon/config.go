@@ -1,0 +1,208 @@
+package daemon
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultConfigPath is where transhipd looks for its configuration.
+const DefaultConfigPath = "/etc/tranship/config.toml"
+
+// Config is transhipd's configuration file. Unknown keys are errors.
+type Config struct {
+	// Node is this host's name in the pool, unique, and the name in its certificate.
+	Node string `toml:"node"`
+	// StateDir survives reboots: journal, logs.
+	StateDir string `toml:"state_dir"`
+	// RunDir does not: sockets, network namespaces, page stores.
+	RunDir string `toml:"run_dir"`
+
+	API        APIConfig        `toml:"api"`
+	Containerd ContainerdConfig `toml:"containerd"`
+	Peer       PeerConfig       `toml:"peer"`
+	PKI        PKIConfig        `toml:"pki"`
+	Network    NetworkConfig    `toml:"network"`
+	Metrics    MetricsConfig    `toml:"metrics"`
+	CRIU       CRIUConfig       `toml:"criu"`
+	Store      StoreConfig      `toml:"store"`
+	Log        LogConfig        `toml:"log"`
+	Peers      []StaticPeer     `toml:"peers"`
+}
+
+// APIConfig is the local API on a unix socket.
+type APIConfig struct {
+	Socket string `toml:"socket"`
+	// Group owns the socket (mode 0660) when it exists, else root does.
+	Group string `toml:"group"`
+}
+
+// ContainerdConfig says how to reach containerd.
+type ContainerdConfig struct {
+	Address     string `toml:"address"`
+	Snapshotter string `toml:"snapshotter"`
+}
+
+// PeerConfig is the listener for other hosts: HTTP/3 control and page streams.
+type PeerConfig struct {
+	// Listen is a UDP address; "" makes a host that can neither send nor receive shards.
+	Listen string `toml:"listen"`
+}
+
+// StaticPeer names another host of the pool.
+type StaticPeer struct {
+	Name    string `toml:"name"`
+	Address string `toml:"address"`
+}
+
+// PKIConfig names this host's certificate and the cluster's CA.
+type PKIConfig struct {
+	CA   string `toml:"ca"`
+	Cert string `toml:"cert"`
+	Key  string `toml:"key"`
+}
+
+// NetworkConfig is the network that shards' addresses live in. Every host of a
+// pool must reach the same layer-2 segment through Bridge.
+type NetworkConfig struct {
+	Bridge string `toml:"bridge"`
+	// Subnet holds the addresses of all shards of the pool.
+	Subnet netip.Prefix `toml:"subnet"`
+	// Pool is the part of Subnet that this host hands out.
+	Pool    netip.Prefix `toml:"pool"`
+	Gateway netip.Addr   `toml:"gateway"`
+	MTU     int          `toml:"mtu"`
+	// CNIBin are the directories with the CNI plugins bridge and static.
+	CNIBin []string `toml:"cni_bin"`
+}
+
+// MetricsConfig is the Prometheus endpoint.
+type MetricsConfig struct {
+	// Listen is a TCP address, loopback by default; "" turns it off.
+	Listen string `toml:"listen"`
+}
+
+// CRIUConfig says which CRIU dumps. Restore is done by runc, which looks for
+// criu on containerd's PATH.
+type CRIUConfig struct {
+	// Path is the criu binary; "" looks in PrivateCRIU, then on PATH.
+	Path string `toml:"path"`
+	// LogLevel is CRIU's own, 0 to 4.
+	LogLevel int `toml:"log_level"`
+}
+
+// StoreConfig bounds the memory for pages of shards that are arriving.
+type StoreConfig struct {
+	// SizeBytes is the size of the tmpfs for page stores and CRIU images; 0 is 90 % of memory.
+	SizeBytes int64 `toml:"size_bytes"`
+}
+
+// LogConfig is the daemon's own log, on stderr.
+type LogConfig struct {
+	Level  string `toml:"level"`
+	Format string `toml:"format"` // text | json
+}
+
+// DefaultConfig is what an empty file means, but for Node, which has no default.
+func DefaultConfig() Config {
+	return Config{
+		StateDir:   "/var/lib/tranship",
+		RunDir:     "/run/tranship",
+		API:        APIConfig{Socket: "/run/tranship/tranship.sock", Group: "tranship"},
+		Containerd: ContainerdConfig{Address: "/run/containerd/containerd.sock", Snapshotter: "overlayfs"},
+		PKI: PKIConfig{
+			CA:   "/etc/tranship/pki/ca.crt",
+			Cert: "/etc/tranship/pki/node.crt",
+			Key:  "/etc/tranship/pki/node.key",
+		},
+		Network: NetworkConfig{
+			Bridge: "tranship0",
+			Subnet: netip.MustParsePrefix("10.89.0.0/16"),
+			Pool:   netip.MustParsePrefix("10.89.1.0/24"),
+			CNIBin: []string{"/usr/lib/cni", "/opt/cni/bin"},
+		},
+		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
+		CRIU:    CRIUConfig{LogLevel: 2},
+		Log:     LogConfig{Level: "info", Format: "text"},
+	}
+}
+
+// LoadConfig reads and validates a configuration file.
+func LoadConfig(path string) (Config, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration: %w", err)
+	}
+	cfg, err := ParseConfig(raw)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return cfg, nil
+}
+
+// ParseConfig decodes raw over DefaultConfig; unknown keys, wrong types and
+// impossible values are errors that name the key.
+func ParseConfig(raw []byte) (Config, error) {
+	cfg := DefaultConfig()
+	dec := toml.NewDecoder(bytes.NewReader(raw))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&cfg); err != nil {
+		var strict *toml.StrictMissingError
+		if errors.As(err, &strict) {
+			return Config{}, fmt.Errorf("unknown keys:\n%s", strict.String())
+		}
+		var syntax *toml.DecodeError
+		if errors.As(err, &syntax) {
+			return Config{}, errors.New(syntax.String())
+		}
+		return Config{}, err
+	}
+	return cfg, cfg.validate()
+}
+
+func (c Config) validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Node == "" {
+		bad("node: the host's name in the pool is missing")
+	}
+	for _, dir := range []struct{ key, value string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}, {"api.socket", c.API.Socket}} {
+		if !filepath.IsAbs(dir.value) {
+			bad("%s: %q is not an absolute path", dir.key, dir.value)
+		}
+	}
+	n := c.Network
+	if !n.Subnet.IsValid() || !n.Pool.IsValid() || !n.Subnet.Overlaps(n.Pool) || n.Pool.Bits() < n.Subnet.Bits() {
+		bad("network.pool: %v is not a part of network.subnet %v", n.Pool, n.Subnet)
+	}
+	if n.Gateway.IsValid() && !n.Subnet.Contains(n.Gateway) {
+		bad("network.gateway: %v is outside network.subnet %v", n.Gateway, n.Subnet)
+	}
+	if c.CRIU.LogLevel < 0 || c.CRIU.LogLevel > 4 {
+		bad("criu.log_level: %d is not between 0 and 4", c.CRIU.LogLevel)
+	}
+	if c.Store.SizeBytes < 0 {
+		bad("store.size_bytes: %d is negative", c.Store.SizeBytes)
+	}
+	seen := map[string]bool{c.Node: true}
+	for i, p := range c.Peers {
+		switch {
+		case p.Name == "" || p.Address == "":
+			bad("peers[%d]: name and address are both needed", i)
+		case seen[p.Name]:
+			bad("peers[%d]: %q is named twice, or is this host", i, p.Name)
+		}
+		seen[p.Name] = true
+	}
+	return errors.Join(errs...)
+}
+
+// shutdownGrace is how long an orderly stop waits for running migrations to
+// abort before the journal is left to the next start.
+const shutdownGrace = 20 * time.Second
