@@ -1,0 +1,112 @@
+package migrate
+
+import (
+	"time"
+
+	"github.com/tranship/tranship/checkpoint"
+)
+
+// RoundResult is what one pre-copy round did.
+type RoundResult struct {
+	N         int
+	Pages     checkpoint.Pages // pages that were found written, zero runs not counted
+	BytesRaw  checkpoint.Bytes
+	BytesSent checkpoint.Bytes
+	Duration  time.Duration
+}
+
+// StopRule decides when pre-copy ends. It is pure: the caller gives the rounds.
+type StopRule struct {
+	// MaxBlackout is what the operator allows.
+	MaxBlackout time.Duration
+	// Fixed is the part of the blackout that does not depend on how much memory
+	// is left: freeze, dump, restore. Measured by earlier migrations of this host.
+	Fixed time.Duration
+	// MaxRounds ends pre-copy whatever happens; QEMU and Xen use about 30.
+	MaxRounds int
+}
+
+// Verdict is the rule's answer.
+type Verdict string
+
+// Verdicts.
+const (
+	Continue     Verdict = "continue"
+	Small        Verdict = "small"         // the rest fits into the allowed blackout
+	NotShrinking Verdict = "not-shrinking" // the shard writes as fast as the link carries
+	TooMany      Verdict = "too-many-rounds"
+)
+
+// minStopTime is the least time that is granted to the last pages even if the
+// fixed part alone eats the allowed blackout: below it, rounds cost more than
+// they bring.
+const minStopTime = 20 * time.Millisecond
+
+// shrinkFactor is what a round must shrink to in order to count as progress, and
+// stallRounds how many rounds in a row may fail to: one slow round can be noise.
+const (
+	shrinkFactor = 0.9
+	stallRounds  = 3
+)
+
+// Remaining predicts how much would have to be sent if the shard were frozen
+// now. Pages written while the last round ran are the next round's; the shard
+// is assumed to go on writing at the rate seen over the last two rounds.
+func (StopRule) Remaining(rounds []RoundResult) (checkpoint.Bytes, bool) {
+	if len(rounds) < 2 {
+		return 0, false
+	}
+	last, before := rounds[len(rounds)-1], rounds[len(rounds)-2]
+	// What the last round carried was written during the one before it.
+	if before.Duration <= 0 {
+		return last.BytesRaw, true
+	}
+	rate := float64(last.BytesRaw) / before.Duration.Seconds()
+	return checkpoint.Bytes(rate * last.Duration.Seconds()), true
+}
+
+// Bandwidth is the raw memory moved per second over the given rounds, 0 if unknown.
+func Bandwidth(rounds []RoundResult) float64 {
+	var raw checkpoint.Bytes
+	var took time.Duration
+	for _, r := range rounds {
+		raw += r.BytesRaw
+		took += r.Duration
+	}
+	if took <= 0 {
+		return 0
+	}
+	return float64(raw) / took.Seconds()
+}
+
+// Decide says whether another round is worth it.
+func (s StopRule) Decide(rounds []RoundResult) Verdict {
+	remaining, known := s.Remaining(rounds)
+	if !known {
+		return Continue
+	}
+	budget := max(s.MaxBlackout-s.Fixed, minStopTime)
+	if bw := Bandwidth(rounds); bw > 0 && float64(remaining) <= bw*budget.Seconds() {
+		return Small
+	}
+	if s.MaxRounds > 0 && len(rounds) >= s.MaxRounds {
+		return TooMany
+	}
+	if s.stalled(rounds) {
+		return NotShrinking
+	}
+	return Continue
+}
+
+func (StopRule) stalled(rounds []RoundResult) bool {
+	// The first round carries everything and says nothing about shrinking.
+	if len(rounds) < stallRounds+2 {
+		return false
+	}
+	for i := len(rounds) - stallRounds; i < len(rounds); i++ {
+		if float64(rounds[i].BytesRaw) < shrinkFactor*float64(rounds[i-1].BytesRaw) {
+			return false
+		}
+	}
+	return true
+}
