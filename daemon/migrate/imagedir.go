@@ -1,0 +1,131 @@
+package migrate
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/zeebo/xxh3"
+)
+
+// Limits for an image directory that comes from another host. CRIU writes a few
+// files a process; shared memory and ghost files are the large ones.
+const (
+	maxImageFiles = 1 << 20
+	maxImageBytes = 1 << 40
+)
+
+// imageDigest is the xxh3 of the uncompressed archive; Seal compares it.
+type imageDigest uint64
+
+// sendImages writes the regular files of dir as an s2-compressed tar.
+func sendImages(dir string, w io.Writer) (imageDigest, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return 0, fmt.Errorf("send images: %w", err)
+	}
+	defer root.Close()
+	sum := xxh3.New()
+	compress := s2.NewWriter(w, s2.WriterConcurrency(1))
+	archive := tar.NewWriter(io.MultiWriter(compress, sum))
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return 0, fmt.Errorf("send images: %w", err)
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		if err := addImage(root, archive, e.Name()); err != nil {
+			return 0, fmt.Errorf("send image %s: %w", e.Name(), err)
+		}
+	}
+	if err := errors.Join(archive.Close(), compress.Close()); err != nil {
+		return 0, fmt.Errorf("send images: %w", err)
+	}
+	return imageDigest(sum.Sum64()), nil
+}
+
+func addImage(root *os.Root, archive *tar.Writer, name string) error {
+	f, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	hdr := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: fi.Size(), Format: tar.FormatPAX}
+	if err := archive.WriteHeader(hdr); err != nil {
+		return err
+	}
+	_, err = io.CopyN(archive, f, fi.Size())
+	return err
+}
+
+// receiveImages writes what sendImages sent into dir. Only plain file names are
+// accepted, each once.
+func receiveImages(dir string, r io.Reader) (imageDigest, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return 0, fmt.Errorf("receive images: %w", err)
+	}
+	defer root.Close()
+	sum := xxh3.New()
+	plain := io.TeeReader(s2.NewReader(r), sum)
+	archive := tar.NewReader(plain)
+	var total int64
+	for n := 0; ; n++ {
+		hdr, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return 0, fmt.Errorf("receive images: %w", err)
+		}
+		total += hdr.Size
+		switch {
+		case hdr.Typeflag != tar.TypeReg:
+			return 0, fmt.Errorf("receive images: %q is not a regular file", hdr.Name)
+		case !fs.ValidPath(hdr.Name) || hdr.Name == "." || hasSlash(hdr.Name):
+			return 0, fmt.Errorf("receive images: %q is not a plain file name", hdr.Name)
+		case n >= maxImageFiles || hdr.Size < 0 || total > maxImageBytes:
+			return 0, fmt.Errorf("receive images: more than %d files or %d bytes", maxImageFiles, int64(maxImageBytes))
+		}
+		if err := takeImage(root, archive, hdr); err != nil {
+			return 0, fmt.Errorf("receive image %s: %w", hdr.Name, err)
+		}
+	}
+	// tar stops reading at its end marker; the digest and the stream's own
+	// checksums cover the padding behind it too.
+	if _, err := io.Copy(io.Discard, plain); err != nil {
+		return 0, fmt.Errorf("receive images: %w", err)
+	}
+	return imageDigest(sum.Sum64()), nil
+}
+
+func hasSlash(name string) bool {
+	for _, c := range name {
+		if c == '/' {
+			return true
+		}
+	}
+	return false
+}
+
+func takeImage(root *os.Root, r io.Reader, hdr *tar.Header) error {
+	f, err := root.OpenFile(hdr.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	n, err := io.Copy(f, r)
+	if err == nil && n != hdr.Size {
+		err = io.ErrUnexpectedEOF
+	}
+	return errors.Join(err, f.Close())
+}
