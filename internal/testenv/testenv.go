@@ -13,14 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Strict reports whether a missing requirement is a failure.
-func Strict() bool { return os.Getenv("TRANSHIP_TEST_STRICT") == "1" }
+// StrictVariable turns skips for missing requirements into failures.
+const StrictVariable = "TRANSHIP_TEST_STRICT"
 
 // NeedRoot skips the test unless it runs as root.
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		Lacks(t, "needs root: make test runs it")
+		Missing(t, "root")
 	}
 }
 
@@ -37,18 +37,17 @@ func NeedKernel(t testing.TB, major, minor int) {
 		t.Fatal(err)
 	}
 	if !newEnough {
-		Lacks(t, fmt.Sprintf("needs Linux %d.%d or newer, this is %s", major, minor, release))
+		Missing(t, fmt.Sprintf("Linux %d.%d or newer, this is %s", major, minor, release))
 	}
 }
 
-// Lacks ends the test because the machine lacks what it needs: a skip, or a
-// failure when strict.
-func Lacks(t testing.TB, reason string) {
+// Missing ends the test because the machine lacks something.
+func Missing(t testing.TB, what string) {
 	t.Helper()
-	if Strict() {
-		t.Fatalf("%s (TRANSHIP_TEST_STRICT=1)", reason)
+	if os.Getenv(StrictVariable) == "1" {
+		t.Fatalf("missing: %s", what)
 	}
-	t.Skip(reason)
+	t.Skipf("missing: %s; make test installs and runs it", what)
 }
 
 func atLeast(release string, major, minor int) (bool, error) {
