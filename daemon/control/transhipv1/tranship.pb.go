@@ -2445,6 +2445,86 @@ func (x *ResolveResponse) GetMigration() *Migration {
 	return nil
 }
 
+type ClockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClockRequest) Reset() {
+	*x = ClockRequest{}
+	mi := &file_tranship_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClockRequest) ProtoMessage() {}
+
+func (x *ClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tranship_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
+func (*ClockRequest) Descriptor() ([]byte, []int) {
+	return file_tranship_proto_rawDescGZIP(), []int{35}
+}
+
+type ClockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UnixNs        int64                  `protobuf:"varint,1,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClockResponse) Reset() {
+	*x = ClockResponse{}
+	mi := &file_tranship_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClockResponse) ProtoMessage() {}
+
+func (x *ClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tranship_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
+func (*ClockResponse) Descriptor() ([]byte, []int) {
+	return file_tranship_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ClockResponse) GetUnixNs() int64 {
+	if x != nil {
+		return x.UnixNs
+	}
+	return 0
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2453,7 +2533,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_tranship_proto_msgTypes[35]
+	mi := &file_tranship_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2545,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[35]
+	mi := &file_tranship_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2558,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{35}
+	return file_tranship_proto_rawDescGZIP(), []int{37}
 }
 
 type StatusResponse struct {
@@ -2492,7 +2572,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_tranship_proto_msgTypes[36]
+	mi := &file_tranship_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2504,7 +2584,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[36]
+	mi := &file_tranship_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2517,7 +2597,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{36}
+	return file_tranship_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -2561,7 +2641,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_tranship_proto_msgTypes[37]
+	mi := &file_tranship_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2573,7 +2653,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[37]
+	mi := &file_tranship_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2586,7 +2666,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{37}
+	return file_tranship_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -2683,7 +2763,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_tranship_proto_msgTypes[38]
+	mi := &file_tranship_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2775,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[38]
+	mi := &file_tranship_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2788,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{38}
+	return file_tranship_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -2736,7 +2816,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_tranship_proto_msgTypes[39]
+	mi := &file_tranship_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2828,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[39]
+	mi := &file_tranship_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2841,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{39}
+	return file_tranship_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -2795,7 +2875,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_tranship_proto_msgTypes[40]
+	mi := &file_tranship_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +2887,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[40]
+	mi := &file_tranship_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +2900,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{40}
+	return file_tranship_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -2848,7 +2928,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_tranship_proto_msgTypes[41]
+	mi := &file_tranship_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +2940,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[41]
+	mi := &file_tranship_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +2953,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{41}
+	return file_tranship_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *SealRequest) GetId() string {
@@ -2906,7 +2986,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_tranship_proto_msgTypes[42]
+	mi := &file_tranship_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2918,7 +2998,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[42]
+	mi := &file_tranship_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2931,7 +3011,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{42}
+	return file_tranship_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -2950,7 +3030,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_tranship_proto_msgTypes[43]
+	mi := &file_tranship_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3042,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[43]
+	mi := &file_tranship_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3055,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{43}
+	return file_tranship_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -2997,7 +3077,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_tranship_proto_msgTypes[44]
+	mi := &file_tranship_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3009,7 +3089,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[44]
+	mi := &file_tranship_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3022,7 +3102,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{44}
+	return file_tranship_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -3063,7 +3143,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_tranship_proto_msgTypes[45]
+	mi := &file_tranship_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3075,7 +3155,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[45]
+	mi := &file_tranship_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3088,7 +3168,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{45}
+	return file_tranship_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3113,7 +3193,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_tranship_proto_msgTypes[46]
+	mi := &file_tranship_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3125,7 +3205,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[46]
+	mi := &file_tranship_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3138,7 +3218,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{46}
+	return file_tranship_proto_rawDescGZIP(), []int{48}
 }
 
 type DecisionRequest struct {
@@ -3150,7 +3230,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_tranship_proto_msgTypes[47]
+	mi := &file_tranship_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3162,7 +3242,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[47]
+	mi := &file_tranship_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3175,7 +3255,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{47}
+	return file_tranship_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -3194,7 +3274,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_tranship_proto_msgTypes[48]
+	mi := &file_tranship_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3206,7 +3286,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[48]
+	mi := &file_tranship_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3219,7 +3299,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{48}
+	return file_tranship_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -3435,7 +3515,10 @@ const file_tranship_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04keep\x18\x02 \x01(\tR\x04keep\"G\n" +
 	"\x0fResolveResponse\x124\n" +
-	"\tmigration\x18\x01 \x01(\v2\x16.tranship.v1.MigrationR\tmigration\"\x0f\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.tranship.v1.MigrationR\tmigration\"\x0e\n" +
+	"\fClockRequest\"(\n" +
+	"\rClockResponse\x12\x17\n" +
+	"\aunix_ns\x18\x01 \x01(\x03R\x06unixNs\"\x0f\n" +
 	"\rStatusRequest\"|\n" +
 	"\x0eStatusResponse\x12%\n" +
 	"\x04node\x18\x01 \x01(\v2\x11.tranship.v1.NodeR\x04node\x12*\n" +
@@ -3503,9 +3586,10 @@ const file_tranship_proto_rawDesc = "" +
 	"\aMigrate\x12\x1b.tranship.v1.MigrateRequest\x1a\x19.tranship.v1.MigrateEvent0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.tranship.v1.CancelRequest\x1a\x1b.tranship.v1.CancelResponse\x12Y\n" +
 	"\x0eListMigrations\x12\".tranship.v1.ListMigrationsRequest\x1a#.tranship.v1.ListMigrationsResponse\x12D\n" +
-	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xde\x03\n" +
+	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\x9e\x04\n" +
 	"\x04Peer\x12A\n" +
-	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12D\n" +
+	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
+	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
 	"\aReserve\x12\x1b.tranship.v1.ReserveRequest\x1a\x1c.tranship.v1.ReserveResponse\x12D\n" +
 	"\aPrepare\x12\x1b.tranship.v1.PrepareRequest\x1a\x1c.tranship.v1.PrepareResponse\x12;\n" +
 	"\x04Seal\x12\x18.tranship.v1.SealRequest\x1a\x19.tranship.v1.SealResponse\x12A\n" +
@@ -3525,7 +3609,7 @@ func file_tranship_proto_rawDescGZIP() []byte {
 	return file_tranship_proto_rawDescData
 }
 
-var file_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                  // 0: tranship.v1.Shard
 	(*Mount)(nil),                  // 1: tranship.v1.Mount
@@ -3562,27 +3646,29 @@ var file_tranship_proto_goTypes = []any{
 	(*ListMigrationsResponse)(nil), // 32: tranship.v1.ListMigrationsResponse
 	(*ResolveRequest)(nil),         // 33: tranship.v1.ResolveRequest
 	(*ResolveResponse)(nil),        // 34: tranship.v1.ResolveResponse
-	(*StatusRequest)(nil),          // 35: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),         // 36: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),         // 37: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),        // 38: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),         // 39: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),        // 40: tranship.v1.PrepareResponse
-	(*SealRequest)(nil),            // 41: tranship.v1.SealRequest
-	(*SealResponse)(nil),           // 42: tranship.v1.SealResponse
-	(*CommitRequest)(nil),          // 43: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),         // 44: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),           // 45: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),          // 46: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),        // 47: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),       // 48: tranship.v1.DecisionResponse
-	nil,                            // 49: tranship.v1.Shard.LabelsEntry
-	nil,                            // 50: tranship.v1.RunRequest.LabelsEntry
+	(*ClockRequest)(nil),           // 35: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),          // 36: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),          // 37: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),         // 38: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),         // 39: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),        // 40: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),         // 41: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),        // 42: tranship.v1.PrepareResponse
+	(*SealRequest)(nil),            // 43: tranship.v1.SealRequest
+	(*SealResponse)(nil),           // 44: tranship.v1.SealResponse
+	(*CommitRequest)(nil),          // 45: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),         // 46: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),           // 47: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),          // 48: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),        // 49: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),       // 50: tranship.v1.DecisionResponse
+	nil,                            // 51: tranship.v1.Shard.LabelsEntry
+	nil,                            // 52: tranship.v1.RunRequest.LabelsEntry
 }
 var file_tranship_proto_depIdxs = []int32{
-	49, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	51, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,  // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	50, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	52, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,  // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,  // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,  // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -3619,35 +3705,37 @@ var file_tranship_proto_depIdxs = []int32{
 	29, // 36: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
 	31, // 37: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
 	33, // 38: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	35, // 39: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	37, // 40: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	39, // 41: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	41, // 42: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	43, // 43: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	45, // 44: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	47, // 45: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,  // 46: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,  // 47: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,  // 48: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,  // 49: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11, // 50: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13, // 51: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	17, // 52: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	19, // 53: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	22, // 54: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	24, // 55: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	30, // 56: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	32, // 57: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	34, // 58: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	36, // 59: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	38, // 60: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	40, // 61: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	42, // 62: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	44, // 63: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	46, // 64: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	48, // 65: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	46, // [46:66] is the sub-list for method output_type
-	26, // [26:46] is the sub-list for method input_type
+	37, // 39: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	35, // 40: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	39, // 41: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	41, // 42: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	43, // 43: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	45, // 44: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	47, // 45: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	49, // 46: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	3,  // 47: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,  // 48: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,  // 49: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,  // 50: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11, // 51: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13, // 52: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	17, // 53: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	19, // 54: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	22, // 55: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	24, // 56: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	30, // 57: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	32, // 58: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	34, // 59: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	38, // 60: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	36, // 61: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	40, // 62: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	42, // 63: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	44, // 64: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	46, // 65: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	48, // 66: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	50, // 67: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	47, // [47:68] is the sub-list for method output_type
+	26, // [26:47] is the sub-list for method input_type
 	26, // [26:26] is the sub-list for extension type_name
 	26, // [26:26] is the sub-list for extension extendee
 	0,  // [0:26] is the sub-list for field type_name
@@ -3664,7 +3752,7 @@ func file_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tranship_proto_rawDesc), len(file_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   51,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -72,6 +72,8 @@ const (
 	MigrationsResolveProcedure = "/tranship.v1.Migrations/Resolve"
 	// PeerStatusProcedure is the fully-qualified name of the Peer's Status RPC.
 	PeerStatusProcedure = "/tranship.v1.Peer/Status"
+	// PeerClockProcedure is the fully-qualified name of the Peer's Clock RPC.
+	PeerClockProcedure = "/tranship.v1.Peer/Clock"
 	// PeerReserveProcedure is the fully-qualified name of the Peer's Reserve RPC.
 	PeerReserveProcedure = "/tranship.v1.Peer/Reserve"
 	// PeerPrepareProcedure is the fully-qualified name of the Peer's Prepare RPC.
@@ -569,6 +571,8 @@ func (UnimplementedMigrationsHandler) Resolve(context.Context, *connect.Request[
 // PeerClient is a client for the tranship.v1.Peer service.
 type PeerClient interface {
 	Status(context.Context, *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error)
+	// Clock answers at once with the host's time.
+	Clock(context.Context, *connect.Request[transhipv1.ClockRequest]) (*connect.Response[transhipv1.ClockResponse], error)
 	// Reserve asks the destination whether it would take the shard, and holds
 	// room for it until the migration ends or the reservation expires.
 	Reserve(context.Context, *connect.Request[transhipv1.ReserveRequest]) (*connect.Response[transhipv1.ReserveResponse], error)
@@ -601,6 +605,12 @@ func NewPeerClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			httpClient,
 			baseURL+PeerStatusProcedure,
 			connect.WithSchema(peerMethods.ByName("Status")),
+			connect.WithClientOptions(opts...),
+		),
+		clock: connect.NewClient[transhipv1.ClockRequest, transhipv1.ClockResponse](
+			httpClient,
+			baseURL+PeerClockProcedure,
+			connect.WithSchema(peerMethods.ByName("Clock")),
 			connect.WithClientOptions(opts...),
 		),
 		reserve: connect.NewClient[transhipv1.ReserveRequest, transhipv1.ReserveResponse](
@@ -645,6 +655,7 @@ func NewPeerClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 // peerClient implements PeerClient.
 type peerClient struct {
 	status   *connect.Client[transhipv1.StatusRequest, transhipv1.StatusResponse]
+	clock    *connect.Client[transhipv1.ClockRequest, transhipv1.ClockResponse]
 	reserve  *connect.Client[transhipv1.ReserveRequest, transhipv1.ReserveResponse]
 	prepare  *connect.Client[transhipv1.PrepareRequest, transhipv1.PrepareResponse]
 	seal     *connect.Client[transhipv1.SealRequest, transhipv1.SealResponse]
@@ -656,6 +667,11 @@ type peerClient struct {
 // Status calls tranship.v1.Peer.Status.
 func (c *peerClient) Status(ctx context.Context, req *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error) {
 	return c.status.CallUnary(ctx, req)
+}
+
+// Clock calls tranship.v1.Peer.Clock.
+func (c *peerClient) Clock(ctx context.Context, req *connect.Request[transhipv1.ClockRequest]) (*connect.Response[transhipv1.ClockResponse], error) {
+	return c.clock.CallUnary(ctx, req)
 }
 
 // Reserve calls tranship.v1.Peer.Reserve.
@@ -691,6 +707,8 @@ func (c *peerClient) Decision(ctx context.Context, req *connect.Request[tranship
 // PeerHandler is an implementation of the tranship.v1.Peer service.
 type PeerHandler interface {
 	Status(context.Context, *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error)
+	// Clock answers at once with the host's time.
+	Clock(context.Context, *connect.Request[transhipv1.ClockRequest]) (*connect.Response[transhipv1.ClockResponse], error)
 	// Reserve asks the destination whether it would take the shard, and holds
 	// room for it until the migration ends or the reservation expires.
 	Reserve(context.Context, *connect.Request[transhipv1.ReserveRequest]) (*connect.Response[transhipv1.ReserveResponse], error)
@@ -719,6 +737,12 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 		PeerStatusProcedure,
 		svc.Status,
 		connect.WithSchema(peerMethods.ByName("Status")),
+		connect.WithHandlerOptions(opts...),
+	)
+	peerClockHandler := connect.NewUnaryHandler(
+		PeerClockProcedure,
+		svc.Clock,
+		connect.WithSchema(peerMethods.ByName("Clock")),
 		connect.WithHandlerOptions(opts...),
 	)
 	peerReserveHandler := connect.NewUnaryHandler(
@@ -761,6 +785,8 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 		switch r.URL.Path {
 		case PeerStatusProcedure:
 			peerStatusHandler.ServeHTTP(w, r)
+		case PeerClockProcedure:
+			peerClockHandler.ServeHTTP(w, r)
 		case PeerReserveProcedure:
 			peerReserveHandler.ServeHTTP(w, r)
 		case PeerPrepareProcedure:
@@ -784,6 +810,10 @@ type UnimplementedPeerHandler struct{}
 
 func (UnimplementedPeerHandler) Status(context.Context, *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Status is not implemented"))
+}
+
+func (UnimplementedPeerHandler) Clock(context.Context, *connect.Request[transhipv1.ClockRequest]) (*connect.Response[transhipv1.ClockResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Clock is not implemented"))
 }
 
 func (UnimplementedPeerHandler) Reserve(context.Context, *connect.Request[transhipv1.ReserveRequest]) (*connect.Response[transhipv1.ReserveResponse], error) {
