@@ -1,0 +1,67 @@
+package daemon
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestParseConfig(t *testing.T) {
+	cfg, err := ParseConfig([]byte(`
+node = "host-1"
+[peer]
+listen = "10.88.0.11:7443"
+[network]
+pool = "10.89.7.0/24"
+[[peers]]
+name = "host-2"
+address = "10.88.0.12:7443"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.Network.Pool.String() != "10.89.7.0/24" || cfg.Network.Bridge != "tranship0" || len(cfg.Peers) != 1 {
+		t.Errorf("%+v", cfg)
+	}
+}
+
+func TestABadConfigurationIsNamed(t *testing.T) {
+	tests := []struct{ name, text, want string }{
+		{"no node", ``, "node"},
+		{"an unknown key", "node='a'\nnoed='b'", "noed"},
+		{"an unknown key in a table", "node='a'\n[network]\nbrigde='x'", "brigde"},
+		{"a wrong type", "node=3", "node"},
+		{"a syntax error", "node=", ""},
+		{"a pool outside the subnet", "node='a'\n[network]\npool='192.0.2.0/24'", "network.pool"},
+		{"a pool larger than the subnet", "node='a'\n[network]\npool='10.0.0.0/8'", "network.pool"},
+		{"a gateway outside the subnet", "node='a'\n[network]\ngateway='192.0.2.1'", "network.gateway"},
+		{"no address", "node='a'\n[network]\npool='all'", ""},
+		{"a relative path", "node='a'\nrun_dir='run'", "run_dir"},
+		{"itself as a peer", "node='a'\n[[peers]]\nname='a'\naddress='b:1'", "peers[0]"},
+		{"a peer twice", "node='a'\n[[peers]]\nname='b'\naddress='b:1'\n[[peers]]\nname='b'\naddress='b:1'", "peers[1]"},
+		{"a peer without an address", "node='a'\n[[peers]]\nname='b'", "peers[0]"},
+		{"a CRIU log level that there is not", "node='a'\n[criu]\nlog_level=9", "criu.log_level"},
+		{"a negative store", "node='a'\n[store]\nsize_bytes=-1", "store.size_bytes"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := ParseConfig([]byte(tt.text))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%q does not name %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte("node = 'a'\n[network]\npool = '10.89.1.0/24'\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if cfg, err := ParseConfig(b); err == nil {
+			if err := cfg.validate(); err != nil {
+				t.Errorf("accepted, and invalid: %v", err)
+			}
+		}
+	})
+}
