@@ -65,6 +65,9 @@ func boot(spec initSpec) error {
 	if err := mountOver("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return err
 	}
+	if err := bridgeNetfilterOff(); err != nil {
+		return fmt.Errorf("bridge netfilter: %w", err)
+	}
 	if spec.Node.Role == roleSwitch {
 		return nil
 	}

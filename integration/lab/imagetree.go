@@ -90,10 +90,15 @@ func programTree(ctx context.Context, bins []string) (*tree, error) {
 	return t, nil
 }
 
-// findProgram makes a path absolute; a name without a slash is looked up.
+// findProgram makes a path absolute. A name without a slash is looked up where
+// hosts look first, and only then on this process's own PATH, which may lead to
+// a wrapper in somebody's home.
 func findProgram(name string) (string, error) {
 	if strings.Contains(name, "/") {
 		return filepath.Abs(name)
+	}
+	if path, err := lookPath(name, "/", baseEnv("")); err == nil {
+		return path, nil
 	}
 	path, err := exec.LookPath(name)
 	if err != nil {
@@ -231,7 +236,8 @@ func (t *tree) addPath(path string) (string, error) {
 }
 
 // addDir adds a directory or file with everything below, and the libraries of
-// what is ELF in it (plug-ins, a language's modules).
+// what is ELF in it (plug-ins, a language's modules). Names that match a
+// pattern in skip are left out.
 func (t *tree) addDir(ctx context.Context, dir string, skip ...string) error {
 	top, err := t.addPath(dir)
 	if err != nil {
@@ -244,7 +250,8 @@ func (t *tree) addDir(ctx context.Context, dir string, skip ...string) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if path != top && slices.Contains(skip, d.Name()) {
+		matches := func(pattern string) bool { ok, _ := filepath.Match(pattern, d.Name()); return ok }
+		if path != top && slices.ContainsFunc(skip, matches) {
 			if d.IsDir() {
 				return filepath.SkipDir
 			}
@@ -407,7 +414,7 @@ func sameMachine(of *elf.File, path string) bool {
 }
 
 var (
-	pythonPattern   = regexp.MustCompile(`^python3(\.\d+)?$`)
+	pythonPattern   = regexp.MustCompile(`^python(3(\.\d+)?)?$`)
 	postgresPattern = regexp.MustCompile(`^/usr/lib/postgresql/(\d+)/bin/`)
 )
 
@@ -420,7 +427,7 @@ func (t *tree) addCompanions(ctx context.Context, path string) error {
 		}
 		for _, dir := range strings.Fields(string(out)) {
 			// A hundred megabytes that no shard of a test imports.
-			if err := t.addDir(ctx, dir, "test", "tests", "site-packages", "idlelib", "tkinter", "ensurepip", "lib2to3", "config-3.11-x86_64-linux-gnu", "__pycache__"); err != nil {
+			if err := t.addDir(ctx, dir, "test", "tests", "site-packages", "idlelib", "tkinter", "ensurepip", "lib2to3", "config-3*", "__pycache__"); err != nil {
 				return err
 			}
 		}

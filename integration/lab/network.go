@@ -210,7 +210,7 @@ func ipNet(ip net.IP, bits int) *net.IPNet {
 }
 
 // bridgeNetfilterOff keeps the machine's br_netfilter, where it is loaded, from
-// showing every bridged frame of a host to iptables. Runs inside the host.
+// showing every bridged frame to iptables. It runs inside a node, after /proc is its own.
 func bridgeNetfilterOff() error {
 	for _, name := range []string{"iptables", "ip6tables", "arptables"} {
 		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+name, []byte("0"), 0)

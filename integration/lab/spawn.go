@@ -140,6 +140,9 @@ func withLog(err error, path string) error {
 // hostPath is PATH inside a host: the build, the private CRIU, which runc
 // looks for by name, and the machine's programs.
 func hostPath(binDir string) string {
+	if binDir == "" {
+		binDir = PrivateCRIU
+	}
 	return strings.Join([]string{binDir, PrivateCRIU, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}, ":")
 }
 
