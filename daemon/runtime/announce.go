@@ -1,14 +1,15 @@
 package runtime
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
+	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -17,10 +18,18 @@ var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 // announce tells the segment where the shard's address is now: a gratuitous ARP
 // reply and request (RFC 5227 section 3; some stacks heed only one of them), or
 // an unsolicited neighbour advertisement (RFC 4861 section 7.2.6).
-func (n *Network) announce(s ShardNet) error {
+//
+// The frames leave from the host's side of the bridge under the shard's MAC,
+// rather than from inside: closing a packet socket waits for an RCU grace period
+// (2–16 ms), and this one stays open. The local bridge does not learn from its
+// own frames, so it is told (its entry may still point to where the shard was).
+func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netlink.Link) error {
 	mac, err := net.ParseMAC(s.MAC)
 	if err != nil {
 		return err
+	}
+	if err := learn(ctx, mac, hostEnd); err != nil {
+		return fmt.Errorf("forwarding entry: %w", err)
 	}
 	ip := s.IP.Addr()
 	frames := [][]byte{neighbourAdvertisement(mac, ip)}
@@ -30,24 +39,14 @@ func (n *Network) announce(s ShardNet) error {
 			arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), ip),
 		}
 	}
-	index := 0
-	if err := n.inside(s, func(h *netlink.Handle) error {
-		link, err := h.LinkByName(shardIface)
-		if err != nil {
-			return err
-		}
-		index = link.Attrs().Index
-		return nil
-	}); err != nil {
-		return err
-	}
-	fd, err := n.packetSocket(s)
+	fd, err := n.packetSocket()
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
 	for _, frame := range frames {
-		to := &unix.SockaddrLinklayer{Ifindex: index, Protocol: htons(binary.BigEndian.Uint16(frame[12:14])), Halen: 6}
+		to := &unix.SockaddrLinklayer{
+			Ifindex: bridge.Attrs().Index, Protocol: htons(binary.BigEndian.Uint16(frame[12:14])), Halen: 6,
+		}
 		if err := unix.Sendto(fd, frame, 0, to); err != nil {
 			return fmt.Errorf("send: %w", err)
 		}
@@ -55,37 +54,59 @@ func (n *Network) announce(s ShardNet) error {
 	return nil
 }
 
-// packetSocket opens a raw socket inside the shard's namespace. Frames that the
-// shard's own interface sends carry its MAC, which is what bridges learn from.
-func (n *Network) packetSocket(s ShardNet) (int, error) {
-	runtime.LockOSThread()
-	here, err := netns.Get()
-	if err != nil {
-		runtime.UnlockOSThread()
-		return -1, err
-	}
-	defer here.Close()
-	there, err := netns.GetFromPath(n.Path(s.Namespace, s.Name))
-	if err != nil {
-		runtime.UnlockOSThread()
-		return -1, err
-	}
-	defer there.Close()
-	if err := netns.Set(there); err != nil {
-		runtime.UnlockOSThread()
-		return -1, fmt.Errorf("enter network namespace: %w", err)
-	}
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0) // protocol 0: receives nothing
-	if back := netns.Set(here); back != nil {
-		// A thread in the wrong namespace must not serve other goroutines: it
-		// stays locked and ends with this one.
-		if err == nil {
-			unix.Close(fd)
+const (
+	// A port that was set up forwards once the kernel's link watch has seen the
+	// carrier, within a millisecond or two.
+	forwardPoll    = 200 * time.Microsecond
+	forwardTimeout = 2 * time.Second
+)
+
+// learn makes the bridge forward to the port what is for mac. The bridge refuses
+// entries for a port that does not forward yet, so when learn returns, it does.
+func learn(ctx context.Context, mac net.HardwareAddr, port netlink.Link) error {
+	ctx, cancel := context.WithTimeout(ctx, forwardTimeout)
+	defer cancel()
+	tick := time.NewTicker(forwardPoll)
+	defer tick.Stop()
+	for {
+		err := netlink.NeighSet(&netlink.Neigh{
+			LinkIndex: port.Attrs().Index, Family: unix.AF_BRIDGE,
+			State: netlink.NUD_REACHABLE, Flags: netlink.NTF_MASTER, HardwareAddr: mac,
+		})
+		if !errors.Is(err, unix.EPERM) {
+			return err
 		}
-		return -1, fmt.Errorf("leave network namespace: %w", back)
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("port %s does not forward: %w", port.Attrs().Name, context.Cause(ctx))
+		case <-tick.C:
+		}
 	}
-	runtime.UnlockOSThread()
-	return fd, err
+}
+
+// packetSocket returns the one socket for announcements, which receives nothing.
+func (n *Network) packetSocket() (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.socket < 0 {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return -1, fmt.Errorf("packet socket: %w", err)
+		}
+		n.socket = fd
+	}
+	return n.socket, nil
+}
+
+func (n *Network) close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.socket < 0 {
+		return nil
+	}
+	fd := n.socket
+	n.socket = -1
+	return unix.Close(fd)
 }
 
 const (

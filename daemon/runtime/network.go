@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/vishvananda/netlink"
@@ -30,8 +31,10 @@ import (
 type Network struct {
 	cfg    NetworkConfig
 	runDir string
-	node   string
 	cni    *libcni.CNIConfig
+
+	mu     sync.Mutex
+	socket int // of packetSocket, -1 before its first use
 }
 
 // ShardNet is one shard's network.
@@ -56,7 +59,7 @@ const (
 
 func newNetwork(cfg Config) *Network {
 	return &Network{
-		cfg: cfg.Network, runDir: cfg.RunDir, node: cfg.Node,
+		cfg: cfg.Network, runDir: cfg.RunDir, socket: -1,
 		// A cache of our own: libcni's default is one file a container name,
 		// and the hosts of a lab share their /var.
 		cni: libcni.NewCNIConfigWithCacheDir(cfg.Network.CNIBin, filepath.Join(cfg.RunDir, "cni"), nil),
@@ -113,15 +116,16 @@ func (n *Network) Create(ctx context.Context, s ShardNet) error {
 }
 
 // Activate puts the host end on the shards' bridge, up, and announces address
-// and MAC from inside, so that switches and neighbours learn the new place.
+// and MAC, so that switches and neighbours learn the new place.
 func (n *Network) Activate(ctx context.Context, s ShardNet) error {
 	if !s.IP.IsValid() {
 		return nil
 	}
-	if err := n.connect(s); err != nil {
+	hostEnd, bridge, err := n.connect(s)
+	if err != nil {
 		return fmt.Errorf("activate network of %s: %w", s.Name, err)
 	}
-	if err := n.announce(s); err != nil {
+	if err := n.announce(ctx, s, hostEnd, bridge); err != nil {
 		return fmt.Errorf("announce %s of %s: %w", s.IP.Addr(), s.Name, err)
 	}
 	return nil
@@ -220,30 +224,32 @@ func (n *Network) attachment(s ShardNet) (*libcni.NetworkConfigList, *libcni.Run
 
 // connect puts the host end on the shards' bridge and up; nothing changes when
 // it is there.
-func (n *Network) connect(s ShardNet) error {
-	link, err := n.hostEnd(s)
-	if err != nil {
-		return err
+func (n *Network) connect(s ShardNet) (hostEnd, bridge netlink.Link, err error) {
+	if hostEnd, err = n.hostEnd(s); err != nil {
+		return nil, nil, err
 	}
-	bridge, err := netlink.LinkByName(n.cfg.Bridge)
+	bridge, err = netlink.LinkByName(n.cfg.Bridge)
 	var missing netlink.LinkNotFoundError
 	if errors.As(err, &missing) {
 		bridge, err = n.makeBridge()
 	}
 	if err != nil {
-		return fmt.Errorf("bridge %s: %w", n.cfg.Bridge, err)
+		return nil, nil, fmt.Errorf("bridge %s: %w", n.cfg.Bridge, err)
 	}
-	if link.Attrs().MasterIndex != bridge.Attrs().Index {
-		if err := netlink.LinkSetMasterByIndex(link, bridge.Attrs().Index); err != nil {
-			return fmt.Errorf("%s on bridge %s: %w", link.Attrs().Name, n.cfg.Bridge, err)
+	if hostEnd.Attrs().MasterIndex != bridge.Attrs().Index {
+		if err := netlink.LinkSetMasterByIndex(hostEnd, bridge.Attrs().Index); err != nil {
+			return nil, nil, fmt.Errorf("%s on bridge %s: %w", hostEnd.Attrs().Name, n.cfg.Bridge, err)
 		}
 	}
-	if link.Attrs().Flags&net.FlagUp == 0 {
+	for _, link := range []netlink.Link{hostEnd, bridge} {
+		if link.Attrs().Flags&net.FlagUp != 0 {
+			continue
+		}
 		if err := netlink.LinkSetUp(link); err != nil {
-			return fmt.Errorf("%s up: %w", link.Attrs().Name, err)
+			return nil, nil, fmt.Errorf("%s up: %w", link.Attrs().Name, err)
 		}
 	}
-	return nil
+	return hostEnd, bridge, nil
 }
 
 // makeBridge makes the shards' bridge as the CNI plugin would: on a host whose
@@ -255,11 +261,7 @@ func (n *Network) makeBridge() (netlink.Link, error) {
 	if err := netlink.LinkAdd(bridge); err != nil && !errors.Is(err, unix.EEXIST) {
 		return nil, err
 	}
-	link, err := netlink.LinkByName(n.cfg.Bridge)
-	if err != nil {
-		return nil, err
-	}
-	return link, netlink.LinkSetUp(link)
+	return netlink.LinkByName(n.cfg.Bridge)
 }
 
 // errNoInterface: the namespace is there, its interface is not.
@@ -330,6 +332,13 @@ func makeNetns(path string) error {
 			}
 			if err := netlink.LinkSetUp(lo); err != nil {
 				return fmt.Errorf("loopback up: %w", err)
+			}
+			// CRIU cannot dump multipath TCP sockets, which Go programs listen on
+			// by default since 1.24 where the kernel has them. Refused one, they
+			// fall back to TCP. A kernel without the file has no such sockets.
+			err = os.WriteFile("/proc/sys/net/mptcp/enabled", []byte("0"), 0)
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("no multipath TCP: %w", err)
 			}
 			return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
 		}()

@@ -200,8 +200,8 @@ func upperOf(mounts []mount.Mount) (string, error) {
 // RestoreTask is a task that containerd prepared but did not start: shim and
 // root file system are there.
 type RestoreTask struct {
-	task containerd.Task
-	name string
+	task            containerd.Task
+	namespace, name string
 }
 
 // NewRestoreTask has containerd start the shim and mount the root file system.
@@ -235,13 +235,13 @@ func (r *Runtime) NewRestoreTask(ctx context.Context, namespace, name, imagePath
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", name, err)
 	}
-	return &RestoreTask{task: t, name: name}, nil
+	return &RestoreTask{task: t, namespace: namespace, name: name}, nil
 }
 
 // Start has runc restore the shard and returns the host pid of its init. When
 // it returns nil the shard runs.
 func (t *RestoreTask) Start(ctx context.Context) (int, error) {
-	if err := t.task.Start(ctx); err != nil {
+	if err := t.task.Start(in(ctx, t.namespace)); err != nil {
 		return 0, fmt.Errorf("restore %s: %w", t.name, err)
 	}
 	return int(t.task.Pid()), nil

@@ -140,7 +140,7 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 
 // Close ends the connection to containerd; shards run on.
 func (r *Runtime) Close() error {
-	return errors.Join(r.leases.Close(), r.client.Close())
+	return errors.Join(r.net.close(), r.leases.Close(), r.client.Close())
 }
 
 // Network is the door to shards' network namespaces.
