@@ -70,6 +70,9 @@ type Encoder struct {
 	out  []byte
 }
 
+// Reset forgets what the batches so far were worth, and keeps the buffer.
+func (e *Encoder) Reset() { e.skip, e.back = 0, 0 }
+
 // Encode returns an encoding of raw that is never longer than raw. The result
 // is raw itself or the encoder's buffer, which the next call overwrites.
 func (e *Encoder) Encode(raw []byte) (Kind, []byte) {

@@ -1,0 +1,314 @@
+package transfer
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/zeebo/xxh3"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/transfer/encoding"
+	"github.com/tranship/tranship/transfer/wire"
+)
+
+// receiver serves the streams of one connection. What arrives goes
+//  1. through ReadFrame, which knows the largest frame,
+//  2. through the frame's Parse, which knows what it may say,
+//  3. through Decode, into a buffer that was there before, and its hash,
+//  4. to the Sink, segment by segment, and
+//  5. into the tally that must equal the sender's before it is answered.
+type receiver struct {
+	in   *inbound
+	sink Sink
+	conn *quic.Conn
+	log  *slog.Logger
+}
+
+// workspace is the memory that one stream needs.
+type workspace struct {
+	br    *bufio.Reader
+	frame []byte
+	raw   []byte
+	batch wire.Batch
+}
+
+// workspaces are at most maxStreams a connection.
+var workspaces = sync.Pool{New: func() any {
+	return &workspace{
+		br:    bufio.NewReaderSize(nil, 4<<10),
+		frame: make([]byte, 0, wire.MaxBody),
+		raw:   make([]byte, wire.MaxRaw),
+	}
+}}
+
+func (w *workspace) next() (wire.Type, []byte, error) {
+	t, body, grown, err := wire.ReadFrame(w.br, w.frame)
+	w.frame = grown
+	return t, body, err
+}
+
+// content decodes a block and compares its hash.
+func (w *workspace) content(k wire.Block) ([]byte, error) {
+	raw, err := encoding.Decode(w.raw, encoding.Kind(k.Encoding), k.Raw, k.Payload)
+	if err != nil {
+		return nil, err
+	}
+	if sum := xxh3.Hash(raw); sum != k.Sum {
+		return nil, &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("%d bytes arrived with hash %#x, not %#x", len(raw), sum, k.Sum)}
+	}
+	return raw, nil
+}
+
+// end makes sure that a stream says nothing after its last frame.
+func (w *workspace) end() error {
+	switch _, err := w.br.ReadByte(); err {
+	case io.EOF:
+		return nil
+	case nil:
+		return fmt.Errorf("bytes after the last frame: %w", wire.ErrMalformed)
+	default:
+		return err
+	}
+}
+
+// serve serves one stream and answers it.
+func (r *receiver) serve(stream *quic.Stream) {
+	w := workspaces.Get().(*workspace)
+	w.br.Reset(stream)
+	defer func() {
+		w.br.Reset(nil)
+		workspaces.Put(w)
+	}()
+	answer, err := r.take(w)
+	switch {
+	case err == nil:
+	case errors.Is(err, errStale):
+		r.log.Debug("stale stream dropped")
+		stream.CancelRead(streamAborted)
+		stream.CancelWrite(streamAborted)
+		return
+	case violation(err):
+		r.violated(err)
+		return
+	default:
+		// Of a link that is lost, or a stream that the sender reset, nobody hears
+		// this answer; a Sink's error the sender must hear.
+		code := CodeSink
+		if cut(err) {
+			code = CodeCut
+		}
+		answer.Code, answer.Text = asRemote(err, code)
+		r.log.Debug("stream not applied", "code", answer.Code, "err", err)
+		stream.CancelRead(streamAborted)
+	}
+	if err := r.answer(stream, answer); err != nil {
+		r.log.Debug("stream not answered", "err", err)
+	}
+}
+
+func (r *receiver) answer(stream *quic.Stream, answer wire.Answer) error {
+	if err := stream.SetWriteDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return err
+	}
+	if _, err := stream.Write(answer.Append(nil)); err != nil {
+		stream.CancelWrite(streamAborted)
+		return err
+	}
+	return stream.Close()
+}
+
+// violated ends the connection of a peer that does not follow the protocol.
+func (r *receiver) violated(err error) {
+	r.log.Warn("connection closed: the peer broke the transfer protocol", "err", err)
+	r.conn.CloseWithError(codeProtocol, wire.Clip(err.Error(), 256))
+}
+
+func (r *receiver) take(w *workspace) (wire.Answer, error) {
+	t, body, err := w.next()
+	if err != nil {
+		return wire.Answer{}, unexpected(err)
+	}
+	switch t {
+	case wire.TypeOpenRound:
+		open, err := wire.ParseOpenRound(body)
+		if err != nil {
+			return wire.Answer{}, err
+		}
+		if err := r.in.enterRound(r.conn.Context(), open.Epoch); err != nil {
+			return wire.Answer{}, err
+		}
+		defer r.in.leaveRound()
+		tally, err := r.pages(w)
+		return wire.Answer{Tally: tally}, err
+	case wire.TypeOpenBlob:
+		open, err := wire.ParseOpenBlob(body)
+		if err != nil {
+			return wire.Answer{}, err
+		}
+		n, err := r.blob(w, open)
+		return wire.Answer{Bytes: n}, err
+	}
+	return wire.Answer{}, fmt.Errorf("%v at the beginning of a stream: %w", t, wire.ErrMalformed)
+}
+
+// pages applies one stream of a round.
+func (r *receiver) pages(w *workspace) (wire.Tally, error) {
+	var tally wire.Tally
+	for {
+		t, body, err := w.next()
+		if err != nil {
+			return tally, unexpected(err)
+		}
+		switch t {
+		case wire.TypeBatch:
+			if err := w.batch.Parse(body); err != nil {
+				return tally, err
+			}
+			if err := r.apply(w, &tally); err != nil {
+				return tally, err
+			}
+		case wire.TypeEndRound:
+			end, err := wire.ParseEndRound(body)
+			if err != nil {
+				return tally, err
+			}
+			if end.Tally != tally {
+				return tally, &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("applied %+v of %+v", tally, end.Tally)}
+			}
+			return tally, w.end()
+		default:
+			return tally, fmt.Errorf("%v in a stream of pages: %w", t, wire.ErrMalformed)
+		}
+	}
+}
+
+func (r *receiver) apply(w *workspace, tally *wire.Tally) error {
+	var content []byte
+	if w.batch.Raw > 0 {
+		var err error
+		if content, err = w.content(w.batch.Block); err != nil {
+			return err
+		}
+	}
+	for _, s := range w.batch.Segments {
+		if s.Zero {
+			if err := r.sink.ZeroPages(s.PID, s.Addr, s.Pages); err != nil {
+				return fmt.Errorf("pid %d %#x+%d zero: %w", s.PID, s.Addr, s.Pages, err)
+			}
+			tally.Zeros += uint64(s.Pages)
+			continue
+		}
+		n := int(s.Pages) * checkpoint.PageSize
+		if err := r.sink.PutPages(s.PID, s.Addr, content[:n:n]); err != nil {
+			return fmt.Errorf("pid %d %#x+%d pages: %w", s.PID, s.Addr, s.Pages, err)
+		}
+		content = content[n:]
+		tally.Pages += uint64(s.Pages)
+	}
+	tally.Batches++
+	return nil
+}
+
+// blob hands a blob to the Sink.
+func (r *receiver) blob(w *workspace, open wire.OpenBlob) (uint64, error) {
+	ctx, cancel := context.WithCancel(r.conn.Context())
+	defer cancel()
+	reader := &blobReader{w: w, size: open.Size}
+	err := r.sink.Blob(ctx, open.Kind, open.Name, open.Size, reader)
+	if err == nil && reader.err == nil && len(reader.rest) == 0 {
+		// A Sink that counted to size has read all, but for the end.
+		reader.rest, reader.err = reader.block()
+	}
+	switch {
+	case reader.err != nil && reader.err != io.EOF:
+		// Whatever the Sink made of it, this is why.
+		return reader.n, fmt.Errorf("blob %s %q: %w", open.Kind, open.Name, reader.err)
+	case err != nil:
+		return reader.n, fmt.Errorf("blob %s %q: %w", open.Kind, open.Name, err)
+	case reader.err == nil:
+		return reader.n, fmt.Errorf("blob %s %q: the sink stopped reading after %d bytes", open.Kind, open.Name, reader.n)
+	}
+	return reader.n, nil
+}
+
+// blobReader is a blob as its Sink reads it.
+type blobReader struct {
+	w    *workspace
+	size int64
+	n    uint64 // bytes of the blocks so far
+	rest []byte // of the last block
+	err  error  // sticky; io.EOF only when the blob is whole
+}
+
+func (b *blobReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if len(b.rest) == 0 && b.err == nil {
+		b.rest, b.err = b.block()
+	}
+	if len(b.rest) == 0 {
+		return 0, b.err
+	}
+	n := copy(p, b.rest)
+	b.rest = b.rest[n:]
+	return n, nil
+}
+
+func (b *blobReader) block() ([]byte, error) {
+	t, body, err := b.w.next()
+	if err != nil {
+		return nil, unexpected(err)
+	}
+	switch t {
+	case wire.TypeBlock:
+		block, err := wire.ParseBlock(body)
+		if err != nil {
+			return nil, err
+		}
+		raw, err := b.w.content(block)
+		if err != nil {
+			return nil, err
+		}
+		b.n += uint64(len(raw))
+		if b.size >= 0 && b.n > uint64(b.size) {
+			return nil, fmt.Errorf("%d bytes of %d: %w", b.n, b.size, wire.ErrLimit)
+		}
+		return raw, nil
+	case wire.TypeEndBlob:
+		end, err := wire.ParseEndBlob(body)
+		if err != nil {
+			return nil, err
+		}
+		if end.Bytes != b.n || b.size >= 0 && b.n != uint64(b.size) {
+			return nil, fmt.Errorf("%d bytes arrived, %d were sent, %d declared: %w", b.n, end.Bytes, b.size, wire.ErrMalformed)
+		}
+		if err := b.w.end(); err != nil {
+			return nil, err
+		}
+		return nil, io.EOF
+	}
+	return nil, fmt.Errorf("%v in a blob: %w", t, wire.ErrMalformed)
+}
+
+// readOne reads a single small frame and nothing after it.
+func readOne(r io.Reader) (wire.Type, []byte, error) {
+	t, body, _, err := wire.ReadFrame(byteReader{r}, nil)
+	return t, body, unexpected(err)
+}
+
+// byteReader reads no byte further than it is asked for.
+type byteReader struct{ io.Reader }
+
+func (b byteReader) ReadByte() (byte, error) {
+	var one [1]byte
+	_, err := io.ReadFull(b.Reader, one[:])
+	return one[0], err
+}
