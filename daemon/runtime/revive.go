@@ -16,7 +16,7 @@ func (r *Runtime) PreparedTask(ctx context.Context, namespace, name string) (*Re
 	if t.Pid() != 0 {
 		return nil, fmt.Errorf("task %s: %w", name, ErrRunning)
 	}
-	return &RestoreTask{task: t, name: name}, nil
+	return &RestoreTask{task: t, namespace: namespace, name: name}, nil
 }
 
 // Runs says whether a task of the shard is running or paused. When containerd

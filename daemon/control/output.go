@@ -1,0 +1,264 @@
+package control
+
+import (
+	"encoding/json"
+	"time"
+
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+)
+
+// The JSON documents that the CLI prints. Programs rely on them: fields are
+// added, never renamed, and a change that breaks readers raises SchemaVersion.
+// They are written by hand rather than by protojson, which makes strings of
+// 64-bit numbers.
+
+// SchemaVersion stands in every document.
+const SchemaVersion = 1
+
+// Document begins every JSON document.
+type Document struct {
+	SchemaVersion int `json:"schema_version"`
+}
+
+// NewDocument is the beginning of a document of this version.
+func NewDocument() Document { return Document{SchemaVersion: SchemaVersion} }
+
+// Shard is one shard.
+type Shard struct {
+	Name             string            `json:"name"`
+	Namespace        string            `json:"namespace"`
+	Node             string            `json:"node"`
+	Image            string            `json:"image"`
+	Status           string            `json:"status"`
+	PID              uint32            `json:"pid"`
+	ExitCode         uint32            `json:"exit_code"`
+	Network          string            `json:"network"`
+	IP               string            `json:"ip"`
+	MAC              string            `json:"mac"`
+	NetnsPath        string            `json:"netns_path"`
+	MemoryLimitBytes int64             `json:"memory_limit_bytes"`
+	MemoryUsedBytes  int64             `json:"memory_used_bytes"`
+	CPUs             float64           `json:"cpus"`
+	Labels           map[string]string `json:"labels"`
+	Command          []string          `json:"command"`
+	CreatedAt        time.Time         `json:"created_at"`
+	MigrationID      string            `json:"migration_id"`
+}
+
+// ShardOf converts a message. IP loses its prefix length, which is the pool's
+// and not the shard's.
+func ShardOf(m *v1.Shard) Shard {
+	labels := m.GetLabels()
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	return Shard{
+		Name: m.GetName(), Namespace: m.GetNamespace(), Node: m.GetNode(), Image: m.GetImage(),
+		Status: m.GetStatus(), PID: m.GetPid(), ExitCode: m.GetExitCode(),
+		Network: m.GetNetwork(), IP: addressOf(m.GetIp()), MAC: m.GetMac(), NetnsPath: m.GetNetnsPath(),
+		MemoryLimitBytes: m.GetMemoryLimitBytes(), MemoryUsedBytes: m.GetMemoryUsedBytes(), CPUs: m.GetCpus(),
+		Labels: labels, Command: append([]string{}, m.GetCommand()...),
+		CreatedAt: time.UnixMilli(m.GetCreatedAtUnixMs()).UTC(), MigrationID: m.GetMigrationId(),
+	}
+}
+
+func addressOf(prefix string) string {
+	for i := range prefix {
+		if prefix[i] == '/' {
+			return prefix[:i]
+		}
+	}
+	return prefix
+}
+
+// ShardDocument is what `run` prints.
+type ShardDocument struct {
+	Document
+	Shard
+}
+
+// InspectDocument is what `inspect` prints.
+type InspectDocument struct {
+	Document
+	Shard
+	Spec json.RawMessage `json:"spec"`
+}
+
+// ShardsDocument is what `ps` prints.
+type ShardsDocument struct {
+	Document
+	Shards           []Shard  `json:"shards"`
+	UnreachableNodes []string `json:"unreachable_nodes"`
+}
+
+// Versions are those of a host's parts.
+type Versions struct {
+	Tranship   string `json:"tranship"`
+	Kernel     string `json:"kernel"`
+	Containerd string `json:"containerd"`
+	Runc       string `json:"runc"`
+	CRIU       string `json:"criu"`
+	Protocol   uint32 `json:"protocol"`
+	Arch       string `json:"arch"`
+}
+
+// VersionsOf converts a message.
+func VersionsOf(m *v1.Versions) Versions {
+	return Versions{
+		Tranship: m.GetTranship(), Kernel: m.GetKernel(), Containerd: m.GetContainerd(),
+		Runc: m.GetRunc(), CRIU: m.GetCriu(), Protocol: m.GetProtocol(), Arch: m.GetArch(),
+	}
+}
+
+// Node is one host.
+type Node struct {
+	Name                 string   `json:"name"`
+	Address              string   `json:"address"`
+	Self                 bool     `json:"self"`
+	State                string   `json:"state"`
+	Error                string   `json:"error"`
+	MemoryTotalBytes     int64    `json:"memory_total_bytes"`
+	MemoryAvailableBytes int64    `json:"memory_available_bytes"`
+	CPUs                 uint32   `json:"cpus"`
+	Shards               uint32   `json:"shards"`
+	Tracker              string   `json:"tracker"`
+	Versions             Versions `json:"versions"`
+}
+
+// NodeOf converts a message.
+func NodeOf(m *v1.Node) Node {
+	return Node{
+		Name: m.GetName(), Address: m.GetAddress(), Self: m.GetSelf(), State: m.GetState(), Error: m.GetError(),
+		MemoryTotalBytes: m.GetMemoryTotalBytes(), MemoryAvailableBytes: m.GetMemoryAvailableBytes(),
+		CPUs: m.GetCpus(), Shards: m.GetShards(), Tracker: m.GetTracker(), Versions: VersionsOf(m.GetVersions()),
+	}
+}
+
+// NodesDocument is what `nodes` prints.
+type NodesDocument struct {
+	Document
+	Nodes []Node `json:"nodes"`
+}
+
+// VersionDocument is what `version` prints. Daemon is nil when none answers.
+type VersionDocument struct {
+	Document
+	Client string    `json:"client"`
+	Node   string    `json:"node"`
+	Daemon *Versions `json:"daemon"`
+}
+
+// Finding is one result of pre-flight.
+type Finding struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+	Advice  string `json:"advice"`
+	Warning bool   `json:"warning"`
+}
+
+// FindingsOf converts messages; never nil.
+func FindingsOf(ms []*v1.Finding) []Finding {
+	findings := make([]Finding, 0, len(ms))
+	for _, m := range ms {
+		findings = append(findings, Finding{Code: m.GetCode(), Message: m.GetMessage(), Advice: m.GetAdvice(), Warning: m.GetWarning()})
+	}
+	return findings
+}
+
+// Refused reports whether a finding is more than a warning.
+func Refused(findings []Finding) bool {
+	for _, f := range findings {
+		if !f.Warning {
+			return true
+		}
+	}
+	return false
+}
+
+// CheckDocument is what `check` prints.
+type CheckDocument struct {
+	Document
+	Shard     string    `json:"shard"`
+	Namespace string    `json:"namespace"`
+	Node      string    `json:"node"`
+	Movable   bool      `json:"movable"`
+	Findings  []Finding `json:"findings"`
+}
+
+// Phase is one step of a migration.
+type Phase struct {
+	Name string  `json:"name"`
+	Ms   float64 `json:"ms"`
+}
+
+// Round is one round of pre-copy.
+type Round struct {
+	N         uint32  `json:"n"`
+	Pages     int64   `json:"pages"`
+	BytesRaw  int64   `json:"bytes_raw"`
+	BytesSent int64   `json:"bytes_sent"`
+	Ms        float64 `json:"ms"`
+}
+
+// Migration is one migration, under way or ended.
+type Migration struct {
+	ID         string    `json:"id"`
+	Shard      string    `json:"shard"`
+	Namespace  string    `json:"namespace"`
+	From       string    `json:"from"`
+	To         string    `json:"to"`
+	Mode       string    `json:"mode"`
+	Outcome    string    `json:"outcome"`
+	Reason     string    `json:"reason"`
+	Code       string    `json:"code"`
+	Tracker    string    `json:"tracker"`
+	StartedAt  time.Time `json:"started_at"`
+	TotalMs    float64   `json:"total_ms"`
+	BlackoutMs float64   `json:"blackout_ms"`
+	Phases     []Phase   `json:"phases"`
+	Rounds     []Round   `json:"rounds"`
+	BytesRaw   int64     `json:"bytes_raw"`
+	BytesSent  int64     `json:"bytes_sent"`
+	Pages      int64     `json:"pages"`
+	Phase      string    `json:"phase"`
+	Role       string    `json:"role"`
+	Blackout   []Phase   `json:"blackout"`
+}
+
+// MigrationOf converts a message; its lists are never nil.
+func MigrationOf(m *v1.Migration) Migration {
+	out := Migration{
+		ID: m.GetId(), Shard: m.GetShard(), Namespace: m.GetNamespace(), From: m.GetFrom(), To: m.GetTo(),
+		Mode: m.GetMode(), Outcome: m.GetOutcome(), Reason: m.GetReason(), Code: m.GetCode(), Tracker: m.GetTracker(),
+		StartedAt: time.UnixMilli(m.GetStartedAtUnixMs()).UTC(), TotalMs: m.GetTotalMs(), BlackoutMs: m.GetBlackoutMs(),
+		Phases: phasesOf(m.GetPhases()), Rounds: []Round{}, BytesRaw: m.GetBytesRaw(), BytesSent: m.GetBytesSent(),
+		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: phasesOf(m.GetBlackout()),
+	}
+	for _, r := range m.GetRounds() {
+		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs()})
+	}
+	return out
+}
+
+func phasesOf(ms []*v1.Phase) []Phase {
+	phases := make([]Phase, 0, len(ms))
+	for _, p := range ms {
+		phases = append(phases, Phase{Name: p.GetName(), Ms: p.GetMs()})
+	}
+	return phases
+}
+
+// MigrationDocument is what `migrate` and `migrations ID` print. Findings are
+// those of pre-flight, when it refused or nothing was to be moved.
+type MigrationDocument struct {
+	Document
+	Migration
+	DryRun   bool      `json:"dry_run,omitempty"`
+	Findings []Finding `json:"findings,omitempty"`
+}
+
+// MigrationsDocument is what `migrations` prints.
+type MigrationsDocument struct {
+	Document
+	Migrations []Migration `json:"migrations"`
+}
