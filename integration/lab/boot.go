@@ -110,8 +110,10 @@ func mountFiles(spec initSpec) error {
 		return err
 	}
 	// Shards' shared memory and the host's own, not the machine's.
-	if err := mountOver("tmpfs", "/dev/shm", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=1777"); err != nil {
-		return err
+	if exists("/dev/shm") {
+		if err := mountOver("tmpfs", "/dev/shm", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=1777"); err != nil {
+			return err
+		}
 	}
 	for from, to := range map[string]string{
 		"etc-tranship":       "/etc/tranship",

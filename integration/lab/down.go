@@ -41,9 +41,11 @@ func Down(ctx context.Context) error {
 func sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, downDeadline, errors.New("the lab does not end"))
 	defer cancel()
+	recorded, _ := readState() // unreadable: the cgroups still tell
 	if err := clearNode(ctx, ""); err != nil {
 		return err
 	}
+	reap(recorded)
 	if err := unmountBelow(rootDir); err != nil {
 		return err
 	}
@@ -54,6 +56,14 @@ func sweep(ctx context.Context) error {
 		return fmt.Errorf("removing the lab's files: %w", err)
 	}
 	return nil
+}
+
+// reap collects inits that this very process started, which a test does; those
+// of an earlier `lab up` are somebody else's children.
+func reap(s state) {
+	for _, rec := range s.Nodes {
+		_, _ = unix.Wait4(rec.PID, nil, unix.WNOHANG, nil)
+	}
 }
 
 // clearNode kills what runs in a node's cgroups, or with "" in the lab's, and

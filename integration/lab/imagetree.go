@@ -64,7 +64,7 @@ func rootfsTree(ctx context.Context, dir string) (*tree, error) {
 // without which no program feels at home.
 func programTree(ctx context.Context, bins []string) (*tree, error) {
 	t := &tree{entries: map[string]entry{}, libs: map[string]string{}}
-	t.skeleton()
+	t.skeleton(ctx)
 	for _, bin := range bins {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -97,7 +97,7 @@ func findProgram(name string) (string, error) {
 	if strings.Contains(name, "/") {
 		return filepath.Abs(name)
 	}
-	if path, err := lookPath(name, "/", baseEnv("")); err == nil {
+	if path, err := lookPath(name, "/", []string{"PATH=" + systemPath}); err == nil {
 		return path, nil
 	}
 	path, err := exec.LookPath(name)
@@ -109,7 +109,7 @@ func findProgram(name string) (string, error) {
 
 // skeleton is what every image of programs has. Users are those whose names
 // the packed services look up.
-func (t *tree) skeleton() {
+func (t *tree) skeleton(ctx context.Context) {
 	for dir, mode := range map[string]int64{
 		"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "root": 0o700, "etc": 0o755,
 		"tmp": 0o1777, "var": 0o755, "var/tmp": 0o1777, "var/lib": 0o755, "data": 0o1777,
@@ -125,10 +125,17 @@ func (t *tree) skeleton() {
 		t.entries[name] = entry{header: tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(data))}, data: []byte(data)}
 	}
 	t.entries["var/run"] = entry{header: tar.Header{Typeflag: tar.TypeSymlink, Name: "var/run", Linkname: "/run", Mode: 0o777}}
+	// On a merged-/usr machine /bin and its like are links, under whose names
+	// scripts look for programs that were added by their other name.
+	for _, dir := range []string{"/bin", "/sbin", "/lib", "/lib64"} {
+		if info, err := os.Lstat(dir); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+			_ = t.put(dir[1:], dir, false)
+		}
+	}
 	// Optional: C.UTF-8, and where libraries outside the standard places are.
 	for _, path := range []string{"/usr/lib/locale/C.utf8", "/etc/ld.so.cache"} {
 		if exists(path) {
-			_ = t.addDir(context.Background(), path)
+			_ = t.addDir(ctx, path)
 		}
 	}
 }

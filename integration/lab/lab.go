@@ -323,23 +323,31 @@ func (s *state) save() error {
 	return os.Rename(next, statePath)
 }
 
-// load reads the state; a lab none of whose processes is alive is down.
+// load returns the lab on record; one none of whose processes is alive is down.
 func load() (*Lab, error) {
-	raw, err := os.ReadFile(statePath)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, ErrDown
-	}
+	s, err := readState()
 	if err != nil {
-		return nil, fmt.Errorf("reading the lab's state: %w", err)
+		return nil, err
 	}
-	var l Lab
-	if err := json.Unmarshal(raw, &l.state); err != nil {
-		return nil, fmt.Errorf("%s: %w", statePath, err)
-	}
-	for _, rec := range l.state.Nodes {
+	for _, rec := range s.Nodes {
 		if rec.alive() {
-			return &l, nil
+			return &Lab{state: s}, nil
 		}
 	}
 	return nil, ErrDown
+}
+
+func readState() (state, error) {
+	raw, err := os.ReadFile(statePath)
+	if errors.Is(err, os.ErrNotExist) {
+		return state{}, ErrDown
+	}
+	if err != nil {
+		return state{}, fmt.Errorf("reading the lab's state: %w", err)
+	}
+	var s state
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return state{}, fmt.Errorf("%s: %w", statePath, err)
+	}
+	return s, nil
 }

@@ -22,6 +22,7 @@ const (
 
 	containerdSocket = "/run/containerd/containerd.sock"
 	daemonSocket     = "/run/tranship/tranship.sock"
+	etcdPort         = 2379
 )
 
 // servicesFor lists what runs on a node, in order of dependence, and writes
@@ -34,7 +35,7 @@ func servicesFor(p plan, node nodePlan, opts Options) ([]service, error) {
 		if _, err := exec.LookPath("etcd"); err != nil {
 			return nil, errors.New("--etcd needs etcd: apt-get install etcd-server")
 		}
-		url := "http://" + node.Host.Addr().String() + ":2379"
+		url := fmt.Sprintf("http://%v:%d", node.Host.Addr(), etcdPort)
 		data := filepath.Join(nodeDir(node.Name), "etcd")
 		return []service{{Name: serviceEtcd, Args: []string{
 			"etcd", "--data-dir", data, "--listen-client-urls", url, "--advertise-client-urls", url,
@@ -54,15 +55,21 @@ func servicesFor(p plan, node nodePlan, opts Options) ([]service, error) {
 	if opts.NoDaemon {
 		return services, nil
 	}
+	binary := filepath.Join(opts.BinDir, "transhipd")
+	info, err := os.Stat(binary)
+	if err != nil {
+		return nil, err
+	}
 	config = daemonConfig(p, node)
 	path = filepath.Join(nodeDir(node.Name), "etc-tranship", "config.toml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return nil, err
 	}
 	return append(services, service{
-		Name:   serviceDaemon,
-		Args:   []string{filepath.Join(opts.BinDir, "transhipd"), "--config", "/etc/tranship/config.toml"},
-		Config: config,
+		Name: serviceDaemon,
+		Args: []string{binary, "--config", "/etc/tranship/config.toml"},
+		// A new build is started like a new configuration.
+		Config: fmt.Sprintf("# build of %v, %d bytes\n%s", info.ModTime(), info.Size(), config),
 	}), nil
 }
 
@@ -214,8 +221,28 @@ func probe(ctx context.Context, rec nodeRecord, name string) error {
 		return probeContainerd(ctx, root+containerdSocket)
 	case serviceDaemon:
 		return probeHTTP(ctx, root+daemonSocket)
+	case serviceEtcd:
+		return probeListener(rec.PID, etcdPort)
 	}
-	return nil
+	return fmt.Errorf("no way to ask %s is known", name)
+}
+
+// probeListener wants a TCP listener in the host's network namespace, where
+// this process is not; proc_net_tcp(5) shows it: local address in hexadecimal,
+// state 0A.
+func probeListener(pid, port int) error {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", pid))
+	if err != nil {
+		return err
+	}
+	suffix := fmt.Sprintf(":%04X", port)
+	for _, line := range strings.Split(string(raw), "\n") {
+		fields := strings.Fields(line)
+		if len(fields) > 3 && strings.HasSuffix(fields[1], suffix) && fields[3] == "0A" {
+			return nil
+		}
+	}
+	return fmt.Errorf("nothing listens on port %d", port)
 }
 
 // probeHTTP wants one HTTP response, whatever its status.

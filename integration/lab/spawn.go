@@ -137,13 +137,13 @@ func withLog(err error, path string) error {
 	return fmt.Errorf("%w; the end of %s:\n  %s", err, path, strings.Join(lines, "\n  "))
 }
 
+// systemPath are the machine's programs.
+const systemPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 // hostPath is PATH inside a host: the build, the private CRIU, which runc
 // looks for by name, and the machine's programs.
 func hostPath(binDir string) string {
-	if binDir == "" {
-		binDir = PrivateCRIU
-	}
-	return strings.Join([]string{binDir, PrivateCRIU, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}, ":")
+	return strings.Join([]string{binDir, PrivateCRIU, systemPath}, ":")
 }
 
 // baseEnv is the environment of a host's services: nothing of the caller's,

@@ -152,6 +152,9 @@ func (s *supervisor) ensure(want service) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if r.state.PID != 0 {
+		return nil // another request was faster
+	}
 	r.state.Held, r.state.Starts = false, 0
 	return s.start(r)
 }
