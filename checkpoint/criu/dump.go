@@ -31,7 +31,7 @@ type DumpConfig struct {
 	// leaves the cgroup frozen.
 	FreezeCgroup string
 	// ExternalMounts are the mount points that the restoring runtime provides.
-	ExternalMounts []string
+	ExternalMounts []ExternalMount
 	// External are CRIU external resources, such as net[4026532]:extRootNetNS.
 	External []string
 	// TCPEstablished keeps established connections; without it CRIU refuses them.
@@ -143,7 +143,7 @@ func (cfg DumpConfig) rpc(images, work *os.File) *rpc.CriuOpts {
 		opts.FreezeCgroup = proto.String(cfg.FreezeCgroup)
 	}
 	for _, m := range cfg.ExternalMounts {
-		opts.ExtMnt = append(opts.ExtMnt, &rpc.ExtMountMap{Key: proto.String(m), Val: proto.String(m)})
+		opts.ExtMnt = append(opts.ExtMnt, &rpc.ExtMountMap{Key: proto.String(m.At), Val: proto.String(m.Key)})
 	}
 	return opts
 }

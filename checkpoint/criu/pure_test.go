@@ -56,7 +56,7 @@ func TestExternalsOfMirrorsWhatRuncRestores(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{"/data", "/etc/hosts", "/proc/kcore"}; !slices.Equal(mounts, want) {
+	if want := []ExternalMount{{"/data", "/data"}, {"/etc/hosts", "/etc/hosts"}, {"/proc/kcore", "/dev/null"}}; !slices.Equal(mounts, want) {
 		t.Errorf("mounts %v, want %v", mounts, want)
 	}
 	if len(external) != 1 || !strings.HasPrefix(external[0], "net[") || !strings.HasSuffix(external[0], "]:extRootNetNS") {

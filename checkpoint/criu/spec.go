@@ -19,7 +19,8 @@ import (
 // (libcontainer/criu_linux.go), because stock runc restores what was dumped
 // here. root is the container's root filesystem as seen through the init
 // process, /proc/PID/root.
-func ExternalsOf(spec *specs.Spec, root string) (mounts, external []string, err error) {
+func ExternalsOf(spec *specs.Spec, root string) (mounts []ExternalMount, external []string, err error) {
+	bind := func(at string) { mounts = append(mounts, ExternalMount{At: path.Clean(at), Key: path.Clean(at)}) }
 	cgroupns := false
 	if spec.Linux != nil {
 		for _, ns := range spec.Linux.Namespaces {
@@ -41,26 +42,35 @@ func ExternalsOf(spec *specs.Spec, root string) (mounts, external []string, err 
 	for _, m := range spec.Mounts {
 		switch {
 		case m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind"):
-			mounts = append(mounts, path.Clean(m.Destination))
+			bind(m.Destination)
 		case m.Type == "cgroup" && !cgroupns && !cgroupUnified():
 			binds, err := cgroupBinds(m.Destination)
 			if err != nil {
 				return nil, nil, err
 			}
-			mounts = append(mounts, binds...)
+			for _, b := range binds {
+				bind(b)
+			}
 		}
 	}
 	if spec.Linux != nil {
 		for _, p := range spec.Linux.MaskedPaths {
 			fi, err := os.Stat(filepath.Join(root, p))
 			if err == nil && !fi.IsDir() {
-				mounts = append(mounts, p)
+				mounts = append(mounts, ExternalMount{At: p, Key: maskKey})
 			}
 		}
 	}
-	slices.Sort(mounts)
+	slices.SortFunc(mounts, func(a, b ExternalMount) int { return strings.Compare(a.At, b.At) })
 	return slices.Compact(mounts), external, nil
 }
+
+// ExternalMount is a mount that CRIU leaves to the restoring runtime. At is the
+// mount point in the shard; Key is the name by which the runtime offers it.
+type ExternalMount struct{ At, Key string }
+
+// maskKey is runc's one key for all masked files.
+const maskKey = "/dev/null"
 
 // externalNamespace is CRIU's name for a namespace that outlives the shard; the
 // key after the colon is the one that runc restores with.

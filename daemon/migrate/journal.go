@@ -81,6 +81,10 @@ type Entry struct {
 	PageServerPID   int    `json:"page_server_pid,omitempty"`
 	PageServerStart uint64 `json:"page_server_start,omitempty"`
 	StartedUnixNS   int64  `json:"started_unix_ns,omitempty"`
+	MemoryBytes     int64  `json:"memory_bytes,omitempty"` // reserved
+
+	// ImageDigest is the xxh3 of the CRIU images, as sent or as received.
+	ImageDigest uint64 `json:"image_digest,omitempty"`
 
 	Reason string `json:"reason,omitempty"`
 	Code   string `json:"code,omitempty"`

@@ -137,8 +137,8 @@ func missingFeatures(src, dst []string) []string {
 	return out
 }
 
-// memoryAvailable reads MemAvailable from a /proc/meminfo, in bytes.
-func memoryAvailable(meminfo string) (total, available int64) {
+// MemoryOf reads MemAvailable from a /proc/meminfo, in bytes.
+func MemoryOf(meminfo string) (total, available int64) {
 	for line := range strings.Lines(meminfo) {
 		var kib int64
 		if _, err := fmt.Sscanf(line, "MemTotal: %d kB", &kib); err == nil {

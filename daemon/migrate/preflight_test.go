@@ -123,7 +123,7 @@ func TestParseCPUFeaturesKeepsWhatProgramsCanUse(t *testing.T) {
 }
 
 func TestMemoryAvailable(t *testing.T) {
-	total, avail := memoryAvailable("MemTotal:       24000000 kB\nMemFree: 1 kB\nMemAvailable:   1024 kB\n")
+	total, avail := MemoryOf("MemTotal:       24000000 kB\nMemFree: 1 kB\nMemAvailable:   1024 kB\n")
 	if total != 24000000<<10 || avail != 1<<20 {
 		t.Errorf("total %d, available %d", total, avail)
 	}

@@ -1,0 +1,267 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/checkpoint/criu"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/internal/failpoint"
+)
+
+// errInDoubt says that the source has yielded and the destination cannot be
+// asked. The shard stays frozen here until it can, or an operator decides.
+var errInDoubt = errors.New("the destination does not answer, so it is not known whether it runs the shard")
+
+const (
+	// doubtPatience is how long the client waits for an answer that may never
+	// come; the question itself is repeated for as long as the daemon lives.
+	doubtPatience = 20 * time.Second
+	// commitRetry paces the question. Redialling a dead link costs a handshake.
+	commitRetry = 250 * time.Millisecond
+)
+
+// 6. yield, 7. commit, 8. discard
+
+func (o *outgoing) commit(ctx context.Context) error {
+	o.report.enter(PhaseCommit)
+	if err := failpoint.Hit(ctx, "source.before-yield"); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	at := time.Now()
+	o.entry.State = Yielded
+	if err := o.m.journal.Put(o.entry); err != nil {
+		return o.failedToYield(ctx, err)
+	}
+	o.step("journal", at)
+	if err := failpoint.Hit(context.WithoutCancel(ctx), "source.yielded"); err != nil {
+		return errors.Join(err, errInDoubt)
+	}
+	at = time.Now()
+	answer, err := o.m.askToRun(ctx, o.entry, o.peer, doubtPatience)
+	if err != nil {
+		return err
+	}
+	o.step("commit and restore", at)
+	o.report.enter(PhaseActivate)
+	o.settleBlackout(answer)
+	if err := o.m.discard(ctx, o.entry); err != nil {
+		return &leftoverError{err}
+	}
+	return nil
+}
+
+// leftoverError says that the shard runs at the destination and that what is
+// left of it here could not be removed yet. It is tried again until it can.
+type leftoverError struct{ err error }
+
+func (e *leftoverError) Error() string { return e.err.Error() }
+func (e *leftoverError) Unwrap() error { return e.err }
+
+// failedToYield handles a journal that could not be written: what is on the disk
+// is unknown, and a restarted daemon might read "yielded". The shard may only go
+// on here once the destination has promised never to start it.
+func (o *outgoing) failedToYield(ctx context.Context, cause error) error {
+	actx, cancel := undo(ctx)
+	defer cancel()
+	if _, err := o.peer.Abort(actx, connect.NewRequest(&v1.AbortRequest{Id: o.entry.ID, Reason: cause.Error()})); err != nil {
+		return errors.Join(cause, peerError(err), errInDoubt)
+	}
+	o.entry.State = Stopping
+	return cause
+}
+
+// settleBlackout computes the blackout from the two hosts' clocks.
+func (o *outgoing) settleBlackout(answer *v1.CommitResponse) {
+	running := time.Unix(0, answer.GetStartedUnixNs()).Add(-o.offset.offset)
+	blackout := running.Sub(o.frozenAt)
+	o.report.set(func(m *v1.Migration) {
+		m.BlackoutMs = millis(blackout)
+		for _, s := range answer.GetSteps() {
+			m.Blackout = append(m.Blackout, &v1.Phase{Name: "destination: " + s.GetName(), Ms: s.GetMs()})
+		}
+	})
+	o.m.learnFixed(blackout, o.report)
+}
+
+// askToRun asks the destination to run a shard that this host has yielded until
+// it says yes or never. patience bounds the wait; errInDoubt then.
+func (m *Manager) askToRun(ctx context.Context, e *Entry, peer transhipv1connect.PeerClient, patience time.Duration) (*v1.CommitResponse, error) {
+	// Cancellation by a client means nothing any more, but the daemon's end does.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+	defer cancel()
+	stop := context.AfterFunc(m.life, cancel)
+	defer stop()
+	for {
+		resp, err := peer.Commit(ctx, connect.NewRequest(&v1.CommitRequest{Id: e.ID}))
+		if err == nil && resp.Msg.GetRunning() {
+			return resp.Msg, nil
+		}
+		if err == nil {
+			err = errors.New("it neither runs the shard nor refuses it")
+		}
+		if connect.CodeOf(err) == connect.CodeAborted {
+			return nil, &refusedToRunError{peerError(err)}
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(errInDoubt, fmt.Errorf("commit on %s: %w", e.Peer, peerError(err)))
+		case <-time.After(commitRetry):
+		}
+	}
+}
+
+// refusedToRunError is the destination's durable word that it did not run the
+// shard and never will.
+type refusedToRunError struct{ err error }
+
+func (e *refusedToRunError) Error() string {
+	return "the destination could not start it: " + e.err.Error()
+}
+func (e *refusedToRunError) Unwrap() error { return e.err }
+
+// discard removes the frozen source after the destination said that it runs the
+// shard. May run twice. The tasks get SIGKILL before they are thawed and their
+// link is down, so that no instruction of theirs runs and no packet leaves.
+func (m *Manager) discard(ctx context.Context, e *Entry) error {
+	ctx, cancel := undo(ctx)
+	defer cancel()
+	if err := failpoint.Hit(ctx, "source.discard"); err != nil {
+		return err
+	}
+	var errs []error
+	if err := m.rt.RemoveMoved(ctx, e.Namespace, e.Shard); err != nil && !errors.Is(err, runtime.ErrNotFound) {
+		errs = append(errs, err)
+	}
+	if err := os.RemoveAll(m.dir(e.ID, Source)); err != nil {
+		errs = append(errs, err)
+	}
+	if len(errs) > 0 {
+		return fmt.Errorf("remove what is left of %s: %w", e.Shard, errors.Join(errs...))
+	}
+	e.State = Done
+	return m.journal.Put(e)
+}
+
+// giveBack lets a shard go on here as if nothing had happened. Every step may
+// run on a shard that was never touched, and twice.
+func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) error {
+	var errs []error
+	step := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	step("criu", killByStart(e.CRIUPID, e.CRIUStart))
+	cg, err := m.rt.Cgroup(ctx, e.Namespace, e.Shard)
+	if err != nil {
+		// The shard died meanwhile (out of memory, killed by an operator):
+		// there is nobody to give back to, but its labels still count.
+		step("cgroup", err)
+	} else {
+		pids, err := cg.Processes()
+		step("processes", err)
+		_, err = criu.ReleaseSockets(pids)
+		step("sockets", err)
+	}
+	if rec != nil {
+		if net, ok := shardNet(rec); ok {
+			step("network", m.rt.Network().Restore(ctx, net))
+		}
+	}
+	step("link remaps", m.removeLinkRemaps(ctx, e))
+	if cg.Dir != "" && !e.FrozenBefore {
+		step("thaw", cg.Freezer().Thaw(ctx))
+	}
+	if e.MarkedStop {
+		step("restart label", m.rt.UnmarkStopped(ctx, e.Namespace, e.Shard))
+	}
+	return errors.Join(errs...)
+}
+
+// linkRemapPrefix begins the names that CRIU gives to files that a process has
+// open and that have no name any more (criu/files-reg.c, create_link_remap).
+const linkRemapPrefix = "link_remap."
+
+// removeLinkRemaps removes the names that a dump made in the writable layer and
+// that CRIU, being killed, did not take away again.
+func (m *Manager) removeLinkRemaps(ctx context.Context, e *Entry) error {
+	if !exists(filepath.Join(m.dir(e.ID, Source), imagesDir, "remap-fpath.img")) {
+		return nil // the dump made none
+	}
+	upper, err := m.rt.UpperDir(ctx, e.Namespace, e.Shard)
+	if err != nil || upper == "" {
+		return err
+	}
+	// Through the mounted root, not behind the overlay's back.
+	rootfs, err := m.rt.Rootfs(ctx, e.Namespace, e.Shard)
+	if err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(rootfs.Path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return filepath.WalkDir(upper, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || !strings.HasPrefix(d.Name(), linkRemapPrefix) {
+			return err
+		}
+		rel, err := filepath.Rel(upper, path)
+		if err != nil {
+			return err
+		}
+		return root.Remove(rel)
+	})
+}
+
+// killByStart ends a process of an earlier daemon, if its id is still its.
+func killByStart(pid int, start uint64) error {
+	if pid <= 0 {
+		return nil
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("pidfd of %d: %w", pid, err)
+	}
+	defer unix.Close(fd)
+	now, err := startTime(pid)
+	if err != nil || now != start {
+		return nil // gone, and the id may be somebody else's
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill %d: %w", pid, err)
+	}
+	// Its death is what lets go of the tasks that it traced.
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(poll, int(undoTimeout.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && n == 0 {
+			err = errors.New("does not end")
+		}
+		if err != nil {
+			return fmt.Errorf("await end of %d: %w", pid, err)
+		}
+		return nil
+	}
+}

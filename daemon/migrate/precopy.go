@@ -1,0 +1,288 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/layer"
+	"github.com/tranship/tranship/checkpoint/track"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/internal/failpoint"
+	"github.com/tranship/tranship/transfer"
+)
+
+// 3. pre-copy
+
+func (o *outgoing) preCopy(ctx context.Context) error {
+	o.report.enter(PhasePreCopy)
+	if err := failpoint.Hit(ctx, "source.pre-copy"); err != nil {
+		return err
+	}
+	var err error
+	if o.cgroup, err = o.m.rt.Cgroup(ctx, o.rec.Namespace, o.rec.Name); err != nil {
+		return err
+	}
+	if o.rootfs, err = o.m.rt.Rootfs(ctx, o.rec.Namespace, o.rec.Name); err != nil {
+		return err
+	}
+	if o.upper, err = o.m.rt.UpperDir(ctx, o.rec.Namespace, o.rec.Name); err != nil {
+		return err
+	}
+	if err := o.sendLayer(ctx, false); err != nil {
+		return err
+	}
+	if err := o.sendLog(ctx); err != nil {
+		return err
+	}
+	if o.tracker, err = track.New(o.trackerKind(), o.m.log); err != nil {
+		return err
+	}
+	// Closing unregisters, which costs ~20 ms a GiB: never inside the blackout,
+	// only at undo, or when the processes are gone.
+	o.undo.push("dirty tracking", func(context.Context) error { return o.tracker.Close() })
+	o.report.set(func(m *v1.Migration) { m.Tracker = string(o.tracker.Kind()) })
+	if o.tracker.Kind() == track.None || o.req.GetMode() == ModeStop {
+		return nil
+	}
+	return o.rounds(ctx)
+}
+
+func (o *outgoing) trackerKind() track.Kind {
+	if o.req.GetMode() == ModeStop {
+		return track.None
+	}
+	return o.m.trackerKind()
+}
+
+// rounds sends written pages until the stop rule ends it.
+func (o *outgoing) rounds(ctx context.Context) error {
+	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: maxRounds}
+	var done []RoundResult
+	for {
+		n := len(done) + 1
+		if err := failpoint.Hit(ctx, "source.round"); err != nil {
+			return err
+		}
+		res, err := o.round(ctx, n, track.Options{})
+		if err != nil {
+			return fmt.Errorf("round %d: %w", n, err)
+		}
+		done = append(done, res)
+		remaining, _ := rule.Remaining(done)
+		o.report.round(res, int64(remaining), dirtyRate(done))
+		o.m.metrics.round(res)
+		verdict := rule.Decide(done)
+		o.m.log.Debug("round", "migration", o.entry.ID, "round", n, "pages", res.Pages, "raw", res.BytesRaw,
+			"sent", res.BytesSent, "took", res.Duration, "verdict", verdict)
+		if verdict != Continue {
+			return nil
+		}
+	}
+}
+
+// dirtyRate is in pages per second, from the last two rounds.
+func dirtyRate(done []RoundResult) float64 {
+	if len(done) < 2 {
+		return 0
+	}
+	before, last := done[len(done)-2], done[len(done)-1]
+	if before.Duration <= 0 {
+		return 0
+	}
+	return float64(last.Pages) / before.Duration.Seconds()
+}
+
+// readChunk is how much memory is read before it is sent: large enough for
+// process_vm_readv to run at memory speed, small enough for the caches.
+const readChunk = 1 << 20
+
+// round sends everything written since the last one. The tracker re-arms a page
+// before the page is read: what is written in between is the next round's.
+func (o *outgoing) round(ctx context.Context, n int, opt track.Options) (RoundResult, error) {
+	began := time.Now()
+	procs, err := o.processes()
+	if err != nil {
+		return RoundResult{}, err
+	}
+	// The tracker must not wait for the link while it walks a process, so the
+	// extents are collected first: 32 bytes an extent.
+	var extents []checkpoint.Extent
+	_, err = o.tracker.Collect(ctx, procs, opt, func(e checkpoint.Extent) error {
+		extents = append(extents, e)
+		return nil
+	})
+	if err != nil {
+		return RoundResult{}, err
+	}
+	return o.send(ctx, n, procs, extents, began)
+}
+
+// send carries extents as one round.
+func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, extents []checkpoint.Extent, began time.Time) (RoundResult, error) {
+	host := make(map[checkpoint.PID]int, len(procs))
+	for _, p := range procs {
+		host[p.PID] = p.HostPID
+	}
+	var raw, total checkpoint.Bytes
+	for _, e := range extents {
+		if !e.Hole {
+			total += e.Bytes()
+		}
+	}
+	ctx, breakOff := context.WithCancelCause(ctx)
+	defer breakOff(nil)
+	r, err := o.session.Round(ctx, n)
+	if err != nil {
+		return RoundResult{}, err
+	}
+	buf := make([]byte, readChunk)
+	for _, e := range extents {
+		switch {
+		case e.Hole:
+			err = r.Zero(e.PID, e.Addr, e.Pages)
+		case host[e.PID] == 0:
+			err = fmt.Errorf("%v: no such process in the shard's cgroup", e)
+		default:
+			err = o.sendExtent(ctx, r, host[e.PID], e, buf)
+			raw += e.Bytes()
+			o.report.transferring(n, int64(raw), int64(o.session.Stats().BytesSent), int64(total-raw))
+		}
+		if err != nil {
+			breakOff(err)
+			_, _ = r.Close() // fails with the same error
+			return RoundResult{}, err
+		}
+		o.told.add(e)
+	}
+	stats, err := r.Close()
+	if err != nil {
+		return RoundResult{}, err
+	}
+	return RoundResult{
+		N: n, Pages: checkpoint.Pages(raw / checkpoint.PageSize),
+		BytesRaw: raw, BytesSent: stats.BytesSent, Duration: time.Since(began),
+	}, nil
+}
+
+// sendExtent reads and sends one run of pages. Pages whose mapping went away
+// since the scan are left out: the next round, or the frozen one, sees what
+// came instead.
+func (o *outgoing) sendExtent(ctx context.Context, r *transfer.Round, hostPID int, e checkpoint.Extent, buf []byte) error {
+	for at := e.Addr; at < e.End(); {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		chunk := buf[:min(uint64(len(buf)), e.End()-at)]
+		var gone []span
+		err := track.ReadMemory(hostPID, at, chunk, func(addr uint64, n checkpoint.Pages) {
+			gone = append(gone, span{addr, addr + uint64(n.Bytes())})
+		})
+		if err != nil {
+			return err
+		}
+		if err := sendPresent(r, e.PID, at, chunk, gone); err != nil {
+			return err
+		}
+		at += uint64(len(chunk))
+	}
+	return nil
+}
+
+// sendPresent sends what lies between the gaps, which are in order.
+func sendPresent(r *transfer.Round, pid checkpoint.PID, at uint64, chunk []byte, gone []span) error {
+	from, end := at, at+uint64(len(chunk))
+	send := func(to uint64) error {
+		if to <= from {
+			return nil
+		}
+		return r.Pages(pid, from, chunk[from-at:to-at])
+	}
+	for _, g := range gone {
+		if err := send(g.from); err != nil {
+			return err
+		}
+		from = g.to
+	}
+	return send(end)
+}
+
+func (o *outgoing) processes() ([]checkpoint.Process, error) {
+	pids, err := o.cgroup.Processes()
+	if err != nil {
+		return nil, err
+	}
+	return track.ProcessesOf(pids, int(o.rec.PID))
+}
+
+// sendLayer sends what changed in the writable layer since the last time.
+func (o *outgoing) sendLayer(ctx context.Context, frozen bool) error {
+	if o.upper == "" {
+		return nil
+	}
+	opt := layer.Options{Frozen: frozen, ListedAt: time.Now()}
+	pids, err := o.cgroup.Processes()
+	if err != nil {
+		return err
+	}
+	opt.AlwaysCompare = sharedWritable(pids)
+	sent, err := o.stream(ctx, blobLayer, "", func(w io.Writer) error {
+		index, _, err := layer.Send(ctx, o.upper, o.index, w, opt)
+		if err == nil {
+			o.index = index
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("writable layer: %w", err)
+	}
+	o.report.count(sent)
+	return nil
+}
+
+// sendLog sends what the shard's log grew by.
+func (o *outgoing) sendLog(ctx context.Context) error {
+	f, err := os.Open(o.m.rt.LogPath(o.rec.Namespace, o.rec.Name))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // not made by tranship run
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	size := fi.Size() - o.logSent
+	if size <= 0 {
+		return nil
+	}
+	sent, err := o.session.Blob(ctx, blobLog, strconv.FormatInt(o.logSent, 10), size, io.NewSectionReader(f, o.logSent, size))
+	if err != nil {
+		return fmt.Errorf("log: %w", err)
+	}
+	o.logSent += size
+	o.report.count(sent)
+	return nil
+}
+
+// stream sends what write produces as one blob.
+func (o *outgoing) stream(ctx context.Context, kind, name string, write func(io.Writer) error) (int64, error) {
+	pr, pw := io.Pipe()
+	var g errgroup.Group
+	g.Go(func() error {
+		err := write(pw)
+		return errors.Join(err, pw.CloseWithError(err))
+	})
+	sent, err := o.session.Blob(ctx, kind, name, -1, pr)
+	_ = pr.CloseWithError(err) // lets a writer end whose reader is gone; nil reads as closed pipe
+	return sent, errors.Join(err, g.Wait())
+}

@@ -1,0 +1,31 @@
+package migrate
+
+import (
+	"os"
+	"slices"
+	"testing"
+)
+
+func TestParseSharedWritable(t *testing.T) {
+	got := parseSharedWritable(`00400000-00401000 r-xp 00000000 08:01 1                                 /bin/x
+7f0000000000-7f0000001000 rw-s 00000000 08:01 2                          /data/a file
+7f0000001000-7f0000002000 r--s 00000000 08:01 3                          /data/readonly
+7f0000002000-7f0000003000 rw-s 00000000 00:01 4                          /dev/zero (deleted)
+7f0000003000-7f0000004000 rw-s 00000000 08:01 5                          /data/new\012line
+7f0000004000-7f0000005000 rw-p 00000000 00:00 0
+7f0000005000-7f0000006000 rw-s 00000000 00:0e 6                          anon_inode:[perf_event]
+`)
+	if want := []string{"/data/a file", "/data/new\nline"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestStartTimeNamesThisProcess(t *testing.T) {
+	a, err := startTime(os.Getpid())
+	if err != nil || a == 0 {
+		t.Fatal(a, err)
+	}
+	if b, err := startTime(os.Getpid()); err != nil || a != b {
+		t.Fatalf("%d, then %d, %v", a, b, err)
+	}
+}

@@ -1,0 +1,391 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"connectrpc.com/connect"
+
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/internal/failpoint"
+)
+
+// action is what a daemon that comes back does about a journaled state.
+type action string
+
+const (
+	nothing action = "nothing"
+	// undoAll: the shard never left, or never came; make it as if nothing had
+	// happened, then tell the other end.
+	undoAll action = "undo"
+	// ask: this host has yielded; ask the destination to run the shard until it
+	// says yes or never.
+	ask action = "ask"
+	// wait: the source decides; ask it until it has.
+	wait action = "wait"
+	// look: a restore was under way; see whether the shard runs.
+	look action = "look"
+	// finish: the shard runs here; do what remains.
+	finish action = "finish"
+)
+
+// recoveryOf is the right-hand column of ARCHITECTURE.md's table.
+func recoveryOf(role Role, state State) action {
+	switch {
+	case state.Final():
+		return nothing
+	case role == Source && state == Yielded:
+		return ask
+	case role == Source:
+		return undoAll
+	case state == Sealed:
+		return wait
+	case state == Starting:
+		return look
+	case state == Running:
+		return finish
+	default:
+		return undoAll
+	}
+}
+
+// Decisions that a source answers with.
+const (
+	decisionCommitted = "committed"
+	decisionAborted   = "aborted"
+	decisionPending   = "pending"
+)
+
+// decisionOf is what a source in a state tells a destination that asks.
+func decisionOf(s State) string {
+	switch s {
+	case Yielded, Done:
+		return decisionCommitted
+	case Aborted:
+		return decisionAborted
+	default:
+		return decisionPending
+	}
+}
+
+// Recover settles what an earlier daemon left behind. What can be settled alone
+// is when it returns; what needs the other end goes on in the background.
+func (m *Manager) Recover(ctx context.Context) error {
+	entries, err := m.journal.List()
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	for _, e := range entries {
+		act := recoveryOf(e.Role, e.State)
+		if act == nothing {
+			continue
+		}
+		known[filepath.Base(m.dir(e.ID, e.Role))] = true
+		log := m.log.With("migration", e.ID, "shard", e.Shard, "peer", e.Peer, "role", e.Role, "state", e.State)
+		log.Info("recovering a migration", "action", act)
+		if err := m.claim(shardKey{e.Namespace, e.Shard}, e.ID); err != nil {
+			log.Error("recover", "err", err)
+			continue
+		}
+		if err := m.recover(ctx, act, e); err != nil {
+			log.Error("recover", "err", err)
+		}
+	}
+	m.sweep(known)
+	if err := m.journal.Prune(); err != nil {
+		return err
+	}
+	m.work.Go(func() { m.watchIncoming(m.life) })
+	return nil
+}
+
+func (m *Manager) recover(ctx context.Context, act action, e *Entry) error {
+	switch act {
+	case ask:
+		m.work.Go(func() { m.settle(m.life, e) })
+		return nil
+	case undoAll:
+		if e.Role == Source {
+			return m.recoverSource(ctx, e)
+		}
+	}
+	in, err := m.reviveIncoming(e)
+	if err != nil {
+		return err
+	}
+	switch act {
+	case undoAll:
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		err := in.neverRuns(ctx, CodeRestarted, errors.New("transhipd of the destination was restarted"))
+		var aborted *abortedError
+		if errors.As(err, &aborted) {
+			return nil
+		}
+		return err
+	case look:
+		return in.lookWhetherItRuns(ctx)
+	case finish:
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		in.activate(ctx)
+	case wait: // watchIncoming asks the source
+	}
+	return nil
+}
+
+// recoverSource gives a shard back that an earlier daemon may have frozen.
+func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
+	uctx, cancel := undo(ctx)
+	defer cancel()
+	rec, err := m.rt.Describe(uctx, e.Namespace, e.Shard)
+	if err != nil && !errors.Is(err, runtime.ErrNotFound) {
+		return err
+	}
+	if err == nil && e.State == Stopping {
+		if err := m.giveBack(uctx, e, rec); err != nil {
+			m.log.Error("give a shard back", "migration", e.ID, "shard", e.Shard, "err", err)
+		}
+	}
+	if err := os.RemoveAll(m.dir(e.ID, Source)); err != nil {
+		return err
+	}
+	e.State, e.Code, e.Reason = Aborted, CodeRestarted, "transhipd of the source was restarted"
+	if err := m.journal.Put(e); err != nil {
+		return err
+	}
+	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+	// Best effort: a destination that is not told asks by itself.
+	if peer, err := m.peers.Client(e.Peer); err == nil {
+		m.work.Go(func() {
+			actx, cancel := context.WithTimeout(m.life, undoTimeout)
+			defer cancel()
+			if _, err := peer.Abort(actx, connect.NewRequest(&v1.AbortRequest{Id: e.ID, Reason: e.Reason})); err != nil {
+				m.log.Warn("destination was not told of the abort", "migration", e.ID, "peer", e.Peer, "err", err)
+			}
+		})
+	}
+	return nil
+}
+
+// settle asks the destination of a yielded shard until it has answered, for as
+// long as the daemon lives.
+func (m *Manager) settle(ctx context.Context, e *Entry) {
+	log := m.log.With("migration", e.ID, "shard", e.Shard, "peer", e.Peer)
+	for ctx.Err() == nil {
+		if err := failpoint.Hit(ctx, "source.settle"); err != nil {
+			return
+		}
+		// An operator may have settled it meanwhile.
+		if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded {
+			return
+		}
+		peer, err := m.peers.Client(e.Peer)
+		if err == nil {
+			_, err = m.askToRun(ctx, e, peer, doubtPatience)
+		}
+		var refused *refusedToRunError
+		switch {
+		case err == nil:
+			err = m.discard(ctx, e)
+		case errors.As(err, &refused):
+			err = m.takeBack(ctx, e, refused.Error())
+		default:
+			log.Warn("migration is in doubt", "err", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(commitRetry):
+			}
+			continue
+		}
+		if err != nil {
+			log.Error("settle", "err", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(doubtPatience):
+			}
+			continue
+		}
+		m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+		log.Info("migration settled", "state", e.State)
+		return
+	}
+}
+
+// takeBack lets a yielded shard go on here, after the destination's word that
+// it never will there, or an operator's.
+func (m *Manager) takeBack(ctx context.Context, e *Entry, reason string) error {
+	uctx, cancel := undo(ctx)
+	defer cancel()
+	rec, err := m.rt.Describe(uctx, e.Namespace, e.Shard)
+	if err != nil {
+		return err
+	}
+	// Journaled first: between here and the thaw a restart must not ask again.
+	e.State, e.Code, e.Reason = Aborted, CodeRestore, reason
+	if err := m.journal.Put(e); err != nil {
+		e.State = Yielded
+		return err
+	}
+	if err := m.giveBack(uctx, e, rec); err != nil {
+		return err
+	}
+	return os.RemoveAll(m.dir(e.ID, Source))
+}
+
+// Resolve settles a migration on an operator's word.
+func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequest]) (*connect.Response[v1.ResolveResponse], error) {
+	e, err := m.journal.Get(Source, r.Msg.GetId())
+	if errors.Is(err, ErrUnknownMigration) {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w on %s as source", err, m.cfg.Node))
+	}
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	if e.State != Yielded {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s: there is no doubt to resolve", e.ID, e.State))
+	}
+	m.mu.Lock()
+	_, running := m.outgoing[e.ID]
+	m.mu.Unlock()
+	if running {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is still under way", e.ID))
+	}
+	switch keep := r.Msg.GetKeep(); keep {
+	case "here":
+		err = m.takeBack(ctx, e, "an operator kept it on "+m.cfg.Node)
+	case "there":
+		err = m.discard(ctx, e)
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("keep %q: say here or there", keep))
+	}
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+	return connect.NewResponse(&v1.ResolveResponse{Migration: migrationOf(e, m.cfg.Node)}), nil
+}
+
+// lookWhetherItRuns settles a restore that was under way when an earlier daemon
+// died. The shard's link is still down, so a shard that does not run for sure
+// can be refused and the source goes on.
+func (in *incoming) lookWhetherItRuns(ctx context.Context) error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	finished := false
+	if in.pages != nil {
+		if st, err := in.pages.state(ctx); err == nil && st.Finished {
+			finished = true
+			in.entry.StartedUnixNS = st.FinishedAt.UnixNano()
+		}
+	}
+	if finished && in.m.rt.Runs(ctx, in.entry.Namespace, in.entry.Shard) {
+		in.entry.State = Running
+		if err := in.m.journal.Put(in.entry); err != nil {
+			return err
+		}
+		in.activate(ctx)
+		return nil
+	}
+	err := in.neverRuns(ctx, CodeRestarted, errors.New("transhipd of the destination was restarted during the restore"))
+	var aborted *abortedError
+	if errors.As(err, &aborted) {
+		return nil
+	}
+	return err
+}
+
+const (
+	// watchEvery paces the look at incoming migrations whose source is silent.
+	watchEvery = 2 * time.Second
+	// silence is how long a source may be silent before it is asked.
+	silence = 10 * time.Second
+	// abandonAfter is how long a source may be unreachable before a migration
+	// that was not sealed is given up: nothing can be lost by that.
+	abandonAfter = 30 * time.Second
+)
+
+// watchIncoming asks the sources of migrations that have become silent what they
+// decided, so that a reservation never outlives its source's interest.
+func (m *Manager) watchIncoming(ctx context.Context) {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		for _, in := range m.allIncoming() {
+			in.watch(ctx)
+		}
+	}
+}
+
+func (in *incoming) watch(ctx context.Context) {
+	in.mu.Lock()
+	state, quiet := in.entry.State, time.Since(in.heard)
+	in.mu.Unlock()
+	if (state != Receiving && state != Sealed) || quiet < silence {
+		return
+	}
+	log := in.m.log.With("migration", in.entry.ID, "shard", in.entry.Shard, "peer", in.entry.Peer)
+	decision, err := in.askDecision(ctx)
+	switch {
+	case err == nil && decision == decisionPending:
+		in.mu.Lock()
+		in.heard = time.Now()
+		in.mu.Unlock()
+	case err == nil && decision == decisionCommitted && state == Sealed:
+		if _, err := in.start(ctx); err != nil {
+			log.Error("start after the source's decision", "err", err)
+		}
+	case connect.CodeOf(err) == connect.CodeNotFound, err == nil && decision == decisionAborted:
+		if err := in.abort(ctx, CodeFailed, "the source gave it up"); err != nil {
+			log.Error("abort", "err", err)
+		}
+	case err != nil && state == Receiving && quiet > abandonAfter:
+		if err := in.abort(ctx, CodeLink, "the source is silent"); err != nil {
+			log.Error("abort", "err", err)
+		}
+	case err != nil:
+		log.Warn("the source does not answer", "err", err)
+	}
+}
+
+func (in *incoming) askDecision(ctx context.Context) (string, error) {
+	peer, err := in.m.peers.Client(in.entry.Peer)
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, watchEvery)
+	defer cancel()
+	resp, err := peer.Decision(ctx, connect.NewRequest(&v1.DecisionRequest{Id: in.entry.ID}))
+	if err != nil {
+		return "", err
+	}
+	return resp.Msg.GetDecision(), nil
+}
+
+// sweep removes directories of migrations that the journal does not know.
+func (m *Manager) sweep(known map[string]bool) {
+	entries, err := os.ReadDir(m.cfg.StoreDir)
+	if err != nil {
+		m.log.Error("sweep", "err", err)
+		return
+	}
+	for _, e := range entries {
+		if known[e.Name()] {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(m.cfg.StoreDir, e.Name())); err != nil {
+			m.log.Error("sweep", "err", err)
+		}
+	}
+}

@@ -1,0 +1,97 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/tranship/tranship/checkpoint/pagestore"
+	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/transfer"
+)
+
+func (m *Manager) addIncoming(in *incoming) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.incoming[in.entry.ID] = in
+}
+
+// forgetIncoming drops a migration that has ended; the journal still knows it.
+func (m *Manager) forgetIncoming(in *incoming) {
+	m.mu.Lock()
+	delete(m.incoming, in.entry.ID)
+	m.mu.Unlock()
+	m.release(shardKey{in.entry.Namespace, in.entry.Shard}, in.entry.ID)
+}
+
+func (m *Manager) allIncoming() []*incoming {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*incoming, 0, len(m.incoming))
+	for _, in := range m.incoming {
+		out = append(out, in)
+	}
+	return out
+}
+
+// incomingOf finds a migration for a call of its source. Ended ones are
+// answered from the journal.
+func (m *Manager) incomingOf(ctx context.Context, id string) (*incoming, error) {
+	m.mu.Lock()
+	in := m.incoming[id]
+	m.mu.Unlock()
+	if in == nil {
+		e, err := m.journal.Get(Destination, id)
+		if errors.Is(err, ErrUnknownMigration) {
+			return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w on %s", err, m.cfg.Node))
+		}
+		if err != nil {
+			return nil, connect.NewError(connect.CodeInternal, err)
+		}
+		in = &incoming{m: m, entry: e}
+	}
+	if peer := transfer.PeerFrom(ctx); peer != in.entry.Peer {
+		return nil, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("migration %s was reserved by another host than %s", id, peer))
+	}
+	in.mu.Lock()
+	in.heard = time.Now()
+	in.mu.Unlock()
+	return in, nil
+}
+
+// AcceptPages is asked for every page session that a peer opens.
+func (m *Manager) AcceptPages(_ context.Context, peer, migration string) (transfer.Sink, error) {
+	m.mu.Lock()
+	in := m.incoming[migration]
+	m.mu.Unlock()
+	if in == nil || in.entry.Peer != peer {
+		return nil, fmt.Errorf("%s: %w", migration, ErrUnknownMigration)
+	}
+	return in, nil
+}
+
+// reviveIncoming rebuilds what an earlier daemon knew of a migration from the
+// journal and the files that it left.
+func (m *Manager) reviveIncoming(e *Entry) (*incoming, error) {
+	in := &incoming{m: m, entry: e, heard: time.Now()}
+	if len(e.Record) > 0 {
+		rec, err := runtime.DecodeRecord(e.Record)
+		if err != nil {
+			return nil, fmt.Errorf("journaled record of %s: %w", e.ID, err)
+		}
+		in.rec = rec
+	}
+	if exists(in.dir(pagesDir)) {
+		var err error
+		if in.store, err = pagestore.Open(in.dir(pagesDir)); err != nil {
+			return nil, err
+		}
+	}
+	in.pages = adoptPageServer(in.dir(""), e.PageServerPID, e.PageServerStart)
+	in.received.Store(e.ImageDigest)
+	m.addIncoming(in)
+	return in, nil
+}

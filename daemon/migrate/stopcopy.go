@@ -1,0 +1,222 @@
+package migrate
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"path/filepath"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/criu"
+	"github.com/tranship/tranship/checkpoint/image"
+	"github.com/tranship/tranship/checkpoint/track"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/internal/failpoint"
+)
+
+// 4. stop and copy
+
+func (o *outgoing) stopAndCopy(ctx context.Context) error {
+	o.report.enter(PhaseStopAndCopy)
+	dumper, err := criu.StartDumper(o.m.cfg.CRIU)
+	if err != nil {
+		return err
+	}
+	defer dumper.Kill()
+	o.entry.CRIUPID = dumper.PID()
+	if o.entry.CRIUStart, err = startTime(dumper.PID()); err != nil {
+		return err
+	}
+	freezer := o.cgroup.Freezer()
+	state, err := freezer.State()
+	if err != nil {
+		return err
+	}
+	o.entry.InitPID, o.entry.FrozenBefore = int(o.rec.PID), state == runtime.Frozen
+	o.entry.State, o.entry.MarkedStop = Stopping, true
+	if err := o.m.journal.Put(o.entry); err != nil {
+		return err
+	}
+	o.undo.push("freeze", o.thaw)
+	if err := o.m.rt.MarkStopped(ctx, o.rec.Namespace, o.rec.Name); err != nil {
+		return err
+	}
+	if err := failpoint.Hit(ctx, "source.before-freeze"); err != nil {
+		return err
+	}
+
+	o.frozenAt = time.Now()
+	if err := freezer.Freeze(ctx); err != nil {
+		return err
+	}
+	if net, ok := o.shardNet(); ok {
+		if err := o.m.rt.Network().Isolate(ctx, net); err != nil {
+			return err
+		}
+	}
+	o.step("freeze", o.frozenAt)
+	if err := failpoint.Hit(ctx, "source.frozen"); err != nil {
+		return err
+	}
+	if err := o.dumpAndSend(ctx, dumper, freezer); err != nil {
+		return err
+	}
+	return o.seal(ctx)
+}
+
+// thaw is the undo of everything that stopAndCopy did to the shard. It does not
+// ask how far that came: every part may run on a shard that was not touched.
+func (o *outgoing) thaw(ctx context.Context) error {
+	return o.m.giveBack(ctx, o.entry, o.rec)
+}
+
+// dumpAndSend reads the last pages while CRIU dumps; both only look.
+func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer *runtime.Freezer) error {
+	dir := o.m.dir(o.entry.ID, Source)
+	images := filepath.Join(dir, "images")
+	began := time.Now()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		res, err := o.round(gctx, o.nextRound(), track.Options{Frozen: true})
+		if err != nil {
+			return fmt.Errorf("last round: %w", err)
+		}
+		o.report.round(res, 0, 0)
+		return nil
+	})
+	g.Go(func() error {
+		if err := o.dump(gctx, dumper, dir); err != nil {
+			return err
+		}
+		o.step("criu dump", began)
+		// CRIU has thawed the cgroup and holds the tasks by ptrace. It must be
+		// FROZEN again while CRIU still lives; then CRIU is needed no more.
+		at := time.Now()
+		if err := freezer.Freeze(gctx); err != nil {
+			return err
+		}
+		dumper.Kill()
+		o.step("criu exit", at)
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	o.step("last pages", began)
+	if err := failpoint.Hit(ctx, "source.dumped"); err != nil {
+		return err
+	}
+
+	at := time.Now()
+	if err := o.sendUntold(ctx, images); err != nil {
+		return err
+	}
+	g, gctx = errgroup.WithContext(ctx)
+	g.Go(func() error { return o.sendLayer(gctx, true) })
+	g.Go(func() error { return o.sendLog(gctx) })
+	g.Go(func() error { return o.sendImages(gctx, images) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	o.step("send images and layer", at)
+	return nil
+}
+
+func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) error {
+	spec, err := o.rec.OCISpec()
+	if err != nil {
+		return err
+	}
+	root := fmt.Sprintf("/proc/%d/root", o.rec.PID)
+	mounts, external, err := criu.ExternalsOf(spec, root)
+	if err != nil {
+		return err
+	}
+	images := filepath.Join(dir, "images")
+	if err := criu.WriteDescriptors(images, int(o.rec.PID)); err != nil {
+		return err
+	}
+	return dumper.Dump(ctx, criu.DumpConfig{
+		InitPID: int(o.rec.PID), ImageDir: images, WorkDir: filepath.Join(dir, "work"),
+		Root:         o.rootfs.Path,
+		FreezeCgroup: o.cgroup.Dir, ExternalMounts: mounts, External: external,
+		TCPEstablished: true, LazyPages: true, LogLevel: o.m.cfg.CRIULogLevel,
+	})
+}
+
+// sendUntold sends the pages that CRIU left to tranship and that no round
+// covered. There should be none; if the tracker's idea of what CRIU leaves out
+// and CRIU's ever differ, this is what keeps the shard whole.
+func (o *outgoing) sendUntold(ctx context.Context, images string) error {
+	lazy, err := image.LazyExtents(images)
+	if err != nil {
+		return fmt.Errorf("pages left out of the images: %w", err)
+	}
+	var missing []checkpoint.Extent
+	for _, extents := range lazy {
+		for _, e := range extents {
+			missing = append(missing, o.told.missing(e)...)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	procs, err := o.processes()
+	if err != nil {
+		return err
+	}
+	res, err := o.send(ctx, o.nextRound(), procs, missing, time.Now())
+	if err != nil {
+		return err
+	}
+	o.m.log.Warn("pages that no round covered", "migration", o.entry.ID, "shard", o.entry.Shard, "bytes", res.BytesRaw)
+	o.report.round(res, 0, 0)
+	return nil
+}
+
+// nextRound numbers the rounds over the whole migration.
+func (o *outgoing) nextRound() int {
+	result, _ := o.report.snapshot()
+	return len(result.GetRounds()) + 1
+}
+
+func (o *outgoing) sendImages(ctx context.Context, images string) error {
+	var sum imageDigest
+	sent, err := o.stream(ctx, blobImages, "", func(w io.Writer) error {
+		var err error
+		sum, err = sendImages(images, w)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	o.report.count(sent)
+	o.entry.ImageDigest = uint64(sum)
+	return nil
+}
+
+// 5. seal
+
+func (o *outgoing) seal(ctx context.Context) error {
+	at := time.Now()
+	if err := failpoint.Hit(ctx, "source.seal"); err != nil {
+		return err
+	}
+	req := &v1.SealRequest{Id: o.entry.ID, ImageDigest: o.entry.ImageDigest}
+	if _, err := o.peer.Seal(ctx, connect.NewRequest(req)); err != nil {
+		return fmt.Errorf("seal: %w", peerError(err))
+	}
+	o.step("seal", at)
+	return nil
+}
+
+// step adds one part of the blackout.
+func (o *outgoing) step(name string, since time.Time) {
+	d := time.Since(since)
+	o.report.set(func(m *v1.Migration) { m.Blackout = append(m.Blackout, &v1.Phase{Name: name, Ms: millis(d)}) })
+}
