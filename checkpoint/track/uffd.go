@@ -1,0 +1,325 @@
+package track
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The ABI of userfaultfd, include/uapi/linux/userfaultfd.h.
+const (
+	ioctlUffdAPI          = 0xc018aa3f // _IOWR(0xAA, 0x3F, struct uffdio_api)
+	ioctlUffdRegister     = 0xc020aa00 // _IOWR(0xAA, 0x00, struct uffdio_register)
+	ioctlUffdWriteProtect = 0xc018aa06 // _IOWR(0xAA, 0x06, struct uffdio_writeprotect)
+
+	uffdAPI            = 0xaa
+	featureUnpopulated = 1 << 13 // UFFD_FEATURE_WP_UNPOPULATED: Linux 6.4
+	featureAsync       = 1 << 15 // UFFD_FEATURE_WP_ASYNC: Linux 6.7
+	registerModeWP     = 1 << 1
+	writeProtectModeWP = 1 << 0
+)
+
+// userfault is a userfaultfd of another process, set up for asynchronous
+// write-protection: a write to a protected page is let through by the kernel,
+// which only takes the protection off. Nobody has to answer anything, so nothing
+// happens to the process when the descriptor is closed, in whatever way.
+type userfault struct{ fd int }
+
+func (u *userfault) handshake() error {
+	arg := struct{ api, features, ioctls uint64 }{api: uffdAPI, features: featureAsync | featureUnpopulated}
+	if err := u.ioctl(ioctlUffdAPI, unsafe.Pointer(&arg)); err != nil {
+		return fmt.Errorf("asynchronous write-protection: %w", err)
+	}
+	return nil
+}
+
+// register makes write-protection possible in all mappings of a range. It is
+// idempotent.
+func (u *userfault) register(start, end uint64) error {
+	arg := struct{ start, length, mode, ioctls uint64 }{start: start, length: end - start, mode: registerModeWP}
+	return u.ioctl(ioctlUffdRegister, unsafe.Pointer(&arg))
+}
+
+// protect arms, or disarms, all pages of a range.
+func (u *userfault) protect(start, end uint64, on bool) error {
+	arg := struct{ start, length, mode uint64 }{start: start, length: end - start}
+	if on {
+		arg.mode = writeProtectModeWP
+	}
+	return u.ioctl(ioctlUffdWriteProtect, unsafe.Pointer(&arg))
+}
+
+func (u *userfault) ioctl(request uintptr, arg unsafe.Pointer) error {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(u.fd), request, uintptr(arg))
+	runtime.KeepAlive(u)
+	if errno != 0 {
+		return procError(errno)
+	}
+	return nil
+}
+
+func (u *userfault) Close() error { return unix.Close(u.fd) }
+
+// uffdMethod tracks by write-protection.
+//
+// It trusts a page's state only in a mapping that the kernel says is registered
+// now, and it protects and reports whatever it registers. Mappings lose their
+// registration when they move, when they are replaced and when they are copied
+// by fork, and new ones have none; so all that needs no attention of its own.
+// A moved page may keep a stale mark up to Linux 6.12, which is why protecting
+// is explicit.
+type uffdMethod struct{ log *slog.Logger }
+
+func (*uffdMethod) kind() Kind { return UffdWP }
+
+func (m *uffdMethod) prepare(c *collection) ([]region, error) {
+	if c.frozen {
+		return m.asFound(c)
+	}
+	fresh := c.p.uffd == nil
+	if !fresh {
+		regions, known, err := m.inspect(c)
+		if err != nil {
+			return nil, err
+		}
+		if known {
+			return m.register(c, regions, false)
+		}
+		// Nothing of what was registered is there: the process executed another
+		// program.
+		if err := errors.Join(m.release(c.p), c.pages.Close()); err != nil {
+			return nil, err
+		}
+		c.pages = nil
+	}
+	if err := m.obtain(c); err != nil {
+		if !errors.Is(err, errBusy) {
+			return nil, err
+		}
+		m.log.Debug("the process could not be stopped and is sent in full", "pid", c.p.HostPID, "err", err)
+		c.stats.Untracked++
+		if err := c.open(); err != nil {
+			return nil, err
+		}
+		return c.untracked()
+	}
+	if err := c.open(); err != nil {
+		return nil, err
+	}
+	regions, err := c.untracked()
+	if err != nil {
+		return nil, err
+	}
+	return m.register(c, regions, true)
+}
+
+// asFound lists the regions of a frozen process with what is registered there.
+func (m *uffdMethod) asFound(c *collection) ([]region, error) {
+	if c.p.uffd == nil {
+		if err := c.open(); err != nil {
+			return nil, err
+		}
+		return c.untracked()
+	}
+	regions, _, err := m.inspect(c)
+	return regions, err
+}
+
+// inspect lists the regions of a known process, full where nothing is
+// registered, and says whether anything is.
+func (m *uffdMethod) inspect(c *collection) (regions []region, known bool, err error) {
+	if err := c.open(); err != nil {
+		return nil, false, err
+	}
+	if regions, err = c.untracked(); err != nil {
+		return nil, false, err
+	}
+	for i := range regions {
+		tracked, err := c.pages.tracked(regions[i].start)
+		if err != nil {
+			return nil, false, err
+		}
+		regions[i].full = !tracked
+		known = known || tracked
+	}
+	return regions, known, nil
+}
+
+// obtain gets a userfaultfd for a process that has none yet.
+func (m *uffdMethod) obtain(c *collection) error {
+	fault := func(op string, err error) error {
+		if errors.Is(err, errGone) || errors.Is(err, errBusy) {
+			return err
+		}
+		return &ProcessError{Process: c.p.Process, Op: op, Err: err}
+	}
+	var ours []int
+	for _, p := range c.t.shards {
+		if p.uffd != nil {
+			ours = append(ours, p.uffd.fd)
+		}
+	}
+	if err := closeInherited(c.p.HostPID, ours); err != nil {
+		return fault("close an inherited descriptor", err)
+	}
+	fd, pause, err := injectUserfaultfd(c.p.HostPID)
+	c.stats.Pause = max(c.stats.Pause, pause)
+	if err != nil {
+		return fault("create a userfaultfd", err)
+	}
+	u := &userfault{fd: fd}
+	if err := u.handshake(); err != nil {
+		return errors.Join(fault("set up the userfaultfd", err), u.Close())
+	}
+	c.p.uffd = u
+	for _, child := range children(c.p.HostPID) {
+		err := closeInherited(child, []int{fd})
+		if err != nil && !errors.Is(err, errGone) && !errors.Is(err, errBusy) {
+			return fault(fmt.Sprintf("close the descriptor that process %d inherited", child), err)
+		}
+	}
+	return nil
+}
+
+// register registers the regions that are not. It returns none for a process
+// whose memory is registered as another one's.
+func (m *uffdMethod) register(c *collection, regions []region, fresh bool) ([]region, error) {
+	for i := range regions {
+		r := &regions[i]
+		if !r.full && !c.p.unfinished {
+			continue
+		}
+		missing := r.full
+		r.full = true
+		switch err := c.p.uffd.register(r.start, r.end); {
+		case err == nil:
+		case errors.Is(err, errGone):
+			// It executed another program since the descriptor was obtained: the
+			// next Collect finds that nothing is registered.
+			continue
+		case errors.Is(err, unix.EBUSY):
+			shares, err := m.sharesMemory(c)
+			if err != nil {
+				return nil, err
+			}
+			if shares && fresh {
+				c.stats.Deferred++
+				return nil, m.release(c.p)
+			}
+			return nil, errors.Join(&ProcessError{Process: c.p.Process, Op: "register its memory", Err: ErrForeignUserfaultfd}, m.release(c.p))
+		default:
+			// The mapping went away, or cannot be registered (droppable memory):
+			// whatever is there is reported in full, each time.
+			continue
+		}
+		// Registered in another memory than the one that c.pages shows, if the
+		// process executed another program just now while a vfork child keeps the
+		// old one.
+		tracked, err := c.pages.tracked(r.start)
+		if err != nil {
+			return nil, err
+		}
+		r.protect = tracked
+		if tracked && missing {
+			c.stats.Registered++
+		}
+	}
+	return regions, nil
+}
+
+// sharesMemory says whether another tracked process has the same memory, as
+// between vfork and exec.
+func (m *uffdMethod) sharesMemory(c *collection) (bool, error) {
+	for _, p := range c.t.shards {
+		if p == c.p || p.uffd == nil {
+			continue
+		}
+		same, err := sameMemory(p.HostPID, c.p.HostPID)
+		if err != nil && !errors.Is(err, errGone) {
+			return false, err
+		}
+		if same {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (m *uffdMethod) judge(c *collection, r region) (verdict, error) {
+	w := c.window
+	if r.full {
+		if r.protect {
+			err := c.p.uffd.protect(w.start, w.end, true)
+			// Memory that was replaced since it was registered is not protected, and
+			// is found unregistered the next time.
+			if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, errGone) {
+				return unknown, fmt.Errorf("write-protect %#x-%#x of process %d: %w", w.start, w.end, c.p.HostPID, err)
+			}
+		}
+		return unknown, nil
+	}
+	err := c.pages.written(w, !c.frozen)
+	if errors.Is(err, errNotTracked) {
+		return unknown, nil
+	}
+	if err != nil {
+		return unknown, err
+	}
+	if anySet(w.written) {
+		return touched, nil
+	}
+	return untouched, nil
+}
+
+// release closes the descriptor; the kernel then unregisters what is left.
+func (m *uffdMethod) release(p *process) error {
+	if p.uffd == nil {
+		return nil
+	}
+	err := p.uffd.Close()
+	p.uffd = nil
+	return err
+}
+
+// disarm takes the protection off window by window before the descriptor is
+// closed: the kernel does the same at its release, but all at once and with the
+// process's memory locked, 20 ms for each GiB.
+func (m *uffdMethod) disarm(p *process) error {
+	if p.uffd == nil {
+		return nil
+	}
+	return errors.Join(m.unprotect(p), m.release(p))
+}
+
+func (m *uffdMethod) unprotect(p *process) error {
+	pages, err := openPagemap(p.HostPID, new(buffers), nil)
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	mappings, err := readMaps(p.HostPID)
+	for _, mapping := range mappings {
+		tracked, trackedErr := pages.tracked(mapping.start)
+		if trackedErr != nil || !tracked {
+			continue // [vsyscall] lies outside of what can be looked at
+		}
+		chunkErr := pages.chunks(mapping.start, mapping.end, func(start, end uint64) error {
+			unprotectErr := p.uffd.protect(start, end, false)
+			if errors.Is(unprotectErr, unix.ENOENT) {
+				return nil // replaced by a mapping that is not registered
+			}
+			return unprotectErr
+		})
+		err = errors.Join(err, chunkErr)
+	}
+	if err = errors.Join(err, pages.Close()); errors.Is(err, errGone) {
+		return nil
+	}
+	return err
+}
