@@ -75,13 +75,16 @@ type Stat struct {
 	ErrorCount uint32   `json:"error_count"`
 	Errors     []string `json:"errors"` // the first ten
 
-	VerifiedPages uint64            `json:"verified_pages"`
-	Writes        uint64            `json:"writes"` // pages
-	Forks         uint64            `json:"forks"`
-	Records       uint64            `json:"records"`
-	Messages      uint64            `json:"messages"`
-	StreamBytes   uint64            `json:"stream_bytes"`
-	MapOps        uint64            `json:"map_ops"`
+	VerifiedPages uint64 `json:"verified_pages"`
+	Writes        uint64 `json:"writes"` // pages
+	Forks         uint64 `json:"forks"`
+	Records       uint64 `json:"records"`
+	Messages      uint64 `json:"messages"`
+	StreamBytes   uint64 `json:"stream_bytes"`
+	MapOps        uint64 `json:"map_ops"`
+	// Resizes that the kernel refused because a range is several mappings: never
+	// natively, but after a restore, which maps each by itself. No error.
+	MremapRefused uint64            `json:"mremap_refused"`
 	RegisterRuns  uint64            `json:"register_rounds"`
 	Signals       uint64            `json:"signals"`
 	Backwards     uint64            `json:"clock_backwards"`

@@ -129,7 +129,7 @@ func until(t *testing.T, c *Client, what string, done func(Stat) bool) Stat {
 
 var features = []string{
 	"plain", "maps", "heap", "stack", "thp", "sparse", "regs", "fork",
-	"shared", "pipe", "socket", "loopback", "eventfd", "signal", "timer",
+	"shared", "pipe", "socket", "loopback", "eventfd", "signal", "timer", "timerfd",
 	"memfd", "shm", "private", "mapped", "log", "unlinked",
 }
 
@@ -146,6 +146,9 @@ func TestAProgramThatNobodyTouchesFindsNothingWrong(t *testing.T) {
 	})
 	if err := s.Err(); err != nil {
 		t.Fatal(err)
+	}
+	if s.MremapRefused != 0 {
+		t.Errorf("the kernel refused %d resizes", s.MremapRefused)
 	}
 	if s.Processes < 5 || s.PID != cmd.Process.Pid || s.LongestPauseMS <= 0 || s.WatchPauseMS <= 0 {
 		t.Errorf("2 workers, 2 peers and main are at least 5 processes with pauses: %+v", s)
@@ -195,7 +198,8 @@ func TestDamageIsFound(t *testing.T) {
 		{"loopback:lost", "loopback: byte"},
 		{"eventfd", "eventfd: "},
 		{"signal", "signal: "},
-		{"timer", "timer: the timerfd has not fired"},
+		{"timer", "timer: the POSIX timer has not fired"},
+		{"timerfd", "timerfd: it has not fired"},
 		{"memfd:bit", "memfd: page"},
 		{"memfd:zero", "all zero"},
 		{"shm:stale", "shm: page"},

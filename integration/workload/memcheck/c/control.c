@@ -94,6 +94,7 @@ static void put_stat(void)
 	put("],\"verified_pages\":%llu,\"writes\":%llu,\"forks\":%llu,\"records\":%llu,\"messages\":%llu,\"stream_bytes\":%llu",
 	    (unsigned long long)st->verified, (unsigned long long)st->writes, (unsigned long long)st->forks, (unsigned long long)st->records,
 	    (unsigned long long)st->messages, (unsigned long long)st->stream_bytes);
+	put(",\"mremap_refused\":%llu", (unsigned long long)st->mremap_refused);
 	put(",\"map_ops\":%llu,\"register_rounds\":%llu,\"signals\":%llu,\"clock_backwards\":%llu", (unsigned long long)st->map_ops,
 	    (unsigned long long)st->register_rounds, (unsigned long long)st->signals, (unsigned long long)st->clock_backwards);
 	put(",\"steps\":{");

@@ -243,8 +243,8 @@ static bool timer_heard(timer_t timer)
 	struct itimerspec left;
 	sigemptyset(&set);
 	sigaddset(&set, TIMER_SIGNAL);
-	if (timer_gettime(timer, &left) || left.it_interval.tv_nsec != TIMER_NS)
-		fail("timer: its interval is %ld ns: %s", left.it_interval.tv_nsec, strerror(errno));
+	if (timer_gettime(timer, &left))
+		fail("timer: timer_gettime: %s", strerror(errno));
 	count(&st->steps[F_TIMER], 1);
 	return sigtimedwait(&set, &info, &now) == TIMER_SIGNAL;
 }
@@ -294,7 +294,7 @@ static __attribute__((noreturn)) void peer_run(void)
 	}
 	if (has(F_EVENTFD))
 		epoll_add(ep, event_fd);
-	if (has(F_TIMER)) {
+	if (has(F_TIMERFD)) {
 		struct itimerspec every = {{0, TIMER_NS}, {0, TIMER_NS}};
 		timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
 		if (timer_fd < 0 || timerfd_settime(timer_fd, 0, &every, NULL))
@@ -330,12 +330,15 @@ static __attribute__((noreturn)) void peer_run(void)
 				verify_done();
 			turn_send();
 		}
-		if (has(F_TIMER)) {
+		if (has(F_TIMERFD)) {
 			struct itimerspec off = {0};
-			if (corrupt_kind(F_TIMER))
+			count(&st->steps[F_TIMERFD], 1);
+			if (corrupt_kind(F_TIMERFD))
 				timerfd_settime(timer_fd, 0, &off, NULL);
+			/* CRIU restores a periodic timer that had expired, unread, as one that
+			 * never fires again (checkpoint-restore/criu#3162). */
 			if (silent(&timer_since, &timer_quiet, timer) > SILENCE_NS / 4) {
-				fail("timer: the timerfd has not fired for %llu ms", (unsigned long long)timer_quiet / 1000000);
+				fail("timerfd: it has not fired for %llu ms", (unsigned long long)timer_quiet / 1000000);
 				timer_quiet = 0;
 			}
 		}
@@ -439,6 +442,9 @@ void *ipc_thread(void *arg)
 			fail("shared: the peer, pid %d, has been silent for %llu ms", ipc_peer, (unsigned long long)turn_quiet / 1000000);
 			turn_quiet = 0;
 		}
+		struct itimerspec off = {0};
+		if (corrupt_kind(F_TIMER))
+			timer_settime(timer, 0, &off, NULL);
 		if (has(F_TIMER) && silent(&timer_since, &timer_quiet, timer_heard(timer)) > SILENCE_NS / 4) {
 			fail("timer: the POSIX timer has not fired for %llu ms", (unsigned long long)timer_quiet / 1000000);
 			timer_quiet = 0;

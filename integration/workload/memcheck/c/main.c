@@ -9,7 +9,7 @@
 
 const char *const feature_names[F_COUNT] = {
 	"plain", "maps", "heap", "stack", "thp", "sparse", "regs", "fork",
-	"shared", "pipe", "socket", "loopback", "eventfd", "signal", "timer",
+	"shared", "pipe", "socket", "loopback", "eventfd", "signal", "timer", "timerfd",
 	"memfd", "shm", "private", "mapped", "log", "unlinked",
 };
 static const char *const damage_names[] = {"", "bit", "zero", "stale", "swap", "lost"};
@@ -181,7 +181,7 @@ static const struct { void *(*run)(void *); uint64_t features; } groups[] = {
 	{regs_thread, GROUP(F_REGS, F_REGS)},
 	{fork_thread, GROUP(F_FORK, F_FORK)},
 	{files_thread, GROUP(F_MEMFD, F_UNLINKED)},
-	{ipc_thread, GROUP(F_SHARED, F_TIMER)},
+	{ipc_thread, GROUP(F_SHARED, F_TIMERFD)},
 };
 #define GROUPS (sizeof groups / sizeof *groups)
 
@@ -191,7 +191,7 @@ static unsigned expected_ready(void)
 	unsigned n = has(F_PLAIN) ? opt.threads : 0;
 	for (size_t i = 0; i < GROUPS; i++)
 		n += (groups[i].features & opt.features) || groups[i].run == watch_thread;
-	return n + ((GROUP(F_SHARED, F_TIMER) & opt.features) != 0); /* the peer */
+	return n + ((GROUP(F_SHARED, F_TIMERFD) & opt.features) != 0); /* the peer */
 }
 
 static pthread_t start(void *(*run)(void *), void *arg)
@@ -215,7 +215,7 @@ static __attribute__((noreturn)) void worker_run(void)
 	mallopt(M_ARENA_MAX, 1);
 	mallopt(M_MMAP_THRESHOLD, 1 << 25);
 	mallopt(M_TRIM_THRESHOLD, 64 << 10);
-	if (GROUP(F_SHARED, F_TIMER) & opt.features)
+	if (GROUP(F_SHARED, F_TIMERFD) & opt.features)
 		ipc_setup(); /* forks: before any thread exists */
 	if (has(F_PLAIN)) {
 		plain_setup();

@@ -77,6 +77,18 @@ static void maps_new(struct mapslot *s)
 			page_stamp(&s->r, k);
 }
 
+/* mremap_failed: the kernel refuses to resize what are two mappings by now with
+ * EFAULT. That is no damage, but counted: natively a range whose protection was
+ * changed and changed back is one mapping again; CRIU restores each mapping by
+ * itself, and such two cannot merge any more. */
+static void mremap_failed(const char *what, size_t from, size_t to)
+{
+	if (errno == EFAULT)
+		count(&st->mremap_refused, 1);
+	else
+		fail("maps: mremap, %s, from %zu to %zu pages: %s", what, from, to, strerror(errno));
+}
+
 /* maps_move gives the slot n pages at a new address, chosen by us: that is what
  * a tracker by address must notice. */
 static void maps_move(struct mapslot *s, size_t n)
@@ -87,7 +99,8 @@ static void maps_move(struct mapslot *s, size_t n)
 		return;
 	}
 	if (mremap(s->r.at, s->r.pages * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to) {
-		fail("maps: mremap to %p: %s", (void *)to, strerror(errno));
+		mremap_failed("elsewhere", s->r.pages, n);
+		munmap(to, n * PAGE); /* perhaps done already; no other thread maps anything by now */
 		return;
 	}
 	s->r.at = to;
@@ -100,8 +113,11 @@ static void maps_leave(struct mapslot *s)
 {
 	uint8_t *old = s->r.at;
 	uint8_t *to = mremap(old, s->r.pages * PAGE, s->r.pages * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
-	if (to == MAP_FAILED)
-		return; /* before Linux 5.7 */
+	if (to == MAP_FAILED) {
+		if (errno != EINVAL) /* before Linux 5.7 */
+			mremap_failed("leaving the old mapping", s->r.pages, s->r.pages);
+		return;
+	}
 	s->r.at = to;
 	for (size_t k = 0; k < s->r.pages; k += 7)
 		if (((uint64_t *)(old + k * PAGE))[1])
@@ -135,7 +151,7 @@ static void maps_step(void)
 		n = 1 + rnd_below(SLOT_PAGES);
 		void *p = mremap(s->r.at, s->r.pages * PAGE, n * PAGE, MREMAP_MAYMOVE);
 		if (p == MAP_FAILED) {
-			fail("maps: mremap from %zu to %zu pages: %s", s->r.pages, n, strerror(errno));
+			mremap_failed("anywhere", s->r.pages, n);
 			break;
 		}
 		s->r.at = p;

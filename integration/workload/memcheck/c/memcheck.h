@@ -59,7 +59,7 @@ extern struct options opt;
 
 enum feature {
 	F_PLAIN, F_MAPS, F_HEAP, F_STACK, F_THP, F_SPARSE, F_REGS, F_FORK,
-	F_SHARED, F_PIPE, F_SOCKET, F_LOOPBACK, F_EVENTFD, F_SIGNAL, F_TIMER,
+	F_SHARED, F_PIPE, F_SOCKET, F_LOOPBACK, F_EVENTFD, F_SIGNAL, F_TIMER, F_TIMERFD,
 	F_MEMFD, F_SHM, F_PRIVATE, F_MAPPED, F_LOG, F_UNLINKED,
 	F_COUNT
 };
@@ -98,7 +98,7 @@ struct status {
 	_Atomic uint32_t reset_request;
 	_Atomic uint32_t corrupt_armed;
 	_Atomic uint64_t verified, writes, forks, records, messages, stream_bytes;
-	_Atomic uint64_t map_ops, register_rounds, signals, clock_backwards;
+	_Atomic uint64_t map_ops, mremap_refused, register_rounds, signals, clock_backwards;
 	_Atomic uint64_t steps[F_COUNT];
 	_Atomic uint32_t ready; /* threads and peers that are set up */
 	struct slot slot[MAX_SLOTS];
@@ -212,7 +212,7 @@ void *fork_thread(void *arg);    /* fork.c */
 void *files_thread(void *arg);   /* files.c: memfd shm private mapped log unlinked */
 void shm_path(char *path, size_t size, pid_t main_pid, int worker);
 void ipc_setup(void);            /* ipc.c: makes the channels and forks the peer */
-void *ipc_thread(void *arg);     /* shared pipe socket loopback eventfd signal timer */
+void *ipc_thread(void *arg);     /* shared pipe socket loopback eventfd signal timer timerfd */
 extern pid_t ipc_peer;
 
 /* ---- control.c ------------------------------------------------------------ */
