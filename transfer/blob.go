@@ -72,9 +72,6 @@ func (s *Session) Blob(ctx context.Context, kind, name string, size int64, r io.
 		return nil
 	}
 	total, err := sendBlob(ctx, space, wire.OpenBlob{Kind: kind, Name: name, Size: size}, r, write)
-	s.mu.Lock()
-	s.stats.BytesSent += checkpoint.Bytes(sent)
-	s.mu.Unlock()
 	if err == nil {
 		err = stream.Close()
 	}

@@ -35,10 +35,12 @@ type inbound struct {
 	sink    Sink
 	current *attempt
 	// epoch is that of the newest round, active how many of its streams are being
-	// applied, and idle is closed when that becomes none.
-	epoch  uint64
-	active int
-	idle   chan struct{}
+	// applied, waiting how many of later rounds are not yet; idle is closed when
+	// active becomes none.
+	epoch   uint64
+	active  int
+	waiting int
+	idle    chan struct{}
 }
 
 // attempt is one time that a session was connected.
@@ -239,12 +241,15 @@ func (in *inbound) enterRound(ctx context.Context, epoch uint64) error {
 	defer in.mu.Unlock()
 	for epoch > in.epoch && in.active > 0 {
 		idle := in.idle
+		in.waiting++
 		in.mu.Unlock()
 		select {
 		case <-idle:
-			in.mu.Lock()
 		case <-ctx.Done():
-			in.mu.Lock()
+		}
+		in.mu.Lock()
+		in.waiting--
+		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 	}

@@ -141,6 +141,7 @@ func (s *Session) write(ctx context.Context, stream *quic.Stream, b []byte) (sen
 		}
 		n, err := stream.Write(piece)
 		sent += n
+		s.sent.Add(int64(n))
 		if err != nil {
 			return sent, err
 		}

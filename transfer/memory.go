@@ -36,6 +36,7 @@ type pageMemory struct {
 
 	mu     sync.Mutex
 	chunks map[chunkKey]*chunk
+	known  checkpoint.Pages // in all chunks
 	// touched are the chunks with pages that wait for their acknowledgement.
 	touched []*chunk
 }
@@ -88,7 +89,10 @@ func (m *pageMemory) sift(pid checkpoint.PID, addr uint64, data []byte, verdicts
 			verdicts[i] = same
 			continue
 		}
-		c.known &^= bit
+		if c.known&bit != 0 {
+			c.known &^= bit
+			m.known--
+		}
 		c.pending |= bit
 		c.hash[at] = hashes[i]
 	}
@@ -107,6 +111,7 @@ func (m *pageMemory) forget(pid checkpoint.PID, addr uint64, n checkpoint.Pages)
 	drop := func(key chunkKey, c *chunk) {
 		base := key.page * chunkPages
 		from, to := max(begin, base)-base, min(end, base+chunkPages)-base
+		m.known -= checkpoint.Pages(bits.OnesCount64(c.known & mask(from, to)))
 		c.known &^= mask(from, to)
 		if c.known|c.pending == 0 {
 			delete(m.chunks, key)
@@ -144,6 +149,7 @@ func (m *pageMemory) settle(applied bool) {
 	for _, c := range m.touched {
 		if applied {
 			c.known |= c.pending
+			m.known += checkpoint.Pages(bits.OnesCount64(c.pending))
 		}
 		c.pending = 0
 	}
@@ -155,16 +161,12 @@ func (m *pageMemory) settle(applied bool) {
 func (m *pageMemory) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.chunks, m.touched = map[chunkKey]*chunk{}, nil
+	m.chunks, m.touched, m.known = map[chunkKey]*chunk{}, nil, 0
 }
 
 // pages returns how many pages the peer is known to have.
 func (m *pageMemory) pages() checkpoint.Pages {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	n := 0
-	for _, c := range m.chunks {
-		n += bits.OnesCount64(c.known)
-	}
-	return checkpoint.Pages(n)
+	return m.known
 }

@@ -298,7 +298,6 @@ func (r *Round) Close() (RoundStats, error) {
 	stats := r.stats()
 	r.s.mu.Lock()
 	r.s.busy = false
-	r.s.stats.BytesSent += stats.BytesSent
 	if err == nil {
 		r.s.stats.Rounds++
 		r.s.stats.Pages += stats.Pages

@@ -103,6 +103,7 @@ type Session struct {
 	// encoders are one a lane; they remember between rounds what shrinks.
 	encoders []encoding.Encoder
 	turn     atomic.Uint64 // of connections, for blobs
+	sent     atomic.Int64  // bytes into streams
 
 	mu      sync.Mutex
 	links   []*link // of the current attempt
@@ -121,7 +122,8 @@ type Stats struct {
 	Pages, Zeros, Unchanged checkpoint.Pages
 	// BytesRaw is what came into rounds and blobs, BytesSent what went into
 	// streams for it, BytesWire all of UDP's payload, handshakes and what was sent
-	// again included. The last two count broken rounds and blobs as well.
+	// again included. The last two grow while a round is open, and count broken
+	// rounds and blobs as well.
 	BytesRaw, BytesSent, BytesWire checkpoint.Bytes
 	// PacketsLost is QUIC's estimate.
 	PacketsLost int64
@@ -356,7 +358,7 @@ func (s *Session) Forget(pid checkpoint.PID) {
 	s.memory.forget(pid, 0, wire.MaxAddr/checkpoint.PageSize)
 }
 
-// Stats returns the counts so far.
+// Stats returns the counts so far. It is cheap enough for every progress report.
 func (s *Session) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -367,6 +369,7 @@ func (s *Session) Stats() Stats {
 		stats.PacketsLost += int64(cs.PacketsLost)
 		stats.RTT = cs.SmoothedRTT
 	}
+	stats.BytesSent = checkpoint.Bytes(s.sent.Load())
 	stats.Remembered = s.memory.pages()
 	return stats
 }
