@@ -142,7 +142,7 @@ func (in *incoming) build(ctx context.Context) error {
 	}
 	// runc reads the images only at Start; the shim and its mounts cost ~15 ms
 	// that the blackout need not pay.
-	if in.task, err = rt.NewRestoreTask(ctx, rec.Namespace, rec.Name, in.dir("images"), in.dir("work")); err != nil {
+	if in.task, err = rt.NewRestoreTask(ctx, rec, in.dir("images"), in.dir("work")); err != nil {
 		return err
 	}
 	// The writable layer is written to until the last moment, and an overlay's

@@ -149,6 +149,8 @@ func (f *findings) ofMounts(rec *Record, spec *specs.Spec) {
 	}
 	for _, m := range spec.Mounts {
 		switch {
+		case isBind(m) && policy[m.Destination] == "" && slices.Contains(hostFiles, m.Source):
+			f.warn("host-file", "nothing, if the shard does not depend on the source's", "bind mount %s is the destination's own %s after the move", m.Destination, m.Source)
 		case isBind(m):
 			if policy[m.Destination] == "" {
 				f.refuse("mount-policy", "run it with --mount …,policy=shared if every host has the same content there, or policy=copy",
@@ -159,6 +161,10 @@ func (f *findings) ofMounts(rec *Record, spec *specs.Spec) {
 		}
 	}
 }
+
+// hostFiles are on every host, and meant to be each host's own: `ctr run
+// --net-host` mounts the first two.
+var hostFiles = []string{"/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/localtime"}
 
 func isBind(m specs.Mount) bool {
 	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")

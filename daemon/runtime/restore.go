@@ -206,7 +206,8 @@ type RestoreTask struct {
 
 // NewRestoreTask has containerd start the shim and mount the root file system.
 // imagePath need not be complete before Start. Both paths are directories.
-func (r *Runtime) NewRestoreTask(ctx context.Context, namespace, name, imagePath, workPath string) (*RestoreTask, error) {
+func (r *Runtime) NewRestoreTask(ctx context.Context, rec *Record, imagePath, workPath string) (*RestoreTask, error) {
+	namespace, name := rec.Namespace, rec.Name
 	ctx, c, err := r.load(ctx, namespace, name)
 	if err != nil {
 		return nil, err
@@ -224,7 +225,7 @@ func (r *Runtime) NewRestoreTask(ctx context.Context, namespace, name, imagePath
 		}
 	}
 	opts.CriuImagePath, opts.CriuWorkPath = imagePath, workPath
-	io, err := r.logIO(namespace, name)
+	io, err := r.restoreIO(ctx, namespace, name, rec.IO.Stdin != "")
 	if err != nil {
 		return nil, err
 	}
@@ -335,6 +336,7 @@ func (r *Runtime) DestroyIncoming(ctx context.Context, namespace, name, migratio
 	step("lease", r.dropLease(ctx, migration))
 	if ours {
 		step("log", removeFile(r.LogPath(namespace, name)))
+	step("standard input", r.removeStdin(namespace, name))
 	}
 	return errors.Join(errs...)
 }

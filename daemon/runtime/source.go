@@ -64,7 +64,7 @@ func (r *Runtime) remove(ctx context.Context, namespace, name string, moved bool
 	nsctx, c, err := r.load(ctx, namespace, name)
 	network := ShardNet{Namespace: namespace, Name: name}
 	if errors.Is(err, ErrNotFound) {
-		return errors.Join(r.net.Delete(ctx, network), removeFile(r.LogPath(namespace, name)))
+		return errors.Join(r.net.Delete(ctx, network), removeFile(r.LogPath(namespace, name)), r.removeStdin(namespace, name))
 	}
 	if err != nil {
 		return err
@@ -104,6 +104,9 @@ func (r *Runtime) remove(ctx context.Context, namespace, name string, moved bool
 	}
 	if err := removeFile(r.LogPath(namespace, name)); err != nil {
 		return fmt.Errorf("remove log of %s: %w", name, err)
+	}
+	if err := r.removeStdin(namespace, name); err != nil {
+		return fmt.Errorf("remove standard input of %s: %w", name, err)
 	}
 	if err := c.Delete(ctx); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("remove container %s: %w", name, err)
