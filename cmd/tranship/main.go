@@ -12,6 +12,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// version is set by the linker.
+var version = "unknown"
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:])
@@ -20,16 +23,19 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) int {
-	root := newRoot()
+	root, g := newRoot()
+	defer g.release()
 	root.SetArgs(args)
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintf(os.Stderr, "tranship: %v\n", err)
+		if text := explain(err, g.host); text != "" {
+			fmt.Fprintf(os.Stderr, "tranship: %s\n", text)
+		}
 		return exitCode(err)
 	}
 	return exitDone
 }
 
-func newRoot() *cobra.Command {
+func newRoot() (*cobra.Command, *globals) {
 	root := &cobra.Command{
 		Use:           "tranship",
 		Short:         "Move running containers between containerd hosts, live",
@@ -38,5 +44,6 @@ func newRoot() *cobra.Command {
 	}
 	g := bindGlobals(root)
 	root.AddCommand(verbs(g)...)
-	return root
+	countUsageErrors(root)
+	return root, g
 }

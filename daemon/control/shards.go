@@ -239,13 +239,15 @@ func (h *shards) notMoving(namespace, name string) error {
 
 // notHere adds to "no such shard" where the shard is, if a peer has it.
 func (h *shards) notHere(ctx context.Context, namespace, name string, err error) error {
-	if !errors.Is(err, runtime.ErrNotFound) || h.s.Peers == nil {
+	if !errors.Is(err, runtime.ErrNotFound) {
 		return apiError(err)
 	}
-	for _, peer := range h.s.Peers(ctx) {
-		for _, s := range peer.Shards {
-			if s.GetName() == name && s.GetNamespace() == namespace {
-				return apiError(fmt.Errorf("%w on %s: it is on %s, ask there", err, h.s.Node, peer.Node.GetName()))
+	if h.s.Peers != nil {
+		for _, peer := range h.s.Peers(ctx) {
+			for _, s := range peer.Shards {
+				if s.GetName() == name && s.GetNamespace() == namespace {
+					return apiError(fmt.Errorf("%w on %s: it is on %s, ask there", err, h.s.Node, peer.Node.GetName()))
+				}
 			}
 		}
 	}
