@@ -40,8 +40,11 @@ func Init(specPath string) error {
 	if err := boot(spec); err != nil {
 		return err
 	}
-	env := append(baseEnv(spec.BinDir), stageEnv)
-	return unix.Exec("/proc/self/exe", os.Args, env)
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return unix.Exec(self, os.Args, append(baseEnv(spec.BinDir), stageEnv))
 }
 
 // boot turns fresh namespaces into a host.

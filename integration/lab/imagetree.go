@@ -64,7 +64,9 @@ func rootfsTree(ctx context.Context, dir string) (*tree, error) {
 // without which no program feels at home.
 func programTree(ctx context.Context, bins []string) (*tree, error) {
 	t := &tree{entries: map[string]entry{}, libs: map[string]string{}}
-	t.skeleton(ctx)
+	if err := t.skeleton(ctx); err != nil {
+		return nil, err
+	}
 	for _, bin := range bins {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -109,7 +111,7 @@ func findProgram(name string) (string, error) {
 
 // skeleton is what every image of programs has. Users are those whose names
 // the packed services look up.
-func (t *tree) skeleton(ctx context.Context) {
+func (t *tree) skeleton(ctx context.Context) error {
 	for dir, mode := range map[string]int64{
 		"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "root": 0o700, "etc": 0o755,
 		"tmp": 0o1777, "var": 0o755, "var/tmp": 0o1777, "var/lib": 0o755, "data": 0o1777,
@@ -129,15 +131,21 @@ func (t *tree) skeleton(ctx context.Context) {
 	// scripts look for programs that were added by their other name.
 	for _, dir := range []string{"/bin", "/sbin", "/lib", "/lib64"} {
 		if info, err := os.Lstat(dir); err == nil && info.Mode()&fs.ModeSymlink != 0 {
-			_ = t.put(dir[1:], dir, false)
+			if err := t.put(dir[1:], dir, false); err != nil {
+				return err
+			}
 		}
 	}
 	// Optional: C.UTF-8, and where libraries outside the standard places are.
 	for _, path := range []string{"/usr/lib/locale/C.utf8", "/etc/ld.so.cache"} {
-		if exists(path) {
-			_ = t.addDir(ctx, path)
+		if !exists(path) {
+			continue
+		}
+		if err := t.addDir(ctx, path); err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // passwdLines adds the machine's service users to a base.

@@ -214,6 +214,10 @@ func (l *Lab) ensureNode(ctx context.Context, plan plan, node nodePlan, opts Opt
 // ensureServices starts what a host runs and waits until it answers.
 func (l *Lab) ensureServices(ctx context.Context, plan plan, node nodePlan, opts Options) error {
 	rec, _ := l.state.node(node.Name)
+	hub, _ := l.state.node(switchName)
+	if err := awaitNetwork(ctx, hub, rec); err != nil {
+		return err
+	}
 	services, err := servicesFor(plan, node, opts)
 	if err != nil {
 		return err
@@ -227,6 +231,13 @@ func (l *Lab) ensureServices(ctx context.Context, plan plan, node nodePlan, opts
 		}
 	}
 	return nil
+}
+
+// awaitNetwork is awaitLink with a deadline.
+func awaitNetwork(ctx context.Context, hub, rec nodeRecord) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, readyDeadline, errors.New("its link does not come up"))
+	defer cancel()
+	return awaitLink(ctx, hub.PID, rec.PID, rec.Name)
 }
 
 // Hosts returns the pool's hosts in order, without the client.

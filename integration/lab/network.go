@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -139,6 +140,37 @@ func plug(h *netlink.Handle, port, bridge netlink.Link) error {
 		return fmt.Errorf("putting %s into %s: %w", port.Attrs().Name, bridge.Attrs().Name, err)
 	}
 	return linkUp(h, port.Attrs().Name)
+}
+
+// awaitLink waits until packets pass between a host and the switch. The kernel
+// looks at a new link's carrier some time later, up to a second, and a bridge
+// forwards nothing to a port without one.
+func awaitLink(ctx context.Context, switchPID, pid int, node string) error {
+	hub, err := inNode(switchPID)
+	if err != nil {
+		return err
+	}
+	defer hub.Close()
+	host, err := inNode(pid)
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	return poll(ctx, func() (bool, error) {
+		for _, end := range []struct {
+			h    *netlink.Handle
+			name string
+		}{{hub, switchBridge}, {hub, node}, {host, hostUplink}, {host, hostBridge}} {
+			link, err := end.h.LinkByName(end.name)
+			if err != nil {
+				return false, fmt.Errorf("link %s: %w", end.name, err)
+			}
+			if state := link.Attrs().OperState; state != netlink.OperUp {
+				return false, fmt.Errorf("link %s is %v", end.name, state)
+			}
+		}
+		return true, nil
+	})
 }
 
 // tbfLatency is how long a packet may wait in a limited link's queue: as much
