@@ -15,6 +15,7 @@ import (
 
 	"github.com/tranship/tranship/checkpoint/criu"
 	"github.com/tranship/tranship/checkpoint/track"
+	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
@@ -83,7 +84,7 @@ func (h *host) node(ctx context.Context) *v1.Node {
 func (h *host) localAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(transhipv1connect.NewMigrationsHandler(h.moves, handlerOptions()...))
-	h.mountShards(mux)
+	control.Mount(mux, h.services(), handlerOptions()...)
 	return mux
 }
 

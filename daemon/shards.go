@@ -2,11 +2,46 @@ package daemon
 
 import (
 	"context"
-	"net/http"
 
+	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
 
-func (h *host) mountShards(*http.ServeMux) {}
+// services is what the local API shows of this host.
+func (h *host) services() control.Services {
+	s := control.Services{
+		Node: h.cfg.Node, Runtime: h.rt, Self: h.node, MigrationOf: h.moves.MigrationOf,
+	}
+	if h.peers != nil {
+		s.Peers = func(ctx context.Context) []control.NodeStatus {
+			var out []control.NodeStatus
+			for _, st := range h.peers.Statuses(ctx) {
+				out = append(out, control.NodeStatus{Node: st.Node, Shards: st.Shards})
+			}
+			return out
+		}
+	}
+	return s
+}
 
-func (h *host) localShards(context.Context) []*v1.Shard { return nil }
+// localShards lists this host's shards for its peers; what containerd cannot
+// tell is left out and logged.
+func (h *host) localShards(ctx context.Context) []*v1.Shard {
+	namespaces, err := h.rt.Namespaces(ctx)
+	if err != nil {
+		h.log.Warn("list shards", "err", err)
+		return nil
+	}
+	var out []*v1.Shard
+	for _, ns := range namespaces {
+		shards, err := h.rt.List(ctx, ns)
+		if err != nil {
+			h.log.Warn("list shards", "namespace", ns, "err", err)
+			continue
+		}
+		for i := range shards {
+			out = append(out, control.ShardMessage(h.cfg.Node, &shards[i], h.moves.MigrationOf(ns, shards[i].Name)))
+		}
+	}
+	return out
+}
