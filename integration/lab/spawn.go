@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/tranship/tranship/internal/failpoint"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -149,5 +151,13 @@ func hostPath(binDir string) string {
 // baseEnv is the environment of a host's services: nothing of the caller's,
 // so that a lab behaves the same whoever brought it up.
 func baseEnv(binDir string) []string {
-	return []string{"PATH=" + hostPath(binDir), "HOME=/root", "LANG=C.UTF-8"}
+	return []string{
+		"PATH=" + hostPath(binDir), "HOME=/root", "LANG=C.UTF-8",
+		// Tests stop and kill the daemon at named points; the directory is theirs
+		// to make, in the host's own /run.
+		failpoint.EnvDir + "=" + FailpointDir,
+	}
 }
+
+// FailpointDir is where a host's transhipd looks for failpoints.
+const FailpointDir = "/run/tranship-failpoints"
