@@ -36,9 +36,22 @@ const pagesPerByte = 8
 // recordChunk bounds the buffer of one add or lookup: 1 GiB of pages.
 const recordChunk = 32 << 10
 
-func (r *placedRecord) open(path string) error {
-	r.path = path
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+// find opens the record if there is one by now: another process may release
+// what this one reads.
+func (r *placedRecord) find() error {
+	if r.any() {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.openFile(0)
+}
+
+func (r *placedRecord) openFile(flags int) error {
+	if r.file != nil {
+		return nil
+	}
+	f, err := os.OpenFile(r.path, os.O_RDWR|flags, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -50,19 +63,14 @@ func (r *placedRecord) open(path string) error {
 	return nil
 }
 
-// any reports whether a page was ever released.
+// any reports whether a page was ever released, as far as this process knows.
 func (r *placedRecord) any() bool { return r.used.Load() }
 
 func (r *placedRecord) add(addr uint64, n checkpoint.Pages) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.file == nil {
-		f, err := os.OpenFile(r.path, os.O_RDWR|os.O_CREATE, 0o600)
-		if err != nil {
-			return fmt.Errorf("record of placed pages: %w", err)
-		}
-		r.file = f
-		r.used.Store(true)
+	if err := r.openFile(os.O_CREATE); err != nil {
+		return err
 	}
 	return r.each(addr, n, func(buf []byte, first, last uint64, at int64) error {
 		for i := first; i < last; i++ {
@@ -74,8 +82,8 @@ func (r *placedRecord) add(addr uint64, n checkpoint.Pages) error {
 }
 
 func (r *placedRecord) contains(addr uint64, n checkpoint.Pages) (bool, error) {
-	if !r.any() {
-		return false, nil
+	if err := r.find(); err != nil || !r.any() {
+		return false, err
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()

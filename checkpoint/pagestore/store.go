@@ -96,7 +96,8 @@ func Create(dir string) (*Store, error) {
 	return &Store{dir: dir, files: map[checkpoint.PID]*taskFile{}}, nil
 }
 
-// Open opens a store that another process made, and may still be writing to.
+// Open opens a store that another process made, and may still be writing to:
+// processes that it adds later are found, too.
 func Open(dir string) (*Store, error) {
 	if _, err := os.Stat(filepath.Join(dir, marker)); err != nil {
 		return nil, fmt.Errorf("page store: %w", err)
@@ -104,25 +105,9 @@ func Open(dir string) (*Store, error) {
 	if err := onTmpfs(dir); err != nil {
 		return nil, err
 	}
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("page store: %w", err)
-	}
 	s := &Store{dir: dir, files: map[checkpoint.PID]*taskFile{}}
-	for _, e := range entries {
-		name, isPages := strings.CutSuffix(e.Name(), pagesSuffix)
-		if !isPages {
-			continue
-		}
-		pid, err := strconv.ParseInt(name, 10, 32)
-		if err != nil || pid <= 0 {
-			return nil, errors.Join(fmt.Errorf("page store %s: %q is not named after a pid", dir, e.Name()), s.Close())
-		}
-		f, err := openTask(dir, checkpoint.PID(pid), 0)
-		if err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-		s.files[f.pid] = f
+	if _, err := s.Tasks(); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -144,15 +129,15 @@ func openTask(dir string, pid checkpoint.PID, flags int) (*taskFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("page store of pid %d: %w", pid, full(err))
 	}
-	f := &taskFile{pid: pid, pages: pages}
-	if err := f.placed.open(base + placedSuffix); err != nil {
+	f := &taskFile{pid: pid, pages: pages, placed: placedRecord{path: base + placedSuffix}}
+	if err := f.placed.find(); err != nil {
 		return nil, errors.Join(fmt.Errorf("page store of pid %d: %w", pid, err), pages.Close())
 	}
 	return f, nil
 }
 
 // PutPages stores data, whole pages, at addr of pid; it replaces what was
-// there. A full tmpfs is ErrFull, after which the extent's content is
+// there. Pages of a process are put before the first of them is released. A full tmpfs is ErrFull, after which the extent's content is
 // undefined: it must be put again before it is read.
 func (s *Store) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
 	if err := checkExtent(pid, addr, uint64(len(data))); err != nil {
@@ -197,16 +182,26 @@ func (f *taskFile) punch(addr uint64, n checkpoint.Pages) error {
 	return nil
 }
 
-// Tasks returns the processes that have a file, in order.
-func (s *Store) Tasks() []checkpoint.PID {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	pids := make([]checkpoint.PID, 0, len(s.files))
-	for pid := range s.files {
-		pids = append(pids, pid)
+// Tasks returns the processes that have pages, or had, in order.
+func (s *Store) Tasks() ([]checkpoint.PID, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("page store: %w", err)
+	}
+	var pids []checkpoint.PID
+	for _, e := range entries {
+		name, isPages := strings.CutSuffix(e.Name(), pagesSuffix)
+		if !isPages {
+			continue
+		}
+		pid, err := strconv.ParseInt(name, 10, 32)
+		if err != nil || pid <= 0 {
+			return nil, fmt.Errorf("page store %s: %q is not named after a pid", s.dir, e.Name())
+		}
+		pids = append(pids, checkpoint.PID(pid))
 	}
 	slices.Sort(pids)
-	return pids
+	return pids, nil
 }
 
 // Extents visits, in order, the runs of [from, to) of pid that hold data. What
@@ -277,14 +272,12 @@ func (s *Store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
 	clear(dst[n:]) // past the last page put
 	// Looked up after the read: a page is recorded as placed before it is
 	// punched, so a read that saw the hole also sees the record.
-	if f.placed.any() {
-		released, err := f.placed.contains(addr, checkpoint.Pages(len(dst)/checkpoint.PageSize))
-		if err != nil {
-			return fmt.Errorf("read pages at pid %d %#x: %w", pid, addr, err)
-		}
-		if released {
-			return fmt.Errorf("read %d pages at pid %d %#x: %w", len(dst)/checkpoint.PageSize, pid, addr, ErrReleased)
-		}
+	released, err := f.placed.contains(addr, checkpoint.Pages(len(dst)/checkpoint.PageSize))
+	if err != nil {
+		return fmt.Errorf("read pages at pid %d %#x: %w", pid, addr, err)
+	}
+	if released {
+		return fmt.Errorf("read %d pages at pid %d %#x: %w", len(dst)/checkpoint.PageSize, pid, addr, ErrReleased)
 	}
 	return nil
 }
@@ -321,13 +314,22 @@ func (s *Store) Released(pid checkpoint.PID, addr uint64, n checkpoint.Pages) (b
 
 // Bytes is the memory that the pages take, without the tmpfs's own tables.
 func (s *Store) Bytes() (checkpoint.Bytes, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+	pids, err := s.Tasks()
+	if err != nil {
+		return 0, err
+	}
 	var sum checkpoint.Bytes
-	for _, f := range s.files {
+	for _, pid := range pids {
+		f, err := s.file(pid, false)
+		if err != nil {
+			return 0, err
+		}
+		if f == nil {
+			continue // removed since
+		}
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.pages.Fd()), &st); err != nil {
-			return 0, fmt.Errorf("size of the pages of pid %d: %w", f.pid, err)
+			return 0, fmt.Errorf("size of the pages of pid %d: %w", pid, err)
 		}
 		sum += checkpoint.Bytes(st.Blocks * 512)
 	}
@@ -361,7 +363,7 @@ func (s *Store) file(pid checkpoint.PID, create bool) (*taskFile, error) {
 	s.mu.RLock()
 	f := s.files[pid]
 	s.mu.RUnlock()
-	if f != nil || !create {
+	if f != nil {
 		return f, nil
 	}
 	s.mu.Lock()
@@ -369,7 +371,14 @@ func (s *Store) file(pid checkpoint.PID, create bool) (*taskFile, error) {
 	if f := s.files[pid]; f != nil {
 		return f, nil
 	}
-	f, err := openTask(s.dir, pid, os.O_CREATE)
+	flags := 0
+	if create {
+		flags = os.O_CREATE
+	}
+	f, err := openTask(s.dir, pid, flags)
+	if errors.Is(err, fs.ErrNotExist) && !create {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -122,8 +122,8 @@ func TestImpossibleExtentsAreRefused(t *testing.T) {
 	if err := s.Release(1, page, 1<<62); !errors.Is(err, ErrExtent) {
 		t.Errorf("Release of 2^62 pages: %v", err)
 	}
-	if len(s.Tasks()) != 0 {
-		t.Errorf("a refused call left files for %v", s.Tasks())
+	if pids, err := s.Tasks(); len(pids) != 0 || err != nil {
+		t.Errorf("a refused call left files for %v, %v", pids, err)
 	}
 }
 
@@ -251,6 +251,35 @@ func TestAStoreIsFoundAgainAfterItsWriterDied(t *testing.T) {
 	}
 	if err := again.ReadPages(4, 0xa000, got[:page]); err != nil || !bytes.Equal(got[:page], want[page:]) {
 		t.Fatalf("the neighbour of a placed page: %v", err)
+	}
+}
+
+func TestAReaderFollowsAWriterAndAnotherReader(t *testing.T) {
+	s := newStore(t)
+	reader, err := Open(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	want := pattern(3, 0x5000, 0, 1)
+	if err := s.PutPages(3, 0x5000, want); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, page)
+	if err := reader.ReadPages(3, 0x5000, got); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("pages of a process that came after Open: %v", err)
+	}
+	if pids, err := reader.Tasks(); err != nil || len(pids) != 1 || pids[0] != 3 {
+		t.Fatalf("tasks %v, %v", pids, err)
+	}
+	if err := reader.Release(3, 0x5000, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ReadPages(3, 0x5000, got); !errors.Is(err, ErrReleased) {
+		t.Fatalf("what another process released was answered: %v", err)
+	}
+	if size, err := s.Bytes(); err != nil || size != 0 {
+		t.Fatalf("takes %d bytes, %v", size, err)
 	}
 }
 

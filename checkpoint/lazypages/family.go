@@ -1,0 +1,581 @@
+package lazypages
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/pagestore"
+)
+
+const (
+	// fillPages is one piece of background filling. A fault waits for at most
+	// one piece, about 0.1 ms.
+	fillPages = 64
+	// faultPages is how much is placed at once for a fault: the kernel's own
+	// fault-around for files.
+	faultPages = 16
+	// neighbourhood is how far before the last fault filling goes on.
+	neighbourhood = 2 << 20
+	// releaseGroups is how many touched groups (of 2 MiB) are looked through at
+	// once for pages that nobody needs any more.
+	releaseGroups = 8
+	// eventBatch is how many messages are read at once.
+	eventBatch = 64
+	// changingWait is how long to wait for a thread between its operation and
+	// its event, or between its event and its going on.
+	changingWait = 100 * time.Microsecond
+	// fillPause is how long to wait when filling is held back.
+	fillPause = time.Millisecond
+	// memoryWait and memoryPatience: how often to try, and how long, when there
+	// is no memory for a page. The kernel's OOM killer works meanwhile.
+	memoryWait     = 10 * time.Millisecond
+	memoryPatience = 10 * time.Second
+)
+
+// family is one restored task and the children that it forks before it is
+// filled. They share the task's pages in the store, so one goroutine serves
+// them all: a page is given back when none of them needs it any more.
+//
+// The same goroutine reads events and places pages. That is what keeps a page
+// from being placed after the process has dropped it: between reading an event
+// and forgetting the page there is no placing.
+type family struct {
+	task    Task
+	store   *pagestore.Store
+	probe   prober
+	count   *counters
+	log     *slog.Logger
+	finish  <-chan struct{} // closed when CRIU has finished
+	wakeMu  sync.Mutex      // guards wakeFD's closing
+	wakeFD  int             // an eventfd, readable when finish or ctx changed
+	buf     []byte          // fillPages pages, outside of Go's heap
+	msgs    []byte
+	filling bool
+	mayFill func() bool // nil is always
+
+	spaces   []*space
+	children int
+	recent   recentEvents
+	// live are the pages that the store still holds.
+	live    pageSet
+	touched []int // indexes into live.groups
+	isTouch []bool
+	keep    bool // give nothing back any more
+	// pending is the sum over spaces, for others to read.
+	pending atomic.Int64
+}
+
+// load reads what is to be placed under the task: the pages that CRIU left out
+// of its images and that the store has. The store may have more (pages that the
+// process dropped or unmapped between two rounds) and less (zero pages).
+func (f *family) load(images string) error {
+	dump, err := readDumped(images, f.task.PID)
+	if err != nil {
+		return err
+	}
+	err = f.store.Extents(f.task.PID, 0, pagestore.AddressLimit, func(addr uint64, n checkpoint.Pages) error {
+		f.live.appendRun(addr/checkpoint.PageSize, addr/checkpoint.PageSize+uint64(n))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	root := &space{name: fmt.Sprintf("pid %d", f.task.PID), fd: f.task.UFFD, dump: dump, layout: newLayout(dump.mappings)}
+	root.pending = f.live.empty()
+	wanted := f.live.empty()
+	for _, l := range dump.lazy {
+		wanted.add(l.start/checkpoint.PageSize, l.end/checkpoint.PageSize)
+	}
+	for _, w := range root.layout.windows {
+		root.pending.add(w.start/checkpoint.PageSize, w.end/checkpoint.PageSize)
+	}
+	root.pending.intersect(&wanted)
+	root.pending.intersect(&f.live)
+	f.isTouch = make([]bool, len(f.live.groups))
+	f.spaces = []*space{root}
+	f.pending.Store(int64(root.pending.count))
+	return nil
+}
+
+// run serves the family until every page is placed or the family has died. On
+// an error the userfaultfds stay open: the caller stops the tasks first.
+//
+//  1. read events and apply them
+//  2. answer faults
+//  3. once CRIU has finished: place a piece, give back what nobody needs
+//  4. when nothing is left for a space, and the kernel has no event
+//     outstanding: close its userfaultfd, which makes the rest zero pages
+//  5. wait
+func (f *family) run(ctx context.Context) error {
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		f.noteFinish()
+		if err := f.readEvents(); err != nil {
+			return err
+		}
+		wait, err := f.answerFaults()
+		if err != nil {
+			return err
+		}
+		if f.filling {
+			for _, work := range []func() (time.Duration, error){f.fill, f.retire} {
+				w, err := work()
+				if err != nil {
+					return err
+				}
+				wait = min(wait, w)
+			}
+			f.release(wait != 0)
+		}
+		f.reap()
+		f.account()
+		if len(f.spaces) == 0 {
+			f.release(true)
+			return nil
+		}
+		if wait != 0 {
+			if err := f.wait(wait); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// forever is the wait of a family that has nothing to do until it is woken.
+const forever = time.Duration(1<<63 - 1)
+
+func (f *family) noteFinish() {
+	select {
+	case <-f.finish:
+		if !f.filling {
+			f.filling = true
+			f.touchAll()
+		}
+	default:
+	}
+}
+
+func (f *family) readEvents() error {
+	for i := 0; i < len(f.spaces); i++ { // grows by forks
+		s := f.spaces[i]
+		if s.fd < 0 {
+			continue
+		}
+		events, err := s.read(f.msgs)
+		for _, m := range events {
+			f.apply(s, m)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *family) apply(s *space, m message) {
+	switch m.event {
+	case eventRemap:
+		s.layout.remap(m.from, m.to, m.size)
+		f.recent.moved(f.probe, s, m)
+	case eventUnmap:
+		s.layout.unmap(m.span, func(image span) { f.giveUp(s, image) })
+	case eventRemove:
+		// MADV_DONTNEED, MADV_FREE: the mapping stays registered and faults
+		// again, and gets zero pages, as nothing is pending there any more.
+		s.layout.images(m.span, func(image span) { f.giveUp(s, image) })
+	case eventFork:
+		f.children++
+		child := s.fork(int(m.child), f.children)
+		f.spaces = append(f.spaces, child)
+		f.recent.forked(f.probe, s, child)
+		f.count.forks.Add(1)
+		f.reapDead()
+	}
+}
+
+func (f *family) giveUp(s *space, image span) {
+	if s.giveUp(image) > 0 {
+		f.touch(image)
+	}
+}
+
+// answerFaults returns how long to wait before trying again, forever when no
+// fault is left.
+func (f *family) answerFaults() (time.Duration, error) {
+	wait := forever
+	for _, s := range f.spaces {
+		queued := s.faults
+		s.faults = s.faults[:0]
+		for i, addr := range queued {
+			w, err := f.answer(s, addr)
+			if err != nil {
+				return 0, err
+			}
+			if s.fd < 0 {
+				break
+			}
+			if w != 0 {
+				// Whatever delays this fault delays the others of the space.
+				s.faults = append(s.faults, queued[i:]...)
+				wait = min(wait, w)
+				break
+			}
+		}
+	}
+	return wait, nil
+}
+
+// answer places the page at addr and some that follow it. It returns 0 when the
+// fault needs nothing more.
+func (f *family) answer(s *space, addr uint64) (time.Duration, error) {
+	s.cursor = addr - addr%neighbourhood
+	if image, ok := s.content(addr, faultPages); ok {
+		w, err := f.place(s, addr, image)
+		if w == 0 {
+			f.count.faults.Add(1)
+		}
+		return w, err
+	}
+	n := uint64(faultPages)
+	if w, ok := s.layout.at(addr); !ok || w.start > addr {
+		n = 1 // grown since it was registered
+	} else {
+		n = min(n, (w.end-addr)/checkpoint.PageSize)
+		if at, _, ok := s.next(addr, 1); ok {
+			n = min(n, (at.start-addr)/checkpoint.PageSize)
+		}
+	}
+	for {
+		done, out, err := zeroAt(s.fd, addr, checkpoint.Pages(n))
+		if err != nil {
+			return 0, fmt.Errorf("fault of %s: %w", s.name, err)
+		}
+		if out == absent && n > 1 {
+			n = 1 // the run spans two mappings
+			continue
+		}
+		f.count.zeroes.Add(int64(done))
+		w, err := f.settle(s, out)
+		if w != 0 || err != nil || s.fd < 0 {
+			return w, err
+		}
+		f.count.faults.Add(1)
+		if out == placed {
+			return 0, nil
+		}
+		// Another thread had it placed, or the mapping is gone: let this one look.
+		return 0, wake(s.fd, addr)
+	}
+}
+
+// fill places one piece for the first space that lacks any: the task before its
+// children, which rarely live long. It returns 0 when it made progress, else
+// how long to wait.
+func (f *family) fill() (time.Duration, error) {
+	if f.mayFill != nil && !f.mayFill() {
+		return fillPause, nil
+	}
+	for _, s := range f.spaces {
+		if s.pending.count == 0 || s.fd < 0 {
+			continue
+		}
+		at, image, ok := s.next(s.cursor, fillPages)
+		if !ok {
+			s.cursor = 0
+			if at, image, ok = s.next(0, fillPages); !ok {
+				// Their mapping is leaving, and that has not been heard yet.
+				if len(s.layout.leaving) == 0 {
+					return 0, fmt.Errorf("%d pages of %s have no address: %w", s.pending.count, s.name, errUnplaceable)
+				}
+				return f.quiet(s)
+			}
+		}
+		s.cursor = at.start
+		return f.place(s, at.start, image)
+	}
+	return forever, nil
+}
+
+// place puts the store's pages of image at addr; they are pending and lie in
+// one window. It returns 0 when at least the first page is dealt with.
+func (f *family) place(s *space, addr uint64, image span) (time.Duration, error) {
+	buf := f.buf[:image.end-image.start]
+	if err := f.store.ReadPages(f.task.PID, image.start, buf); err != nil {
+		return 0, fmt.Errorf("place pages of %s: %w", s.name, err)
+	}
+	for {
+		n, out, err := copyTo(s.fd, addr, buf)
+		if err != nil {
+			return 0, fmt.Errorf("place pages of %s: %w", s.name, err)
+		}
+		if pages := len(buf) / checkpoint.PageSize; out == absent && pages > 1 {
+			buf = buf[:pages/2*checkpoint.PageSize] // may span two mappings
+			continue
+		}
+		w, err := f.settle(s, out)
+		if w != 0 || err != nil || s.fd < 0 {
+			return w, err
+		}
+		switch out {
+		case placed:
+			f.count.placed.Add(int64(n))
+		case present:
+			n, err = 1, wake(s.fd, addr)
+		case absent:
+			n, err = 1, errors.Join(f.unregistered(s, addr), wake(s.fd, addr))
+		}
+		f.giveUp(s, span{image.start, image.start + uint64(n.Bytes())})
+		return 0, err
+	}
+}
+
+// settle draws from an operation's outcome what it says about the space. It
+// returns how long to wait if the operation is to be tried again.
+func (f *family) settle(s *space, out outcome) (time.Duration, error) {
+	switch out {
+	case changing:
+		return changingWait, nil
+	case gone:
+		return 0, f.drop(s)
+	case noMemory:
+		if s.noMemory.since.IsZero() {
+			s.noMemory.since = time.Now()
+			f.log.Warn("no memory to place pages", "task", s.name)
+		}
+		if time.Since(s.noMemory.since) > memoryPatience {
+			return 0, fmt.Errorf("place pages of %s: no memory for %v: %w", s.name, memoryPatience, unix.ENOMEM)
+		}
+		return memoryWait, nil
+	}
+	s.noMemory = backoff{}
+	s.layout.settle(func(image span) {
+		f.log.Warn("a mapping left without notice", "task", s.name, "addr", fmt.Sprintf("%#x", image.start))
+		f.giveUp(s, image)
+	})
+	f.recent.settle(s)
+	return 0, nil
+}
+
+// backoff is the state of waiting for memory.
+type backoff struct{ since time.Time }
+
+// quiet asks whether no event of s is outstanding, and returns 0 if so.
+func (f *family) quiet(s *space) (time.Duration, error) {
+	out, err := f.probe.ask(s.fd, neighbourhood)
+	if err != nil {
+		return 0, fmt.Errorf("probe %s: %w", s.name, err)
+	}
+	return f.settle(s, out)
+}
+
+// unregistered judges a page that has content and no registered mapping. For
+// the task itself that must mean that nothing is mapped there; were there a
+// mapping, the process would read zeros. A child may lack what has
+// MADV_DONTFORK.
+func (f *family) unregistered(s *space, addr uint64) error {
+	if s != f.spaces[0] || s.fd != f.task.UFFD {
+		return nil
+	}
+	mapped, err := isMapped(f.task.HostPID, addr)
+	if err != nil {
+		return fmt.Errorf("pages of %s: %w", s.name, err)
+	}
+	if mapped {
+		return fmt.Errorf("pages of %s at %#x: the mapping is not registered: %w", s.name, addr, errUnplaceable)
+	}
+	f.log.Warn("content for an address where nothing is mapped", "task", s.name, "addr", fmt.Sprintf("%#x", addr))
+	return nil
+}
+
+var errUnplaceable = errors.New("its content cannot be placed")
+
+// retire closes the spaces that lack nothing any more. What else is registered
+// has no content in the store, and closing makes it zero pages. No event may be
+// outstanding: a fork that was not heard has made a child without pages. It
+// returns how long to wait before asking again.
+func (f *family) retire() (time.Duration, error) {
+	wait := forever
+	for _, s := range f.spaces {
+		if s.fd < 0 || s.pending.count > 0 || len(s.faults) > 0 {
+			continue
+		}
+		w, err := f.quiet(s)
+		switch {
+		case err != nil:
+			return 0, err
+		case w != 0:
+			wait = min(wait, w)
+		case s.fd >= 0:
+			if err := f.drop(s); err != nil {
+				return 0, err
+			}
+		}
+	}
+	return wait, nil
+}
+
+// drop closes the space's userfaultfd: it lacks nothing, or has died.
+func (f *family) drop(s *space) error {
+	fd := s.fd
+	s.fd = -1
+	if s.pending.count > 0 {
+		s.pending = pageSet{}
+		f.touchAll()
+	}
+	if err := unix.Close(fd); err != nil {
+		return fmt.Errorf("close the userfaultfd of %s: %w", s.name, err)
+	}
+	return nil
+}
+
+// reap forgets closed spaces.
+func (f *family) reap() {
+	f.spaces = slices.DeleteFunc(f.spaces, func(s *space) bool { return s.fd < 0 })
+}
+
+// reapDead closes the children that have died or executed another program. They
+// are only noticed by asking, and each holds a descriptor and pages.
+func (f *family) reapDead() {
+	for _, s := range f.spaces {
+		if s.fd < 0 {
+			continue
+		}
+		if out, err := f.probe.ask(s.fd, neighbourhood); err == nil && out == gone {
+			if err := f.drop(s); err != nil {
+				f.log.Warn("a dead child", "err", err)
+			}
+		}
+	}
+}
+
+func (f *family) account() {
+	var sum checkpoint.Pages
+	for _, s := range f.spaces {
+		sum += s.pending.count
+	}
+	f.pending.Store(int64(sum))
+}
+
+func (f *family) touch(image span) {
+	last := (image.end - 1) / checkpoint.PageSize
+	for i := f.live.groupAt(image.start / checkpoint.PageSize); i < len(f.live.groups) && f.live.groups[i].first <= last; i++ {
+		if !f.isTouch[i] {
+			f.isTouch[i] = true
+			f.touched = append(f.touched, i)
+		}
+	}
+}
+
+func (f *family) touchAll() {
+	f.touched = f.touched[:0]
+	for i := range f.isTouch {
+		f.isTouch[i] = true
+		f.touched = append(f.touched, i)
+	}
+}
+
+// release gives back the pages that no space lacks any more, once enough groups
+// were touched or all is asked for. Nothing is given back before CRIU has
+// finished: until then the restore may fail and be tried again.
+func (f *family) release(all bool) {
+	if !f.filling || f.keep || len(f.touched) == 0 || !all && len(f.touched) < releaseGroups {
+		return
+	}
+	for _, i := range f.touched {
+		f.isTouch[i] = false
+		g := &f.live.groups[i]
+		var free group
+		n := 0
+		for w := range g.words {
+			needed := uint64(0)
+			for _, s := range f.spaces {
+				if s.pending.count > 0 {
+					needed |= s.pending.groups[i].words[w]
+				}
+			}
+			free.words[w] = g.words[w] &^ needed
+			n += bits.OnesCount64(free.words[w])
+		}
+		if n == 0 {
+			continue
+		}
+		set := pageSet{groups: []group{{first: g.first, words: free.words}}}
+		for from := g.first; ; {
+			start, end, ok := set.next(from, g.first+groupPages, groupPages)
+			if !ok {
+				break
+			}
+			if err := f.store.Release(f.task.PID, start*checkpoint.PageSize, checkpoint.Pages(end-start)); err != nil {
+				// The pages take room for longer, that is all.
+				f.log.Warn("keep the placed pages in the store", "task", f.task.PID, "err", err)
+				f.keep = true
+				return
+			}
+			f.live.clear(start, end)
+			from = end
+		}
+	}
+	f.touched = f.touched[:0]
+}
+
+// wakeUp ends the wait of another goroutine. Without effect after close.
+func (f *family) wakeUp() {
+	f.wakeMu.Lock()
+	defer f.wakeMu.Unlock()
+	if f.wakeFD >= 0 {
+		// The counter cannot overflow, so the write cannot fail.
+		_, _ = unix.Write(f.wakeFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
+}
+
+// close gives back what the family has but its task and spaces.
+func (f *family) close() error {
+	f.wakeMu.Lock()
+	defer f.wakeMu.Unlock()
+	var errs []error
+	if f.wakeFD >= 0 {
+		errs = append(errs, unix.Close(f.wakeFD))
+		f.wakeFD = -1
+	}
+	if f.buf != nil {
+		errs = append(errs, unix.Munmap(f.buf))
+		f.buf = nil
+	}
+	return errors.Join(errs...)
+}
+
+// wait returns when a userfaultfd has something to say, when the family is
+// woken, or after d.
+func (f *family) wait(d time.Duration) error {
+	fds := []unix.PollFd{{Fd: int32(f.wakeFD), Events: unix.POLLIN}}
+	for _, s := range f.spaces {
+		fds = append(fds, unix.PollFd{Fd: int32(s.fd), Events: unix.POLLIN})
+	}
+	var timeout *unix.Timespec
+	if d != forever {
+		ts := unix.NsecToTimespec(int64(d))
+		timeout = &ts
+	}
+	if _, err := unix.Ppoll(fds, timeout, nil); err != nil && err != unix.EINTR {
+		return fmt.Errorf("wait for faults: %w", err)
+	}
+	if fds[0].Revents != 0 {
+		var buf [8]byte
+		if _, err := unix.Read(f.wakeFD, buf[:]); err != nil && err != unix.EAGAIN && err != unix.EINTR {
+			return fmt.Errorf("wait for faults: %w", err)
+		}
+	}
+	return nil
+}

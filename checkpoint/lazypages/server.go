@@ -1,0 +1,330 @@
+package lazypages
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/pagestore"
+)
+
+// server is one Serve.
+type server struct {
+	cfg      Config
+	store    *pagestore.Store
+	probe    prober
+	count    counters
+	finished chan struct{} // closed when CRIU has finished
+
+	mu       sync.Mutex // guards what follows
+	status   Status
+	changed  chan struct{} // closed and replaced when status.State changes
+	families []*family
+	fillFrom time.Time
+	stop     func() // ends listening; nil once CRIU has connected
+}
+
+var errStopped = errors.New("stopped before a restore began")
+
+// Serve answers one restore: it returns nil when every page is placed, or when
+// it was stopped before CRIU connected. On any other error, of ctx too, no task
+// that was handed over runs any more.
+//
+//  1. listen for the daemon and for CRIU
+//  2. receive tasks; serve each from the moment it comes
+//  3. CRIU has finished: fill, give back
+//  4. on an error: kill the tasks, then let go of their memory
+func Serve(ctx context.Context, cfg Config) error {
+	s, err := newServer(cfg)
+	if err != nil {
+		return err
+	}
+	control, err := listen(cfg.Control)
+	if err != nil {
+		return errors.Join(err, s.close())
+	}
+	lazy, err := listenLazy(cfg.Socket)
+	if err != nil {
+		return errors.Join(err, control.Close(), s.close())
+	}
+	controlDone := make(chan struct{})
+	go func() {
+		defer close(controlDone)
+		s.serveControl(control)
+	}()
+	if cfg.Ready != nil {
+		cfg.Ready()
+	}
+	err = s.serveRestore(ctx, lazy)
+	if errors.Is(err, errStopped) {
+		err = nil
+		s.setState(StateStopped, nil)
+	} else if err != nil {
+		s.setState(StateFailed, err)
+	} else {
+		s.setState(StateDone, nil)
+	}
+	err = errors.Join(err, s.writeStatus(), control.Close())
+	<-controlDone
+	return errors.Join(err, s.close())
+}
+
+func newServer(cfg Config) (*server, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if _, err := os.Stat(cfg.Images); err != nil {
+		return nil, fmt.Errorf("serve pages: images: %w", err)
+	}
+	if err := os.Remove(StatusFile(cfg.Control)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("serve pages: an earlier status: %w", err)
+	}
+	store, err := pagestore.Open(cfg.Store)
+	if err != nil {
+		return nil, fmt.Errorf("serve pages: %w", err)
+	}
+	probe, err := newProber()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("serve pages: %w", err), store.Close())
+	}
+	return &server{
+		cfg: cfg, store: store, probe: probe,
+		finished: make(chan struct{}),
+		changed:  make(chan struct{}),
+		status:   Status{SchemaVersion: 1, State: StateListening},
+	}, nil
+}
+
+func (s *server) close() error { return errors.Join(s.probe.close(), s.store.Close()) }
+
+// serveRestore accepts CRIU's connection and stays until the last page.
+func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error {
+	conn, err := s.accept(ctx, lazy)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	g, gctx := errgroup.WithContext(ctx)
+	cancelRead := context.AfterFunc(gctx, func() { _ = conn.SetReadDeadline(unixEpoch) })
+	defer cancelRead()
+	g.Go(func() error { return s.receive(gctx, g, conn) })
+	err = g.Wait()
+	if err == nil {
+		return s.release()
+	}
+	s.setError(err)
+	// The context may be the reason, and this must be done all the same.
+	if stopErr := s.stopTasks(context.WithoutCancel(ctx)); stopErr != nil {
+		err = errors.Join(err, stopErr)
+	}
+	return errors.Join(err, s.release())
+}
+
+// accept waits for CRIU. One restore connects once; the socket is gone after.
+func (s *server) accept(ctx context.Context, lazy *net.UnixListener) (*net.UnixConn, error) {
+	actx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(actx, func() { _ = lazy.SetDeadline(unixEpoch) })()
+	s.mu.Lock()
+	s.stop = func() { cancel(errStopped) }
+	s.mu.Unlock()
+
+	conn, err := lazy.AcceptUnix()
+	s.mu.Lock()
+	s.stop = nil
+	stopped := context.Cause(actx) // a Stop that was granted counts, even if CRIU has come
+	s.mu.Unlock()
+	err = errors.Join(err, os.Remove(s.cfg.Socket), lazy.Close())
+	if stopped != nil {
+		if conn != nil {
+			_ = conn.Close()
+		}
+		return nil, stopped
+	}
+	if err != nil {
+		return nil, fmt.Errorf("accept a restore: %w", err)
+	}
+	s.setState(StateRestoring, nil)
+	return conn, nil
+}
+
+// receive takes what CRIU hands over, and starts a family for each task.
+func (s *server) receive(ctx context.Context, g *errgroup.Group, conn *net.UnixConn) error {
+	for {
+		task, what, err := receiveTask(conn)
+		if ctx.Err() != nil {
+			task.close()
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("restore: %w", err)
+		}
+		switch what {
+		case gotZombie:
+			continue
+		case gotFinished:
+			s.finish()
+			return nil
+		}
+		s.cfg.Log.Debug("task received", "pid", task.PID, "host_pid", task.HostPID)
+		f, err := s.adopt(task)
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return f.run(ctx) })
+		// A family that waits must hear of the end of its siblings.
+		context.AfterFunc(ctx, f.wakeUp)
+	}
+}
+
+// adopt makes the family of a task. From here on the task's descriptors belong
+// to the server, whatever fails. It does not matter to it whether the task came
+// from CRIU or from another holder of its userfaultfd.
+func (s *server) adopt(task Task) (*family, error) {
+	f := &family{
+		task: task, store: s.store, probe: s.probe, count: &s.count, finish: s.finished,
+		log: s.cfg.Log, mayFill: s.cfg.mayFill, spaces: []*space{{name: fmt.Sprintf("pid %d", task.PID), fd: task.UFFD}},
+		wakeFD: -1,
+	}
+	s.mu.Lock()
+	s.families = append(s.families, f)
+	s.status.Tasks++
+	s.mu.Unlock()
+	var err error
+	if f.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("serve pid %d: eventfd: %w", task.PID, err)
+	}
+	f.buf, err = unix.Mmap(-1, 0, fillPages*checkpoint.PageSize,
+		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("serve pid %d: buffer: %w", task.PID, err)
+	}
+	f.msgs = make([]byte, eventBatch*msgSize)
+	if err := f.load(s.cfg.Images); err != nil {
+		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
+	}
+	return f, nil
+}
+
+// finish says that the restored tasks are about to run.
+func (s *server) finish() {
+	s.mu.Lock()
+	s.fillFrom = time.Now()
+	s.status.FinishedAt, s.status.Finished = s.fillFrom, true
+	families := s.families
+	s.mu.Unlock()
+	s.setState(StateFinished, nil)
+	close(s.finished)
+	s.setState(StateFilling, nil)
+	for _, f := range families {
+		f.wakeUp()
+	}
+}
+
+// release gives the families' descriptors and buffers back. The families have
+// ended, and no task lacks a page or lives.
+func (s *server) release() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, f := range s.families {
+		for _, sp := range f.spaces {
+			if sp.fd >= 0 {
+				errs = append(errs, unix.Close(sp.fd))
+			}
+		}
+		f.spaces = nil
+		errs = append(errs, f.close(), unix.Close(f.task.PIDFD))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *server) setState(state State, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status.State = state
+	if err != nil {
+		s.status.Error = err.Error()
+	}
+	if state.Final() && !s.fillFrom.IsZero() {
+		s.status.FillMs = milliseconds(time.Since(s.fillFrom))
+	}
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// setError tells why the tasks are being killed; StateFailed follows when they are.
+func (s *server) setError(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status.Error = err.Error()
+}
+
+// snapshot returns the status, and a channel that is closed when it has entered
+// another state.
+func (s *server) snapshot() (Status, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.status
+	st.Placed = checkpoint.Pages(s.count.placed.Load())
+	st.Zeroes = checkpoint.Pages(s.count.zeroes.Load())
+	st.Faults = s.count.faults.Load()
+	st.Forks = s.count.forks.Load()
+	for _, f := range s.families {
+		st.Remaining += checkpoint.Pages(f.pending.Load())
+	}
+	if !st.State.Final() && !s.fillFrom.IsZero() {
+		st.FillMs = milliseconds(time.Since(s.fillFrom))
+	}
+	return st, s.changed
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// StatusFile is where a server with that control socket leaves its last status.
+// There is none while it lives, or if it was killed.
+func StatusFile(control string) string { return control + ".status" }
+
+// writeStatus leaves the last status behind, whole or not at all.
+func (s *server) writeStatus() error {
+	path := StatusFile(s.cfg.Control)
+	st, _ := s.snapshot()
+	raw, err := json.Marshal(st)
+	if err != nil {
+		return fmt.Errorf("status file: %w", err)
+	}
+	tmp := path + ".part"
+	if err := os.WriteFile(tmp, append(raw, '\n'), 0o600); err != nil {
+		return fmt.Errorf("status file: %w", err)
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("status file: %w", err)
+	}
+	return nil
+}
+
+// ReadStatus reads the last status of a server that has ended.
+func ReadStatus(control string) (Status, error) {
+	raw, err := os.ReadFile(StatusFile(control))
+	if err != nil {
+		return Status{}, fmt.Errorf("status of a page server: %w", err)
+	}
+	var st Status
+	if err := json.Unmarshal(raw, &st); err != nil {
+		return Status{}, fmt.Errorf("status of a page server: %w", err)
+	}
+	return st, nil
+}
+
+// unixEpoch as a deadline ends a blocked call at once.
+var unixEpoch = time.Unix(1, 0)

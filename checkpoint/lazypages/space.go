@@ -1,0 +1,115 @@
+package lazypages
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/checkpoint"
+)
+
+// space is one address space: that of a restored task, or of a child that a
+// restored task forked before it was filled.
+type space struct {
+	name string
+	fd   int
+	dump dumped
+
+	layout  layout
+	pending pageSet // store pages that must still be placed, unless given up
+	faults  []uint64
+	// cursor is the address at which background filling goes on.
+	cursor uint64
+
+	// noMemory is when placing first failed for want of memory, in a row.
+	noMemory backoff
+}
+
+// fork makes the space of a child: what the parent has is shared by the kernel,
+// what it lacks the child lacks too, except for what is wiped on fork.
+func (s *space) fork(fd int, n int) *space {
+	child := &space{
+		name:    fmt.Sprintf("%s, child %d", s.name, n),
+		fd:      fd,
+		dump:    s.dump,
+		layout:  s.layout.clone(),
+		pending: s.pending.clone(),
+	}
+	for _, w := range s.dump.wiped {
+		child.giveUp(w)
+	}
+	return child
+}
+
+// giveUp takes store addresses out of what must be placed: the process gave
+// them up, and finds zero there from now on.
+func (s *space) giveUp(image span) checkpoint.Pages {
+	return s.pending.clear(image.start/checkpoint.PageSize, image.end/checkpoint.PageSize)
+}
+
+// next returns the next run of at most limit pages to fill, at or after addr.
+func (s *space) next(addr uint64, limit uint64) (at, image span, ok bool) {
+	for i := s.layout.search(addr); i < len(s.layout.windows); i++ {
+		w := s.layout.windows[i]
+		in := w.part(w.overlap(span{addr, ^uint64(0)}))
+		from, to := in.image/checkpoint.PageSize, (in.image+in.end-in.start)/checkpoint.PageSize
+		start, end, ok := s.pending.next(from, to, limit)
+		if !ok {
+			continue
+		}
+		image := span{start * checkpoint.PageSize, end * checkpoint.PageSize}
+		addr := in.start + image.start - in.image
+		return span{addr, addr + image.end - image.start}, image, true
+	}
+	return span{}, span{}, false
+}
+
+// content returns the store addresses of the run of pending pages that begins
+// at addr; ok is false where a zero page belongs.
+func (s *space) content(addr uint64, limit uint64) (image span, ok bool) {
+	at, image, ok := s.next(addr, limit)
+	return image, ok && at.start == addr
+}
+
+// read takes what the kernel has to say. Faults in a batch may be younger than
+// the events behind them, which are the ones that explain them; therefore they
+// are only queued.
+func (s *space) read(buf []byte) ([]message, error) {
+	var events []message
+	for {
+		n, err := unix.Read(s.fd, buf)
+		switch err {
+		case nil:
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return events, nil
+		default:
+			return events, fmt.Errorf("events of %s: %w", s.name, err)
+		}
+		if n == 0 {
+			return events, nil
+		}
+		for raw := buf[:n]; len(raw) > 0; raw = raw[msgSize:] {
+			m, err := decodeMessage(raw)
+			if err != nil {
+				return events, fmt.Errorf("events of %s: %w", s.name, err)
+			}
+			if m.event == eventPagefault {
+				s.queue(m.addr)
+				continue
+			}
+			events = append(events, m)
+		}
+	}
+}
+
+// queue adds a fault unless it waits already: many threads may want one page.
+func (s *space) queue(addr uint64) {
+	for _, a := range s.faults {
+		if a == addr {
+			return
+		}
+	}
+	s.faults = append(s.faults, addr)
+}
