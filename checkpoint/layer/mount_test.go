@@ -33,7 +33,7 @@ func testFilesystems(t testing.TB) []testFilesystem {
 func mountTmpfs(t testing.TB, options string) string {
 	t.Helper()
 	dir := t.TempDir()
-	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, options))
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NODEV, options))
 	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
 	return dir
 }
@@ -52,7 +52,7 @@ func mountExt4(t testing.TB) string {
 		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
 	dir := t.TempDir()
-	if out, err := exec.Command("mount", "-o", "loop,acl,user_xattr", image, dir).CombinedOutput(); err != nil {
+	if out, err := exec.Command("mount", "-o", "loop,nodev,acl,user_xattr", image, dir).CombinedOutput(); err != nil {
 		t.Fatalf("mount: %v: %s", err, out)
 	}
 	t.Cleanup(func() {
