@@ -32,7 +32,7 @@ lint: ## gofmt, vet, staticcheck; golangci-lint with .golangci.yml where it is i
 test: setup build ## everything: vet, unit tests and, as root, the tests that bring up hosts
 	go vet -tags integration ./...
 	TRANSHIP_TEST_STRICT=1 go test -race -exec '$(AS_ROOT)' ./...
-	TRANSHIP_TEST_STRICT=1 go test -race -exec '$(AS_ROOT)' -tags integration -p 1 -timeout 40m -count 1 $(HOSTED)
+	TRANSHIP_TEST_STRICT=1 TRANSHIP_LAB=test go test -race -exec '$(AS_ROOT)' -tags integration -p 1 -timeout 40m -count 1 $(HOSTED)
 
 demo: setup build ## move a running Redis between two hosts under the eyes of its clients
 	go run -exec '$(AS_ROOT)' ./integration/demo
@@ -40,6 +40,6 @@ demo: setup build ## move a running Redis between two hosts under the eyes of it
 bench: setup build ## blackout and cost against stock checkpoint and restore, in the lab
 	go run -exec '$(AS_ROOT)' ./integration/bench
 
-clean: ## what build and tests left, and a lab that is still up
-	@[ ! -x bin/tranship ] || $(AS_ROOT) bin/tranship lab down
+clean: ## what build and tests left, and labs that are still up
+	@[ ! -x bin/tranship ] || for lab in "" test; do TRANSHIP_LAB=$$lab $(AS_ROOT) bin/tranship lab down; done
 	rm -rf bin

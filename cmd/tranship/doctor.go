@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -33,10 +32,8 @@ func newDoctorCommand(g *globals) *cobra.Command {
 }
 
 func printFindings(w io.Writer, format string, findings []doctor.Finding) error {
-	if format == "json" {
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		return enc.Encode(struct {
+	if format == outputJSON {
+		return printJSON(w, struct {
 			SchemaVersion int              `json:"schema_version"`
 			Healthy       bool             `json:"healthy"`
 			Checks        []doctor.Finding `json:"checks"`

@@ -2,13 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"os"
+	"strconv"
 	"strings"
 	"sync"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -36,7 +35,7 @@ func newLabUp() *cobra.Command {
 			if bandwidth != "" {
 				rate, err := lab.ParseBitRate(bandwidth)
 				if err != nil {
-					return err
+					return usagef("%w", err)
 				}
 				opts.Bandwidth = rate
 			}
@@ -87,13 +86,11 @@ func newLabStatus(g *globals) *cobra.Command {
 			switch {
 			case err == nil:
 				st = l.Status(cmd.Context())
-			case err != lab.ErrDown:
+			case !errors.Is(err, lab.ErrDown):
 				return err
 			}
-			if g.output == "json" {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(st)
+			if g.output == outputJSON {
+				return printJSON(cmd.OutOrStdout(), st)
 			}
 			return printLabStatus(cmd.OutOrStdout(), st)
 		},
@@ -105,8 +102,7 @@ func printLabStatus(w io.Writer, st lab.Status) error {
 		_, err := fmt.Fprintln(w, "no lab is up")
 		return err
 	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "HOST\tADDRESSES\tPID\tCONTAINERD\tTRANSHIPD")
+	var rows [][]string
 	for _, h := range st.Hosts {
 		service := func(name string) string {
 			s, ok := h.Services[name]
@@ -120,41 +116,53 @@ func printLabStatus(w io.Writer, st lab.Status) error {
 			}
 			return "down"
 		}
-		fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\n", h.Name, strings.Join(h.Addresses, ","), h.PID, service("containerd"), service("transhipd"))
+		rows = append(rows, []string{h.Name, strings.Join(h.Addresses, ","), strconv.Itoa(h.PID), service("containerd"), service("transhipd")})
 	}
-	return table.Flush()
+	return printTable(w, []string{"HOST", "ADDRESSES", "PID", "CONTAINERD", "TRANSHIPD"}, rows)
 }
 
 func newLabExec() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "exec HOST -- CMD [ARG…]",
 		Short: "Run a program in a host",
 		Long: "Run a program in a host, on this terminal or these pipes. Signals reach it and its exit code is returned;\n" +
 			"the build's binaries, ctr and criu are on its PATH.",
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			name, words := args[0], args[1:]
+			if words[0] == "--" {
+				words = words[1:]
+			}
+			if len(words) == 0 {
+				return usagef("which program? tranship lab exec %s -- CMD", name)
+			}
 			l, err := lab.Open()
 			if err != nil {
 				return err
 			}
-			h, err := l.Host(args[0])
+			h, err := l.Host(name)
 			if err != nil {
+				return usagef("%w", err)
+			}
+			// Signals are for the program, so they must not end this one; --timeout
+			// does.
+			ctx := context.WithoutCancel(cmd.Context())
+			if end, ok := cmd.Context().Deadline(); ok {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithDeadline(ctx, end)
+				defer cancel()
+			}
+			code, err := h.Run(ctx, words)
+			if code == 0 {
 				return err
 			}
-			// Signals are for the program, so they must not cancel this one.
-			code, err := h.Run(context.WithoutCancel(cmd.Context()), args[1:])
-			if err != nil {
-				if code != 0 {
-					fmt.Fprintf(cmd.ErrOrStderr(), "tranship: %v\n", err)
-					os.Exit(code)
-				}
-				return err
-			}
-			// The program's exit code, not one of tranship's own meanings.
-			os.Exit(code)
-			return nil
+			// The program's own exit code, not one of tranship's meanings.
+			return &exitError{code: code, err: err}
 		},
 	}
+	// What follows the host is the program's, flags included.
+	cmd.Flags().SetInterspersed(false)
+	return cmd
 }
 
 // newLabInit is how the lab starts the first process of a host.

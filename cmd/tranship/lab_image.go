@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strings"
 	"unicode"
@@ -31,22 +30,21 @@ func newLabImage(g *globals) *cobra.Command {
 			spec.Bins = append(spec.Bins, words...)
 			if len(cmdFlag) > 0 {
 				if len(spec.Cmd) > 0 {
-					return errors.New("--cmd and a command after -- say the same: give one")
+					return usagef("--cmd and a command after -- say the same: give one")
 				}
 				var err error
 				if spec.Cmd, err = commandWords(cmdFlag); err != nil {
-					return err
+					return usagef("%w", err)
 				}
+			}
+			if (spec.Rootfs == "") == (len(spec.Bins) == 0) {
+				return usagef("give either --rootfs or --bin")
 			}
 			l, err := lab.Open()
 			if err != nil {
 				return err
 			}
-			namespace := g.namespace
-			if namespace == "" {
-				namespace = "default"
-			}
-			return l.Image(cmd.Context(), namespace, spec)
+			return l.Image(cmd.Context(), g.namespace, spec)
 		},
 	}
 	flags := cmd.Flags()

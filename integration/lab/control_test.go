@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 )
 
@@ -36,7 +37,7 @@ func TestAMessageThatClaimsTooMuchIsRefused(t *testing.T) {
 	if err := readMessage(bytes.NewReader(head), &request{}); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("got %v, want a refusal before reading", err)
 	}
-	if _, err := encodeMessage(request{Dir: string(make([]byte, maxMessage))}); err == nil {
+	if _, err := encodeMessage(request{Dir: strings.Repeat("x", maxMessage)}); err == nil {
 		t.Error("a message was written that nobody would read")
 	}
 }

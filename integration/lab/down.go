@@ -103,13 +103,23 @@ func killMember(pid int, node string) error {
 	}
 	defer unix.Close(fd)
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil || !bytes.Contains(raw, []byte("/"+filepath.Join(cgroupName, node))) {
+	if err != nil || !inCgroup(string(raw), filepath.Join("/", cgroupName, node)) {
 		return nil
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("killing process %d: %w", pid, err)
 	}
 	return nil
+}
+
+// inCgroup reads /proc/PID/cgroup: lines of hierarchy:controllers:path.
+func inCgroup(text, cgroup string) bool {
+	for _, line := range strings.Split(text, "\n") {
+		if parts := strings.SplitN(line, ":", 3); len(parts) == 3 && strings.HasPrefix(parts[2]+"/", cgroup+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // unmountBelow takes away mounts of the machine's own namespace below dir. The
@@ -156,10 +166,20 @@ func makeMountPoints() error {
 	return nil
 }
 
-// removeMountPoints removes marked ones, unless somebody put files there.
+// removeMountPoints removes marked ones, unless somebody put files there. While
+// another lab is up it inherits the marks: removing a directory would unmount
+// what its hosts have mounted over it.
 func removeMountPoints() error {
+	heir := otherLab()
 	for _, dir := range mountPoints {
-		if !exists(madeMark(dir)) {
+		mark := madeMark(dir)
+		if !exists(mark) {
+			continue
+		}
+		if heir != "" {
+			if err := os.Rename(mark, filepath.Join(heir, filepath.Base(mark))); err != nil {
+				return fmt.Errorf("mount point %s: %w", dir, err)
+			}
 			continue
 		}
 		err := unix.Rmdir(dir)
@@ -168,6 +188,17 @@ func removeMountPoints() error {
 		}
 	}
 	return nil
+}
+
+// otherLab returns the directory of another lab on this machine, or "".
+func otherLab() string {
+	labs, _ := filepath.Glob(rootPrefix + "*") // the pattern is well-formed
+	for _, dir := range labs {
+		if dir != rootDir && exists(filepath.Join(dir, filepath.Base(statePath))) {
+			return dir
+		}
+	}
+	return ""
 }
 
 // acquire takes the lock that makes one lab a machine, one change at a time.

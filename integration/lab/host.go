@@ -68,13 +68,17 @@ func (h *Host) Exec(ctx context.Context, args ...string) ([]byte, error) {
 }
 
 // Run runs a program in the host on this process's standard streams, passes
-// signals on, and returns its exit code, 128 + n after signal n.
+// signals on, and returns its exit code, 128 + n after signal n. When ctx ends,
+// so does the program.
 func (h *Host) Run(ctx context.Context, args []string) (int, error) {
 	conn, err := dialInit(ctx, h.rec.Name)
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
+	// Init kills what it runs for a connection that closes.
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
 	defer signal.Stop(signals)
@@ -114,6 +118,9 @@ func (h *Host) Run(ctx context.Context, args []string) (int, error) {
 	err = readMessage(conn, &ended)
 	close(done)
 	<-forwarded
+	if ctx.Err() != nil {
+		return 0, fmt.Errorf("%s: %w", args[0], context.Cause(ctx))
+	}
 	if err != nil || ended.Exit == nil {
 		return 0, fmt.Errorf("%s went away while %s ran: %w", h.rec.Name, args[0], errors.Join(err, ErrDown))
 	}

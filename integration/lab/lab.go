@@ -276,7 +276,7 @@ func needRoot() error {
 	if os.Geteuid() != 0 {
 		return errors.New("the lab makes namespaces, mounts and cgroups: run it as root")
 	}
-	return nil
+	return checkName()
 }
 
 // state is what Up leaves for the commands after it.

@@ -83,6 +83,14 @@ func eventually(t *testing.T, what string, done func() bool) {
 	t.Fatalf("not within %v: %s", deadline, what)
 }
 
+// root is this lab's directory on the machine.
+var root = func() string {
+	if name := os.Getenv(lab.NameVariable); name != "" {
+		return "/var/lib/tranship-lab." + name
+	}
+	return "/var/lib/tranship-lab"
+}()
+
 // traces is what a lab could leave on the machine.
 func traces(t *testing.T) []string {
 	t.Helper()
@@ -103,13 +111,18 @@ func traces(t *testing.T) []string {
 	for _, l := range links {
 		found = append(found, "link "+l.Name)
 	}
-	groups, err := filepath.Glob("/sys/fs/cgroup/*/tranship-lab")
+	paths, err := filepath.Glob("/sys/fs/cgroup/*/" + filepath.Base(root))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, g := range append(groups, "/sys/fs/cgroup/tranship-lab", "/var/lib/tranship-lab", "/run/tranship-lab.lock", "/etc/tranship", "/var/lib/tranship", "/var/lib/containerd") {
-		if _, err := os.Stat(g); err == nil {
-			found = append(found, "path "+g)
+	paths = append(paths, filepath.Join("/sys/fs/cgroup", filepath.Base(root)), root)
+	if others, _ := filepath.Glob("/var/lib/tranship-lab*/state.json"); len(others) == 0 || len(others) == 1 && filepath.Dir(others[0]) == root {
+		// These are shared with other labs.
+		paths = append(paths, "/run/tranship-lab.lock", "/etc/tranship", "/var/lib/tranship", "/var/lib/containerd")
+	}
+	for _, p := range paths {
+		if _, err := os.Stat(p); err == nil {
+			found = append(found, "path "+p)
 		}
 	}
 	// A namespace lives as long as a process in it, which is what Down kills.
@@ -178,7 +191,7 @@ func isOthersNamespace(trace string) bool {
 			continue
 		}
 		cmdline, _ := os.ReadFile(filepath.Join(filepath.Dir(filepath.Dir(p)), "cmdline"))
-		if bytes.Contains(cmdline, []byte("tranship-lab")) || bytes.Contains(cmdline, []byte("containerd")) {
+		if bytes.Contains(cmdline, []byte(root+"/")) {
 			return false
 		}
 	}

@@ -3,22 +3,43 @@ package lab
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 )
 
-const (
+// NameVariable is the environment variable that names the lab that commands and
+// tests mean. Labs share nothing, so tests run in one of their own and leave
+// alone what somebody tries out; "" is the lab without a name.
+const NameVariable = "TRANSHIP_LAB"
+
+// labName is ".NAME" or "", part of what the lab is called on the machine.
+var labName = func() string {
+	name := os.Getenv(NameVariable)
+	if name == "" {
+		return ""
+	}
+	return "." + name
+}()
+
+var (
 	// rootDir holds everything that the lab writes; every host has a directory
 	// in it. It must be on a disk file system: overlayfs takes no overlay and,
 	// before Linux 6.6, no tmpfs with user xattrs as its upper directory.
-	rootDir   = "/var/lib/tranship-lab"
+	rootDir   = rootPrefix + labName
 	statePath = rootDir + "/state.json"
-	// lockPath is outside rootDir, because Down removes that.
-	lockPath = "/run/tranship-lab.lock"
 	// cgroupName is the lab's cgroup in every hierarchy; what is in it is the
 	// lab's, and that is how Down finds what no record mentions.
-	cgroupName = "tranship-lab"
+	cgroupName = "tranship-lab" + labName
+)
+
+const (
+	rootPrefix = "/var/lib/tranship-lab"
+	// lockPath is outside rootDir, because Down removes that, and the same for
+	// all labs, because they share the mount points.
+	lockPath = "/run/tranship-lab.lock"
 
 	// PrivateCRIU is where `make setup` puts a CRIU newer than the distribution's.
 	PrivateCRIU = "/usr/local/lib/tranship/criu"
@@ -56,6 +77,16 @@ type nodePlan struct {
 	// Host is the address among hosts, Shard the one among shards.
 	Host  netip.Prefix `json:"host"`
 	Shard netip.Prefix `json:"shard"`
+}
+
+var namePattern = regexp.MustCompile(`^(\.[a-z0-9-]{1,20})?$`)
+
+// checkName keeps a name from leading out of the lab's directories.
+func checkName() error {
+	if !namePattern.MatchString(labName) {
+		return fmt.Errorf("%s=%s: a lab's name is at most 20 letters, digits and dashes", NameVariable, labName[1:])
+	}
+	return nil
 }
 
 // newPlan never plans fewer hosts than are already there.

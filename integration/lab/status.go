@@ -2,12 +2,14 @@ package lab
 
 import (
 	"context"
+	"strings"
 	"time"
 )
 
 // Status is what `lab status` prints.
 type Status struct {
 	SchemaVersion int          `json:"schema_version"`
+	Name          string       `json:"name,omitempty"`
 	Up            bool         `json:"up"`
 	BinDir        string       `json:"bin_dir,omitempty"`
 	Bandwidth     string       `json:"bandwidth,omitempty"`
@@ -45,7 +47,7 @@ const statusDeadline = 5 * time.Second
 // Status asks every host. A host that does not answer is not an error but
 // shown as not running.
 func (l *Lab) Status(ctx context.Context) Status {
-	st := Status{SchemaVersion: 1, Up: true, BinDir: l.state.BinDir, Hosts: []HostStatus{}}
+	st := Status{SchemaVersion: 1, Up: true, Name: strings.TrimPrefix(labName, "."), BinDir: l.state.BinDir, Hosts: []HostStatus{}}
 	if l.state.Bandwidth > 0 {
 		st.Bandwidth = l.state.Bandwidth.String()
 	}
