@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -399,6 +400,11 @@ func (c *chaos) step() error {
 	}
 	c.doing = fmt.Sprintf("op %d on %#x+%d pages", what, addr, n)
 	zero := func(ps []pageState) { clear(ps) }
+	if what >= 66 && what < 88 || what == 95 {
+		if ok, err := whole(addr, size); !ok || err != nil {
+			return err
+		}
+	}
 	switch {
 	case what < 30:
 		return c.check(a, from, n)
@@ -434,7 +440,7 @@ func (c *chaos) step() error {
 			return err
 		}
 		if _, err := mremap(addr, size, size, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, to); err != nil {
-			return c.spans(err, to, size)
+			return err
 		}
 		moved := append([]pageState{}, run...)
 		c.remove(k, from, n)
@@ -442,7 +448,7 @@ func (c *chaos) step() error {
 	case what < 84: // grow: moves where the kernel likes, unless there is room
 		to, err := mremap(addr, size, size+page, unix.MREMAP_MAYMOVE, 0)
 		if err != nil {
-			return c.spans(err, 0, 0)
+			return err
 		}
 		moved := append(append([]pageState{}, run...), pageState{})
 		c.remove(k, from, n)
@@ -451,7 +457,7 @@ func (c *chaos) step() error {
 		const dontUnmap = 4
 		to, err := mremap(addr, size, size, unix.MREMAP_MAYMOVE|dontUnmap, 0)
 		if err != nil {
-			return c.spans(err, 0, 0)
+			return err
 		}
 		c.areas = append(c.areas, area{to, append([]pageState{}, run...)})
 		zero(c.areas[k].pages[from : from+n])
@@ -470,7 +476,7 @@ func (c *chaos) step() error {
 	case what < 96: // shrink
 		if n > 1 {
 			if _, err := mremap(addr, size, page, unix.MREMAP_MAYMOVE, 0); err != nil {
-				return c.spans(err, 0, 0)
+				return err
 			}
 			c.remove(k, from+1, n-1)
 		}
@@ -480,18 +486,23 @@ func (c *chaos) step() error {
 	return nil
 }
 
-// spans forgives a move that the kernel refuses because the run consists of
-// several mappings by now.
-func (c *chaos) spans(err error, reserved, size uint64) error {
-	if !errors.Is(err, unix.EFAULT) {
-		return err
+// whole reports whether the run lies in one mapping: the kernel refuses to move
+// others, and from 6.17 on may have moved a part of them by then.
+func whole(addr, size uint64) (bool, error) {
+	raw, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return false, err
 	}
-	if size > 0 {
-		if _, _, errno := unix.Syscall(unix.SYS_MUNMAP, uintptr(reserved), uintptr(size), 0); errno != 0 {
-			return errno
+	for line := range strings.Lines(string(raw)) {
+		var start, end uint64
+		if _, err := fmt.Sscanf(line, "%x-%x", &start, &end); err != nil {
+			return false, err
+		}
+		if addr >= start && addr < end {
+			return addr+size <= end, nil
 		}
 	}
-	return nil
+	return false, fmt.Errorf("%#x is not mapped", addr)
 }
 
 // remove takes n pages out of area k.
