@@ -25,7 +25,7 @@ type PeerTransport struct {
 // asked at every new connection. The peer must prove that it is the node that
 // the URL names.
 func HTTPClient(tlsFor func(node string) *tls.Config, resolve func(ctx context.Context, node string) (addr string, err error)) (*PeerTransport, error) {
-	socket, err := listenUDP("udp", nil)
+	socket, err := net.ListenUDP("udp", nil)
 	if err != nil {
 		return nil, fmt.Errorf("socket for peers' API: %w", err)
 	}

@@ -63,6 +63,7 @@ type host struct {
 	*Server
 	addr   string
 	client func(string) *tls.Config // of the sender "source"
+	server *tls.Config
 	socket *faultyConn
 }
 
@@ -82,7 +83,7 @@ func newHost(t testing.TB, opt hostOptions) *host {
 	if opt.conf == nil {
 		opt.conf = quicConfig(DefaultIdleTimeout, DefaultKeepAlive)
 	}
-	h := &host{client: client}
+	h := &host{client: client, server: serverConf}
 	loopback := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
 	var socket net.PacketConn
 	var err error

@@ -309,7 +309,7 @@ func (s *Server) servePages(conn *quic.Conn, peer string, log *slog.Logger) {
 		return
 	}
 
-	r := &receiver{in: in, sink: sink, conn: conn, log: log}
+	r := &receiver{ctx: ctx, in: in, sink: sink, conn: conn, log: log}
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	streams.Go(func() {

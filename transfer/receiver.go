@@ -25,6 +25,7 @@ import (
 //  4. to the Sink, segment by segment, and
 //  5. into the tally that must equal the sender's before it is answered.
 type receiver struct {
+	ctx  context.Context // ends with conn
 	in   *inbound
 	sink Sink
 	conn *quic.Conn
@@ -141,7 +142,7 @@ func (r *receiver) take(w *workspace) (wire.Answer, error) {
 		if err != nil {
 			return wire.Answer{}, err
 		}
-		if err := r.in.enterRound(r.conn.Context(), open.Epoch); err != nil {
+		if err := r.in.enterRound(r.ctx, open.Epoch); err != nil {
 			return wire.Answer{}, err
 		}
 		defer r.in.leaveRound()
@@ -218,7 +219,7 @@ func (r *receiver) apply(w *workspace, tally *wire.Tally) error {
 
 // blob hands a blob to the Sink.
 func (r *receiver) blob(w *workspace, open wire.OpenBlob) (uint64, error) {
-	ctx, cancel := context.WithCancel(r.conn.Context())
+	ctx, cancel := context.WithCancel(r.ctx)
 	defer cancel()
 	reader := &blobReader{w: w, size: open.Size}
 	err := r.sink.Blob(ctx, open.Kind, open.Name, open.Size, reader)

@@ -74,7 +74,7 @@ func (o *Options) defaults() error {
 			if addr.IP.To4() != nil {
 				network = "udp4"
 			}
-			return listenUDP(network, nil)
+			return net.ListenUDP(network, nil) // what a sender receives is acknowledgements: GRO has nothing to join
 		}
 	}
 	switch {
@@ -322,6 +322,11 @@ func (s *Session) usable() ([]*link, error) {
 		return nil, ErrClosed
 	case len(s.links) == 0:
 		return nil, fmt.Errorf("%w: not connected", ErrLinkLost)
+	}
+	for _, l := range s.links {
+		if l.conn.Context().Err() != nil {
+			return nil, linkError(context.Cause(l.conn.Context()))
+		}
 	}
 	return s.links, nil
 }

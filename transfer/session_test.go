@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
@@ -186,6 +187,42 @@ func TestARedialToAReceiverThatForgotStartsOver(t *testing.T) {
 		t.Errorf("%d pages were left out", stats.Unchanged)
 	}
 	second.equal(t, m)
+}
+
+func TestADaemonThatCameBackSaysThatItKnowsNothing(t *testing.T) {
+	sink := newStore()
+	h := newHost(t, hostOptions{accept: sink.accept})
+	s := h.dial(t, Options{IdleTimeout: time.Minute, KeepAlive: 100 * time.Millisecond})
+	newMemory(3, 1, 50).round(t, s, 0, 0, 50, 10)
+
+	h.socket.cut.Store(true) // it dies without a word
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	socket, err := newFaultyConn(h.Addr().(*net.UDPAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := listen(socket, h.server, quicConfig(DefaultIdleTimeout, DefaultKeepAlive), nil, sink.accept, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- again.Serve(t.Context()) }()
+	defer func() {
+		if err := again.Close(); err != nil {
+			t.Error(err)
+		}
+		<-served
+	}()
+	select {
+	case <-s.Lost():
+	case <-time.After(20 * time.Second):
+		t.Fatal("the session waits for the idle timeout")
+	}
+	if _, err := s.Round(t.Context(), 1); !errors.Is(err, ErrLinkLost) {
+		t.Error(err)
+	}
 }
 
 func TestASecondSessionTakesTheMigrationOverAfterTheFirstOnesCalls(t *testing.T) {

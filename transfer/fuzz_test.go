@@ -1,0 +1,84 @@
+package transfer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"testing"
+
+	"github.com/zeebo/xxh3"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/transfer/wire"
+)
+
+// FuzzStream gives a receiver any stream. Whatever it holds, the Sink gets only
+// whole pages in the user's address space, and success is answered only to a
+// stream that counts what it carried.
+func FuzzStream(f *testing.F) {
+	one := bytes.Repeat([]byte{1}, page)
+	f.Add(join(wire.OpenRound{Epoch: 1}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
+	f.Add(join(wire.OpenRound{Epoch: 1}, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: page, Pages: 9, Zero: true}}}, wire.EndRound{Tally: wire.Tally{Batches: 1, Zeros: 9}}))
+	f.Add(join(wire.OpenBlob{Kind: "k", Size: 5}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}, wire.EndBlob{Bytes: 5}))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		sink := &strict{}
+		r := &receiver{ctx: t.Context(), in: &inbound{}, sink: sink, log: slog.New(slog.DiscardHandler)}
+		w := workspaces.Get().(*workspace)
+		defer workspaces.Put(w)
+		w.br.Reset(bytes.NewReader(raw))
+		answer, err := r.take(w)
+		if sink.wrong != nil {
+			t.Fatal(sink.wrong)
+		}
+		if err == nil && (answer.Pages != sink.pages || answer.Zeros != sink.zeros || answer.Bytes != sink.bytes) {
+			t.Fatalf("answered %+v for %+v", answer, sink)
+		}
+		if cap(w.frame) > 2*wire.MaxBody {
+			t.Fatalf("a buffer of %d bytes", cap(w.frame))
+		}
+		if r.in.active != 0 {
+			t.Fatal("the round was not left")
+		}
+	})
+}
+
+// strict is a Sink that checks what it is given.
+type strict struct {
+	pages, zeros, bytes uint64
+	wrong               error
+}
+
+func (s *strict) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
+	s.pages += uint64(len(data) / page)
+	if len(data) == 0 || len(data)%page != 0 || addr+uint64(len(data)) > wire.MaxAddr {
+		s.wrong = fmt.Errorf("%d bytes", len(data))
+	}
+	return s.check(pid, addr)
+}
+
+func (s *strict) ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Pages) error {
+	s.zeros += uint64(n)
+	if n <= 0 || n > wire.MaxAddr/page || addr+uint64(n.Bytes()) > wire.MaxAddr {
+		s.wrong = fmt.Errorf("%d pages", n)
+	}
+	return s.check(pid, addr)
+}
+
+func (s *strict) check(pid checkpoint.PID, addr uint64) error {
+	if pid <= 0 || addr%page != 0 || addr > wire.MaxAddr {
+		s.wrong = fmt.Errorf("pid %d at %#x", pid, addr)
+	}
+	return nil
+}
+
+func (s *strict) Blob(_ context.Context, kind, _ string, size int64, r io.Reader) error {
+	n, err := io.Copy(io.Discard, r)
+	s.bytes += uint64(n)
+	if kind == "" || err == nil && size >= 0 && n != size || errors.Is(err, io.EOF) {
+		s.wrong = fmt.Errorf("blob %q of %d with %d bytes, %w", kind, size, n, err)
+	}
+	return err
+}
