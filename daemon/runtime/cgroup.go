@@ -80,8 +80,10 @@ func locate(controller string, paths map[string]string, mounts []cgroupMount) (d
 			if !slices.Contains(m.controllers, key) {
 				continue
 			}
+			// The kernel writes /.. for what is outside the reader's cgroup
+			// namespace, which filepath would take for the root.
 			rel, err := filepath.Rel(m.root, path)
-			if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
+			if err != nil || rel == ".." || strings.HasPrefix(rel, "../") || strings.HasPrefix(path, "/..") {
 				continue
 			}
 			if rel == "." {

@@ -336,7 +336,7 @@ func (r *Runtime) DestroyIncoming(ctx context.Context, namespace, name, migratio
 	step("lease", r.dropLease(ctx, migration))
 	if ours {
 		step("log", removeFile(r.LogPath(namespace, name)))
-	step("standard input", r.removeStdin(namespace, name))
+		step("standard input", r.removeStdin(namespace, name))
 	}
 	return errors.Join(errs...)
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	containerd "github.com/containerd/containerd/v2/client"
 )
 
 // PreparedTask finds the task that NewRestoreTask made in an earlier life of the
@@ -28,4 +30,21 @@ func (r *Runtime) Runs(ctx context.Context, namespace, name string) bool {
 		return !isNotFound(err) && !errors.Is(err, ErrNotFound)
 	}
 	return rec.Status == StatusRunning || rec.Status == StatusPaused
+}
+
+// MustRun is nil if the shim itself says that the shard's task runs. A shim that
+// has died is an error at once, before containerd has cleaned up after it.
+func (r *Runtime) MustRun(ctx context.Context, namespace, name string) error {
+	ctx, _, t, err := r.task(ctx, namespace, name)
+	if err != nil {
+		return err
+	}
+	status, err := t.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("task %s: %w", name, err)
+	}
+	if status.Status != containerd.Running {
+		return fmt.Errorf("task %s is %s: %w", name, status.Status, ErrNotRunning)
+	}
+	return nil
 }

@@ -271,10 +271,10 @@ func TestAnAbortedArrivalLeavesNothing(t *testing.T) {
 	src.addImage(t)
 	ctx := t.Context()
 	src.run(t, runtime.RunSpec{Name: "web"})
-	_, sn := incoming(t, src, dst, "web", "m1")
+	rec, sn := incoming(t, src, dst, "web", "m1")
 	t.Cleanup(func() { dst.Network().Delete(context.Background(), sn) })
 	images := t.TempDir()
-	task, err := dst.NewRestoreTask(ctx, namespace, "web", images, t.TempDir())
+	task, err := dst.NewRestoreTask(ctx, rec, images, t.TempDir())
 	must(t, err)
 	if _, err := dst.Rootfs(ctx, namespace, "web"); err != nil {
 		t.Error(err)
@@ -322,7 +322,7 @@ func TestAShardMovesByCheckpointAndRestore(t *testing.T) {
 	rec, sn := incoming(t, src, dst, "web", "m1")
 	t.Cleanup(func() { dst.Network().Delete(context.Background(), sn) })
 	images, work := t.TempDir(), t.TempDir()
-	task, err := dst.NewRestoreTask(ctx, namespace, "web", images, work)
+	task, err := dst.NewRestoreTask(ctx, rec, images, work)
 	must(t, err)
 	must(t, src.MarkStopped(ctx, namespace, "web"))
 

@@ -46,7 +46,7 @@ func (s *stdinIO) Config() cio.Config {
 }
 
 func (r *Runtime) stdinPath(namespace, name string) string {
-	return filepath.Join(r.cfg.RunDir, "stdin", namespace+"-"+name)
+	return filepath.Join(r.cfg.RunDir, "stdin", namespace+"--"+name)
 }
 
 // removeStdin removes the fifo once its task is gone.
