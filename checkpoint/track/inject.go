@@ -168,7 +168,7 @@ func onSomeThread(hostPID int, f func(t *tracee, pc uint64) error) (time.Duratio
 func (t *tracee) borrowed(pc uint64, f func(t *tracee, pc uint64) error) (err error) {
 	// The memory may have changed since the instruction was looked up.
 	var word uint64
-	if err := ptrace(unix.PTRACE_PEEKTEXT, t.tid, uintptr(pc), uintptr(unsafe.Pointer(&word))); err != nil ||
+	if err := ptraceData(unix.PTRACE_PEEKTEXT, t.tid, uintptr(pc), unsafe.Pointer(&word)); err != nil ||
 		!bytes.Equal(instructionAt(word), syscallInstruction) {
 		return errors.Join(errBusy, t.detach())
 	}
@@ -272,14 +272,14 @@ func (t *tracee) resume(request int, signal unix.Signal) (unix.WaitStatus, error
 
 func (t *tracee) signalMask() (uint64, error) {
 	var mask uint64
-	if err := ptrace(unix.PTRACE_GETSIGMASK, t.tid, kernelSigset, uintptr(unsafe.Pointer(&mask))); err != nil {
+	if err := ptraceData(unix.PTRACE_GETSIGMASK, t.tid, kernelSigset, unsafe.Pointer(&mask)); err != nil {
 		return 0, fmt.Errorf("read the signal mask of thread %d: %w", t.tid, procError(err))
 	}
 	return mask, nil
 }
 
 func (t *tracee) setSignalMask(mask uint64) error {
-	if err := ptrace(unix.PTRACE_SETSIGMASK, t.tid, kernelSigset, uintptr(unsafe.Pointer(&mask))); err != nil {
+	if err := ptraceData(unix.PTRACE_SETSIGMASK, t.tid, kernelSigset, unsafe.Pointer(&mask)); err != nil {
 		return fmt.Errorf("write the signal mask of thread %d: %w", t.tid, procError(err))
 	}
 	return nil
@@ -290,7 +290,7 @@ func (t *tracee) setSignalMask(mask uint64) error {
 func (t *tracee) refusesCalls() error {
 	const getDispatch = 0x4211 // PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, Linux 6.4
 	var config struct{ mode, selector, offset, length uint64 }
-	err := ptrace(getDispatch, t.tid, unsafe.Sizeof(config), uintptr(unsafe.Pointer(&config)))
+	err := ptraceData(getDispatch, t.tid, unsafe.Sizeof(config), unsafe.Pointer(&config))
 	if err == nil && config.mode != 0 {
 		return fmt.Errorf("thread %d uses syscall user dispatch: %w", t.tid, ErrForeignABI)
 	}
@@ -306,12 +306,12 @@ func (t *tracee) abortRestartableSequence(regs *registers) error {
 		size, signature uint32
 		flags, _        uint32
 	}
-	if err := ptrace(unix.PTRACE_GET_RSEQ_CONFIGURATION, t.tid, unsafe.Sizeof(config), uintptr(unsafe.Pointer(&config))); err != nil || config.area == 0 {
+	if err := ptraceData(unix.PTRACE_GET_RSEQ_CONFIGURATION, t.tid, unsafe.Sizeof(config), unsafe.Pointer(&config)); err != nil || config.area == 0 {
 		return nil // the kernel has no rseq, or the thread does not use it
 	}
 	var sequence uint64
 	const sequenceOffset = 8 // struct rseq: cpu_id_start, cpu_id, rseq_cs
-	if err := ptrace(unix.PTRACE_PEEKDATA, t.tid, uintptr(config.area+sequenceOffset), uintptr(unsafe.Pointer(&sequence))); err != nil {
+	if err := ptraceData(unix.PTRACE_PEEKDATA, t.tid, uintptr(config.area+sequenceOffset), unsafe.Pointer(&sequence)); err != nil {
 		return fmt.Errorf("read the rseq area of thread %d: %w", t.tid, procError(err))
 	}
 	if sequence == 0 {
@@ -320,7 +320,7 @@ func (t *tracee) abortRestartableSequence(regs *registers) error {
 	// struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip.
 	var field [4]uint64
 	for i := range field {
-		if err := ptrace(unix.PTRACE_PEEKDATA, t.tid, uintptr(sequence)+uintptr(i*8), uintptr(unsafe.Pointer(&field[i]))); err != nil {
+		if err := ptraceData(unix.PTRACE_PEEKDATA, t.tid, uintptr(sequence)+uintptr(i*8), unsafe.Pointer(&field[i])); err != nil {
 			return fmt.Errorf("read the restartable sequence of thread %d: %w", t.tid, procError(err))
 		}
 	}
@@ -358,6 +358,10 @@ func findSyscallInstruction(hostPID int) (uint64, error) {
 				}
 			}
 		}
+	}
+	// None of it can be read when the process ended meanwhile.
+	if all, err := readMaps(hostPID); err != nil || len(all) == 0 {
+		return 0, errGone
 	}
 	return 0, errors.New("no system call instruction in its memory")
 }

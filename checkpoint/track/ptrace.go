@@ -14,10 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stopTimeout is how long one thread may take to stop. A running or sleeping
-// thread takes tens of microseconds; one that waits for a disk or for a vfork
-// child does not stop before that is over, and another thread is tried instead.
-const stopTimeout = 20 * time.Millisecond
+// stopTimeout is how long one thread may take to stop: tens of microseconds, and
+// on a busy host until it gets a processor. One that waits for a disk or for a
+// vfork child does not stop before that is over, and another thread is tried
+// instead. Until it stops, nothing happens to the thread.
+const stopTimeout = 100 * time.Millisecond
 
 // stopAttempts bounds how many threads are tried, so that a process whose
 // threads all wait for a disk costs no more than this many timeouts.
@@ -30,25 +31,46 @@ const kernelSigset = 8
 // tracee to one thread, and the end of that thread detaches what is still
 // attached, which is the only way to let go of a thread that never stopped.
 func onTracer(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
+	type result struct {
+		tid int
+		err error
+	}
+	done := make(chan result, 1)
+	var start func()
+	start = func() {
 		// Never unlocked: Go then ends the thread with the goroutine.
 		runtime.LockOSThread()
-		if unix.Gettid() == os.Getpid() {
-			// Go parks the main thread instead of ending it. While this goroutine
-			// holds it, the next one gets another.
-			done <- onTracer(f)
+		tid := unix.Gettid()
+		if tid == os.Getpid() {
+			// Go parks the main thread instead of ending it. As long as this
+			// goroutine holds it, the next one gets another.
+			finished := make(chan struct{})
+			go func() {
+				defer close(finished)
+				start()
+			}()
+			<-finished
 			runtime.UnlockOSThread()
 			return
 		}
-		done <- f()
-	}()
-	return <-done
+		done <- result{tid, f()}
+	}
+	go start()
+	r := <-done
+	if errors.Is(r.err, errBusy) {
+		// Something may still be attached, and cannot be attached to again before
+		// the thread has really ended.
+		for unix.Tgkill(os.Getpid(), r.tid, 0) == nil {
+			runtime.Gosched()
+		}
+	}
+	return r.err
 }
 
 // tracee is one stopped thread.
 type tracee struct {
-	tid     int
+	tid int
+	// stopped is when the thread still ran for the last time.
 	stopped time.Time
 	// saved is what the thread resumes with.
 	saved registers
@@ -84,12 +106,13 @@ func seize(tid int) (*tracee, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach to thread %d: %w", tid, procError(err))
 	}
-	t := &tracee{tid: tid, stopped: time.Now()}
+	t := &tracee{tid: tid}
+	deadline := time.Now().Add(stopTimeout)
 	if err := ptrace(unix.PTRACE_INTERRUPT, tid, 0, 0); err != nil {
 		return nil, fmt.Errorf("interrupt thread %d: %w", tid, procError(err))
 	}
 	for {
-		status, err := t.waitUntil(t.stopped.Add(stopTimeout))
+		status, err := t.waitUntil(deadline)
 		if err != nil {
 			return nil, err
 		}
@@ -135,12 +158,15 @@ func (t *tracee) detach() error {
 // a pause at first, since most stop at once.
 func (t *tracee) waitUntil(deadline time.Time) (unix.WaitStatus, error) {
 	const spins = 200
+	t.stopped = time.Now()
 	for i := 0; ; i++ {
+		now := time.Now()
 		status, err := t.wait(unix.WNOHANG)
 		if err != nil || status != stillRunning {
 			return status, err
 		}
-		if time.Now().After(deadline) {
+		t.stopped = now
+		if now.After(deadline) {
 			return 0, errBusy
 		}
 		if i < spins {
@@ -203,6 +229,16 @@ const ntPRStatus = 1 // NT_PRSTATUS, include/uapi/linux/elf.h
 
 func ptrace(request, tid int, addr, data uintptr) error {
 	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, data, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// ptraceData is ptrace with data to read or write. The pointer becomes a number
+// in the call itself, because a stack that grows before it moves.
+func ptraceData(request, tid int, addr uintptr, data unsafe.Pointer) error {
+	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, uintptr(data), 0, 0)
 	if errno != 0 {
 		return errno
 	}

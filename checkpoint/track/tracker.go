@@ -64,8 +64,12 @@ type process struct {
 	// it did not report: nothing may be left out the next time.
 	unfinished bool
 
-	uffd *userfault // of uffdMethod
-	soft softState  // of softDirtyMethod
+	// Of uffdMethod: the descriptor, and the mappings that were registered when
+	// they were last looked at, from start to end.
+	uffd     *userfault
+	mappings map[uint64]uint64
+
+	soft softState // of softDirtyMethod
 }
 
 type tracker struct {

@@ -188,13 +188,19 @@ func (m *uffdMethod) obtain(c *collection) error {
 // register registers the regions that are not. It returns none for a process
 // whose memory is registered as another one's.
 func (m *uffdMethod) register(c *collection, regions []region, fresh bool) ([]region, error) {
+	before := c.p.mappings
+	c.p.mappings = make(map[uint64]uint64, len(regions))
 	for i := range regions {
 		r := &regions[i]
-		if !r.full && !c.p.unfinished {
+		missing := r.full
+		// A mapping that is registered but was not there before has grown, shrunk
+		// or merged. Or the process has registered it itself, in the same way,
+		// which only shows when it is tried.
+		if !missing && !c.p.unfinished && before[r.start] == r.end {
+			c.p.mappings[r.start] = r.end
 			continue
 		}
-		missing := r.full
-		r.full = true
+		r.full = missing || c.p.unfinished
 		switch err := c.p.uffd.register(r.start, r.end); {
 		case err == nil:
 		case errors.Is(err, errGone):
@@ -223,8 +229,13 @@ func (m *uffdMethod) register(c *collection, regions []region, fresh bool) ([]re
 		if err != nil {
 			return nil, err
 		}
-		r.protect = tracked
-		if tracked && missing {
+		if !tracked {
+			r.full = true
+			continue
+		}
+		c.p.mappings[r.start] = r.end
+		r.protect = r.full
+		if missing {
 			c.stats.Registered++
 		}
 	}
@@ -281,7 +292,7 @@ func (m *uffdMethod) release(p *process) error {
 		return nil
 	}
 	err := p.uffd.Close()
-	p.uffd = nil
+	p.uffd, p.mappings = nil, nil
 	return err
 }
 

@@ -246,7 +246,7 @@ func writePages(addr, length, stamp uint64) {
 	for at := addr; at < addr+length; at += 4096 {
 		p := (*[512]uint64)(foreign(at))
 		p[0], p[1], p[511] = stamp, at, stamp*0x9e3779b97f4a7c15+at
-		p[stamp%512] ^= stamp
+		p[2+stamp%500] ^= stamp
 	}
 }
 
