@@ -1,6 +1,6 @@
 # tranship: `make help` lists the targets.
 SHELL   := bash
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION  = $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 MODULE  := github.com/tranship/tranship
 # Hosts are namespaces, so what makes them runs as root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")

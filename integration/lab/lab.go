@@ -82,6 +82,9 @@ func Up(ctx context.Context, opts Options) (*Lab, error) {
 		return nil, err
 	}
 	if err := l.bringUp(ctx, opts); err != nil {
+		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+			err = fmt.Errorf("%w: %w", ctx.Err(), err) // whatever the cause is, callers see a cancellation
+		}
 		if ctx.Err() != nil && fresh {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), downDeadline)
 			defer cancel()
