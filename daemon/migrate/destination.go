@@ -348,7 +348,12 @@ func (in *incoming) restore(ctx context.Context) error {
 	}
 	in.step("runc", at)
 	in.entry.InitPID = pid
-	return failpoint.Hit(ctx, "destination.restored")
+	if err := failpoint.Hit(ctx, "destination.restored"); err != nil {
+		return err
+	}
+	// A shim that died meanwhile takes the shard with it. Now the source can
+	// still go on; once the link is up it cannot.
+	return in.m.rt.MustRun(ctx, in.entry.Namespace, in.entry.Shard)
 }
 
 func (in *incoming) criuError(err error) error {

@@ -64,7 +64,8 @@ func run(m *testing.M) int {
 // on runs a command on a host and returns its standard output.
 func on(t *testing.T, host string, args ...string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	// Clean-up runs when the test's own context has ended.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), limit)
 	defer cancel()
 	cmd := hostOf(t, host).Command(ctx, args...)
 	var stdout, stderr bytes.Buffer

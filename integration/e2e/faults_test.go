@@ -4,9 +4,11 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 // faulty is a Redis whose memory and connection are checked after a fault.
@@ -136,4 +138,272 @@ func (f *faulty) restart(host string) {
 	if err := hostOf(f.t, host).StartDaemon(ctx); err != nil {
 		f.t.Fatal(err)
 	}
+}
+
+// pauseAt starts a migration host-1 → host-2, waits until it stands at a point,
+// and returns what lets it go on and what awaits its end.
+func (f *faulty) pauseAt(host, point string, flags ...string) (release func(), wait func() (result, int)) {
+	f.t.Helper()
+	hit, release := arm(f.t, host, point, "pause")
+	type ended struct {
+		r    result
+		code int
+	}
+	done := make(chan ended, 1)
+	t := f.t
+	go func() {
+		r, code, _ := migrate(t, f.name, "host-1", "host-2", flags...)
+		done <- ended{r, code}
+	}()
+	await(f.t, point+" is reached", func() bool {
+		select {
+		case e := <-done:
+			f.t.Fatalf("%s was never reached: %+v, exit code %d", point, e.r, e.code)
+		default:
+		}
+		return hit()
+	})
+	return release, func() (result, int) {
+		f.t.Helper()
+		select {
+		case e := <-done:
+			return e.r, e.code
+		case <-time.After(limit):
+			f.t.Fatal("the migration does not end")
+		}
+		panic("unreachable")
+	}
+}
+
+func (f *faulty) cut(on bool) {
+	f.t.Helper()
+	h := hostOf(f.t, "host-2")
+	err := h.RestoreLink()
+	if on {
+		err = h.CutLink()
+	}
+	if err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func TestALinkThatIsCutLeavesOneWholeCopy(t *testing.T) {
+	f := startFaulty(t, "cut")
+	digest := f.digest()
+	for _, p := range sourcePoints[1:] {
+		t.Run(p.point, func(t *testing.T) {
+			f.t = t
+			release, wait := f.pauseAt("host-1", p.point)
+			f.cut(true)
+			t.Cleanup(func() { f.cut(false) })
+			release()
+			r, code := wait()
+			switch p.point {
+			case "source.yielded":
+				// Nobody can know; the command says so, and the hosts settle it once
+				// they can talk again.
+				if code != 7 || r.Outcome != "in-doubt" {
+					t.Errorf("exit code %d, outcome %q", code, r.Outcome)
+				}
+			case "source.discard":
+				if code != 0 {
+					t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+				}
+			default:
+				if code != 1 || r.Outcome != "aborted" {
+					t.Errorf("exit code %d, outcome %q", code, r.Outcome)
+				}
+				// Without the link being restored: the source goes on.
+				f.mustBeWholeAt("host-1", digest)
+			}
+			f.cut(false)
+			if at := f.mustBeWholeAt(p.at, digest); at != "host-1" {
+				mustMigrate(t, f.name, at, "host-1")
+			}
+			// The destination finds out by itself; then the same move works.
+			f.awaitNothingPending()
+			mustMigrate(t, f.name, "host-1", "host-2")
+			mustMigrate(t, f.name, "host-2", "host-1")
+		})
+	}
+	f.t = t
+}
+
+// awaitNothingPending waits until no host has an unfinished migration.
+func (f *faulty) awaitNothingPending() {
+	f.t.Helper()
+	await(f.t, "every migration has ended on both hosts", func() bool {
+		for _, host := range []string{"host-1", "host-2"} {
+			out, err := on(f.t, host, "tranship", "migrations", "-o", "json")
+			if err != nil || strings.Contains(out, `"running"`) || strings.Contains(out, `"in-doubt"`) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func TestKillingCRIULeavesTheSourceRunning(t *testing.T) {
+	f := startFaulty(t, "kill-criu")
+	digest := f.digest()
+	// While it stands ready, and again while it dumps.
+	for _, point := range []string{"source.before-freeze", "source.frozen"} {
+		t.Run(point, func(t *testing.T) {
+			f.t = t
+			release, wait := f.pauseAt("host-1", point)
+			killed := killNamed(t, "host-1", "criu")
+			if killed == 0 {
+				t.Fatal("there is no criu to kill")
+			}
+			release()
+			if r, code := wait(); code != 1 || r.Outcome != "aborted" {
+				t.Errorf("exit code %d, outcome %q", code, r.Outcome)
+			}
+			f.mustBeWholeAt("host-1", digest)
+			f.awaitNothingPending()
+		})
+	}
+	f.t = t
+	mustMigrate(t, f.name, "host-1", "host-2")
+	f.mustBeWholeAt("host-2", digest)
+}
+
+func TestKillingTheDestinationsShimLeavesOneWholeCopy(t *testing.T) {
+	f := startFaulty(t, "kill-shim")
+	digest := f.digest()
+	for _, point := range []string{"source.round", "source.before-freeze", "source.dumped", "source.before-yield", "source.yielded"} {
+		t.Run(point, func(t *testing.T) {
+			f.t = t
+			release, wait := f.pauseAt("host-1", point)
+			if killNamed(t, "host-2", "containerd-shim") == 0 {
+				t.Fatal("there is no shim to kill")
+			}
+			release()
+			if r, code := wait(); code != 1 || r.Outcome != "aborted" {
+				t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+			}
+			f.mustBeWholeAt("host-1", digest)
+			f.awaitNothingPending()
+		})
+	}
+	t.Run("destination.restored", func(t *testing.T) {
+		f.t = t
+		release, wait := f.pauseAt("host-2", "destination.restored")
+		if killNamed(t, "host-2", "containerd-shim") == 0 {
+			t.Fatal("there is no shim to kill")
+		}
+		release()
+		wait()
+		f.mustBeWholeAt("host-1", digest)
+		f.awaitNothingPending()
+	})
+	f.t = t
+}
+
+// killNamed sends SIGKILL to every process of a host whose name begins so.
+func killNamed(t *testing.T, host, name string) int {
+	t.Helper()
+	pids, err := hostOf(t, host).PIDs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = pids
+	out := must(t, host, "sh", "-c", `for p in /proc/[0-9]*; do read -r n < $p/comm 2>/dev/null && case "$n" in `+name+`*) echo ${p#/proc/};; esac; done; true`)
+	n := 0
+	for _, pid := range strings.Fields(out) {
+		if _, err := on(t, host, "kill", "-9", pid); err == nil {
+			n++
+		}
+	}
+	return n
+}
+
+func TestCancellingLeavesTheSourceRunning(t *testing.T) {
+	f := startFaulty(t, "cancel")
+	digest := f.digest()
+	for _, p := range sourcePoints {
+		if p.at != "host-1" {
+			continue // committed: too late
+		}
+		t.Run(p.point, func(t *testing.T) {
+			f.t = t
+			release, wait := f.pauseAt("host-1", p.point)
+			id := f.pendingID()
+			must(t, "host-1", "tranship", "cancel", id)
+			release()
+			if r, code := wait(); code != 4 || r.Outcome != "aborted" {
+				t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+			}
+			f.mustBeWholeAt("host-1", digest)
+			f.awaitNothingPending()
+		})
+	}
+	f.t = t
+}
+
+func (f *faulty) pendingID() string {
+	f.t.Helper()
+	var doc struct {
+		Migrations []struct{ ID, Outcome string }
+	}
+	if err := json.Unmarshal([]byte(must(f.t, "host-1", "tranship", "migrations", "-o", "json")), &doc); err != nil {
+		f.t.Fatal(err)
+	}
+	for _, m := range doc.Migrations {
+		if m.Outcome == "running" {
+			return m.ID
+		}
+	}
+	f.t.Fatal("no migration is running")
+	return ""
+}
+
+func TestADestinationWithoutRoomRefusesAndTheSourceRunsOn(t *testing.T) {
+	f := startFaulty(t, "full")
+	digest := f.digest()
+	// The store is a tmpfs: one that is too small is a full disk and a host
+	// without memory in one.
+	must(t, "host-2", "mount", "-o", "remount,size=4m", "/run/tranship/store")
+	t.Cleanup(func() { must(t, "host-2", "mount", "-o", "remount,size=90%", "/run/tranship/store") })
+	r, code, _ := migrate(t, f.name, "host-1", "host-2")
+	if code != 1 || r.Outcome != "aborted" || !strings.Contains(r.Reason, "full") && !strings.Contains(r.Reason, "no space") {
+		t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+	}
+	f.mustBeWholeAt("host-1", digest)
+	f.awaitNothingPending()
+}
+
+func TestASecondMigrationOfAShardIsRefused(t *testing.T) {
+	f := startFaulty(t, "twice")
+	digest := f.digest()
+	release, wait := f.pauseAt("host-1", "source.pre-copy")
+	r, code, _ := migrate(t, f.name, "host-1", "host-2")
+	if code != 3 {
+		t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+	}
+	release()
+	if r, code := wait(); code != 0 {
+		t.Errorf("the first migration: exit code %d: %s", code, r.Reason)
+	}
+	f.mustBeWholeAt("host-2", digest)
+}
+
+func TestTwoShardsCanChangePlaces(t *testing.T) {
+	a, b := startFaulty(t, "there"), startFaulty(t, "back")
+	da, db := a.digest(), b.digest()
+	mustMigrate(t, b.name, "host-1", "host-2")
+	done := make(chan error, 2)
+	for _, m := range []struct{ name, from, to string }{{a.name, "host-1", "host-2"}, {b.name, "host-2", "host-1"}} {
+		go func() {
+			_, _, err := migrate(t, m.name, m.from, m.to)
+			done <- err
+		}()
+	}
+	for range 2 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	a.mustBeWholeAt("host-2", da)
+	b.mustBeWholeAt("host-1", db)
 }
