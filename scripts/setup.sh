@@ -8,8 +8,10 @@
 set -euo pipefail
 
 # The oldest CRIU that can do what tranship asks of it, and the first that
-# nobody has tried yet.
+# nobody has tried yet. Linux 6.16 refuses SO_PASSCRED on TCP sockets, which
+# only CRIU 4.2 takes; `criu check` does not notice.
 criu_oldest=4.1.1
+if [ "$(printf '%s\n' 6.16 "$(uname -r)" | sort -V | head -1)" = 6.16 ]; then criu_oldest=4.2; fi
 criu_untried=4.3
 # Suites of Debian to take CRIU from when the machine's own is too old for its
 # kernel: the newest first, then the stable one.
@@ -100,11 +102,8 @@ install_criu() {
 		at=$criu_home/criu
 	elif at=$(command -v criu) && works "$at"; then
 		:
-	elif dpkg --compare-versions "$(candidate criu)" ge "$criu_oldest"; then
-		say "installing criu"
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends criu >&2
-		at=$(command -v criu)
-		works "$at" || die "$at does not work on this kernel: $("$at" check 2>&1 | tail -3)"
+	elif distribution_criu && at=$(command -v criu) && works "$at"; then
+		:
 	else
 		private_criu
 		at=$criu_home/criu
@@ -114,6 +113,15 @@ install_criu() {
 		ln -s $criu_home/criu /usr/local/sbin/criu
 	fi
 	say "CRIU $(version_of "$at") in $at"
+}
+
+# distribution_criu installs the distribution's, if that is new enough. Its
+# kernel may still be newer than that CRIU knows; then another has to be found.
+distribution_criu() {
+	dpkg --compare-versions "$(candidate criu)" ge "$criu_oldest" || return 1
+	installed criu && return 0
+	say "installing criu"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends criu >&2
 }
 
 candidate() { apt-cache "${@:2}" policy "$1" 2>/dev/null | awk '/Candidate:/{print ($2 == "(none)" ? "0" : $2)}'; }
@@ -177,7 +185,9 @@ debian_sources() {
 
 # fetch_criu SUITE "URI KEYRING": an apt of its own, with its own lists, cache
 # and an empty list of installed packages, so that it fetches CRIU's whole
-# closure, and the machine's apt never hears of the other suite.
+# closure, and the machine's apt never hears of the other suite. A mirror may be
+# weeks behind sid, whose index is valid for a few days; its signature is what
+# counts here.
 fetch_criu() {
 	local suite=$1 uri key options="" apt v
 	read -r uri key <<<"$2"
@@ -188,7 +198,7 @@ fetch_criu() {
 	echo "deb ${options}$uri $suite main" >"$scratch/apt/sources.list"
 	apt=(-o "Dir::Etc::sourcelist=$scratch/apt/sources.list" -o Dir::Etc::sourceparts=- -o Dir::Etc::preferences=- -o Dir::Etc::preferencesparts=-
 		-o "Dir::State=$scratch/apt/state" -o "Dir::State::status=$scratch/apt/status" -o "Dir::Cache=$scratch/apt/cache"
-		-o APT::Default-Release= -o APT::Sandbox::User=root -o Acquire::Languages=none)
+		-o APT::Default-Release= -o APT::Sandbox::User=root -o Acquire::Languages=none -o Acquire::Check-Valid-Until=false)
 	apt-get "${apt[@]}" update -q >"$scratch/apt.log" 2>&1 || { tail -3 "$scratch/apt.log" >&2; return 1; }
 	v=$(candidate criu "${apt[@]}")
 	tried "${v:-0}" || { say "$suite has CRIU ${v:-not at all}, which is not between $criu_oldest and $criu_untried"; return 1; }

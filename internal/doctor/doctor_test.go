@@ -107,6 +107,17 @@ func TestTrackerFindingsSayWhyNoBetterOne(t *testing.T) {
 	}
 }
 
+func TestANewKernelNeedsANewerCRIU(t *testing.T) {
+	for release, want := range map[string]string{
+		"6.12.0": "4.1.1", "6.15.9": "4.1.1", "6.16.0": "4.2.0", "6.18.44-fc": "4.2.0", "7.0.1": "4.2.0",
+	} {
+		m := machine(t, map[string]string{"proc/sys/kernel/osrelease": release})
+		if got := m.oldestCRIU().String(); got != want {
+			t.Errorf("Linux %s: CRIU %s, want %s", release, got, want)
+		}
+	}
+}
+
 func TestAProgramThatIsNotThereIsMissing(t *testing.T) {
 	m := Machine{Output: func(context.Context, string, ...string) (string, error) { return "", errors.New("not found") }}
 	if got := m.program("runc", "runc", "install it")(t.Context()); got.Level != Missing || got.Do != "install it" {
