@@ -65,6 +65,7 @@ type Recorder struct {
 	mu         sync.Mutex
 	started    time.Time
 	last       time.Time
+	stopped    time.Time // zero while it runs
 	requests   int64
 	bytes      int64
 	errorCount int64
@@ -72,6 +73,9 @@ type Recorder struct {
 	reconnects int64
 	gaps       []Gap
 	facts      map[string]any
+
+	begun     chan struct{} // closed by the first Begin
+	beginOnce sync.Once
 }
 
 // NewRecorder begins a record for the named program.
@@ -79,11 +83,12 @@ func NewRecorder(program string) *Recorder { return newRecorder(program, time.No
 
 func newRecorder(program string, now func() time.Time) *Recorder {
 	t := now()
-	return &Recorder{program: program, now: now, started: t, last: t, facts: map[string]any{}}
+	return &Recorder{program: program, now: now, started: t, last: t, facts: map[string]any{}, begun: make(chan struct{})}
 }
 
 // Begin forgets the time until now: loading and learning are not what is measured.
 func (r *Recorder) Begin() {
+	defer r.beginOnce.Do(func() { close(r.begun) })
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.started = r.now()
@@ -91,10 +96,20 @@ func (r *Recorder) Begin() {
 	r.requests, r.bytes, r.gaps = 0, 0, nil
 }
 
+// Stop ends what is measured: requests after it count for nothing, errors do.
+func (r *Recorder) Stop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopped = r.now()
+}
+
 // Done notes a request that completed and was right, with n bytes of payload.
 func (r *Recorder) Done(n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if !r.stopped.IsZero() {
+		return
+	}
 	t := r.now()
 	r.requests++
 	r.bytes += int64(n)
@@ -151,13 +166,16 @@ func (r *Recorder) Failed() bool {
 	return r.errorCount > 0
 }
 
-// Report returns what is known now. A final report also counts the time since
-// the last completed request as a gap: a connection that hangs at the end has
-// no later request to show it.
+// Report returns what is known now. The time since the last completed request
+// counts as a gap: a connection that hangs at the end has no later request to
+// show it.
 func (r *Recorder) Report(final bool) Report {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	t := r.now()
+	if !r.stopped.IsZero() {
+		t = r.stopped
+	}
 	gaps := slices.Clone(r.gaps)
 	gaps = append(gaps, Gap{at: r.last, length: t.Sub(r.last)})
 	longest := gaps[0]

@@ -15,8 +15,8 @@ import (
 // ErrNotOK is what a program returns after it printed a report that is not ok.
 var ErrNotOK = errors.New("the check found errors")
 
-// Run drives one checker: until work returns, or duration is over (0: without
-// end), or SIGINT or SIGTERM asks for the end. SIGUSR1 prints a report in
+// Run drives one checker: until work returns, or duration is over, counted from
+// the record's Begin (0: without end), or SIGINT or SIGTERM asks for the end. SIGUSR1 prints a report in
 // between. The last report goes to stdout as one line of JSON, in every case.
 //
 // Being told to end is how a load without an end ends, so work returns nil when
@@ -24,11 +24,13 @@ var ErrNotOK = errors.New("the check found errors")
 func Run(ctx context.Context, stdout io.Writer, rec *Recorder, duration time.Duration, work func(context.Context) error) error {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if duration > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, duration)
-		defer cancel()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	begun := rec.begun
+	if duration <= 0 {
+		begun = nil
 	}
+	var over <-chan time.Time
 	usr1 := make(chan os.Signal, 1)
 	signal.Notify(usr1, syscall.SIGUSR1)
 	defer signal.Stop(usr1)
@@ -37,6 +39,12 @@ func Run(ctx context.Context, stdout io.Writer, rec *Recorder, duration time.Dur
 	go func() { done <- work(ctx) }()
 	for {
 		select {
+		case <-begun:
+			begun = nil
+			over = time.After(duration)
+		case <-over:
+			over = nil
+			cancel()
 		case <-usr1:
 			if err := Print(stdout, rec.Report(false)); err != nil {
 				rec.Fail(err)
