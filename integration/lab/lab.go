@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -104,6 +105,11 @@ func (o Options) complete() (Options, error) {
 	}
 	if o.Hosts < 1 || o.Hosts > maxHosts {
 		return o, fmt.Errorf("%d hosts: a lab has between 1 and %d", o.Hosts, maxHosts)
+	}
+	if o.Etcd {
+		if _, err := exec.LookPath("etcd"); err != nil {
+			return o, fmt.Errorf("%w: apt-get install etcd-server", err)
+		}
 	}
 	if o.Progress == nil {
 		o.Progress = func(string) {}

@@ -538,3 +538,40 @@ func TestTheCommandLineSpeaksJSON(t *testing.T) {
 		t.Errorf("%s: %v", out, err)
 	}
 }
+
+func TestTranshipdAnswersOnEveryHost(t *testing.T) {
+	l := up(t, lab.Options{Hosts: 3})
+	for _, hs := range l.Status(t.Context()).Hosts {
+		if hs.Transhipd != hs.InPool {
+			t.Errorf("%+v", hs)
+		}
+	}
+	var nodes struct {
+		Nodes []struct{ Name, State string }
+	}
+	h := host(t, l, "host-2")
+	eventually(t, "all hosts know each other", func() bool {
+		out, err := h.Exec(t.Context(), "tranship", "nodes", "-o", "json")
+		if err != nil || json.Unmarshal(out, &nodes) != nil {
+			return false
+		}
+		alive := 0
+		for _, n := range nodes.Nodes {
+			if n.State == "alive" {
+				alive++
+			}
+		}
+		return alive == 3
+	})
+
+	if err := h.KillDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Command(t.Context(), "tranship", "ps").Run(); exitCode(err) != 6 {
+		t.Errorf("without its daemon, tranship ps ended with %v", err)
+	}
+	if err := h.StartDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	sh(t, h, "tranship ps")
+}

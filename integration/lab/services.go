@@ -32,9 +32,6 @@ func servicesFor(p plan, node nodePlan, opts Options) ([]service, error) {
 		if !opts.Etcd {
 			return nil, nil
 		}
-		if _, err := exec.LookPath("etcd"); err != nil {
-			return nil, errors.New("--etcd needs etcd: apt-get install etcd-server")
-		}
 		url := fmt.Sprintf("http://%v:%d", node.Host.Addr(), etcdPort)
 		data := filepath.Join(nodeDir(node.Name), "etcd")
 		return []service{{Name: serviceEtcd, Args: []string{
