@@ -12,9 +12,9 @@ const (
 	// UDP and IPv4 28 in front of it.
 	wireOverhead = 45
 	// paceCredit is how much time unused may be made up for: longer than a
-	// sleeping goroutine oversleeps, shorter than any window in which someone
-	// would measure the link.
-	paceCredit = 10 * time.Millisecond
+	// goroutine of a busy host oversleeps, shorter than any window in which
+	// someone would measure the link. QUIC's own pacing spreads what is made up.
+	paceCredit = 25 * time.Millisecond
 	// A piece is what goes out between two looks at the clock.
 	minPiece = 8 << 10
 	maxPiece = 256 << 10

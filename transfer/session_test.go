@@ -24,6 +24,10 @@ func quick(opt Options) Options {
 	return opt
 }
 
+// neverWithin bounds the wait for what must not happen: long enough for it to
+// happen where the code that prevents it is taken out.
+const neverWithin = 200 * time.Millisecond
+
 func TestDialIsRefused(t *testing.T) {
 	sink := newStore()
 	h := newHost(t, hostOptions{accept: func(_ context.Context, peer, migration string) (Sink, error) {
@@ -264,7 +268,7 @@ func TestASecondSessionTakesTheMigrationOverAfterTheFirstOnesCalls(t *testing.T)
 	select {
 	case err := <-dialled:
 		t.Fatalf("the second session began while a call of the first was running: %v", err)
-	default:
+	case <-time.After(neverWithin):
 	}
 	close(first.gate)
 	if err := <-dialled; err != nil {
@@ -412,7 +416,7 @@ func TestPagesOfALaterRoundWaitForThoseOfACancelledOne(t *testing.T) {
 		t.Fatal("a page of the next round reached the sink beside one of the cancelled round")
 	case err := <-closed:
 		t.Fatalf("the next round ended: %v", err)
-	default:
+	case <-time.After(neverWithin):
 	}
 	close(sink.gate)
 	if err := <-closed; err != nil {
@@ -617,31 +621,41 @@ func TestBandwidthIsHonoured(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt := over(faulty)
-	const rate = 12_000_000
+	const rate, pages = 8_000_000, 250
 	opt.Bandwidth = rate
 	s := h.dial(t, opt)
-	m := newMemory(10, 1, 700)
-	fillNoise(m.procs[1], 11)
-	wire, began := faulty.out.Load(), time.Now()
-	var blob sync.WaitGroup
-	blob.Go(func() { // shares the limit
-		noise := make([]byte, 1<<20)
-		fillNoise(noise, 12)
-		if _, err := s.Blob(t.Context(), "image", "x", -1, strings.NewReader(string(noise))); err != nil {
-			t.Error(err)
+	m := newMemory(10, 1, pages)
+	// Above the limit it may never be; below, only because the machine did not
+	// let it run, and not three times.
+	best := 0.0
+	for n := 0; n < 3 && best < 0.95; n++ {
+		fillNoise(m.procs[1], uint64(20+n))
+		wire, began := faulty.out.Load(), time.Now()
+		var blob sync.WaitGroup
+		blob.Go(func() { // shares the limit
+			noise := make([]byte, 512<<10)
+			fillNoise(noise, uint64(30+n))
+			if _, err := s.Blob(t.Context(), "image", "x", -1, strings.NewReader(string(noise))); err != nil {
+				t.Error(err)
+			}
+		})
+		m.round(t, s, n, 0, pages, 64)
+		blob.Wait()
+		ratio := float64(faulty.out.Load()-wire) * 8 / time.Since(began).Seconds() / rate
+		if ratio > 1.03 {
+			t.Errorf("%.3f of the limit", ratio)
 		}
-	})
-	m.round(t, s, 0, 0, 700, 64)
-	blob.Wait()
-	got := float64(faulty.out.Load()-wire) * 8 / time.Since(began).Seconds()
-	if ratio := got / rate; ratio > 1.05 || ratio < 0.95 {
-		t.Errorf("%.3f of the limit", ratio)
+		best = max(best, ratio)
+		t.Logf("%.3f of the limit", ratio)
+	}
+	if best < 0.95 {
+		t.Errorf("at best %.3f of the limit", best)
 	}
 	sink.equal(t, m)
 
 	s.SetBandwidth(0)
 	fillNoise(m.procs[1], 13)
-	stats := m.round(t, s, 1, 0, 700, 64)
+	stats := m.round(t, s, 9, 0, pages, 64)
 	if unlimited := float64(stats.BytesSent) * 8 / stats.Duration.Seconds(); unlimited < 1.2*rate {
 		t.Errorf("without the limit it is still %.0f bit/s", unlimited)
 	}
@@ -692,7 +706,7 @@ func TestCloseOfTheServerWaitsForItsCalls(t *testing.T) {
 	select {
 	case <-closed:
 		t.Error("the server closed with calls running")
-	default:
+	case <-time.After(neverWithin):
 	}
 	close(sink.gate)
 	close(release)

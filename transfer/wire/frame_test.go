@@ -82,12 +82,14 @@ func conforms(t *testing.T, want Type, f frame) {
 			t.Errorf("one byte more: %v", err)
 		}
 	}
-	for cut := range fixed {
+	// At every byte; of the largest frames at some two thousand.
+	stride := 1 + len(raw)/2000
+	for cut := 0; cut < fixed; cut += stride {
 		if _, err := parse(typ, body[:cut]); err == nil {
 			t.Errorf("body cut at %d of %d was accepted", cut, len(body))
 		}
 	}
-	for cut := range raw {
+	for cut := 0; cut < len(raw); cut += stride {
 		_, _, _, err := ReadFrame(bufio.NewReader(bytes.NewReader(raw[:cut])), nil)
 		if cut == 0 && err != io.EOF || cut > 0 && !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("stream cut at %d of %d: %v", cut, len(raw), err)
