@@ -114,7 +114,7 @@ func TestProcessesOfARealDump(t *testing.T) {
 		t.Errorf("private memory is %+v", v)
 	}
 	if v := find(0x20000000); v.End != 0x20008000 || v.Status != Regular|FileShared|Memfd || v.ShmID == 0 || v.FD != -1 {
-		// Since 4.0 CRIU takes shared anonymous memory for the memfd that it is.
+		// Shared anonymous memory is dumped as the memfd that it is inside.
 		t.Errorf("shared memory is %+v", v)
 	}
 	if m.ExeFileID == 0 {

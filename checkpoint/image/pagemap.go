@@ -45,9 +45,9 @@ type Pagemap struct {
 // of addresses and sizes far from wrapping around.
 const maxAddr = 1 << 62
 
-// ReadPagemap reads both forms of entries. Since CRIU 4.1 the number of pages
-// is a 64-bit field of its own and the old one holds zero, so that the types
-// of go-criu 7.2 decode current images as empty; this decodes by hand.
+// ReadPagemap reads both forms of entries. CRIU 4.2 writes the number of pages
+// as a 64-bit field of its own and leaves the old one zero, so that the types of
+// go-criu 7.2, which know only that, decode its images as empty; hence by hand.
 func ReadPagemap(r io.Reader) (Pagemap, error) {
 	var p Pagemap
 	img, err := openImage(bufio.NewReader(r), pagemapMagic)
@@ -128,7 +128,7 @@ func parseRun(raw []byte) (Run, error) {
 	return run, nil
 }
 
-// WritePagemap writes the form of CRIU 4.1 and later.
+// WritePagemap writes the form of CRIU 4.2.
 func WritePagemap(w io.Writer, p Pagemap) error {
 	buffered := bufio.NewWriter(w)
 	img, err := newImage(buffered, pagemapMagic)

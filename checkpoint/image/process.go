@@ -187,7 +187,7 @@ type Inventory struct {
 	UptimeUsec  uint64
 	TCPClose    bool
 	NetworkLock uint32
-	// RunID names CRIU's nftables table; empty before 4.0.
+	// RunID names CRIU's nftables table; empty in older images.
 	RunID string
 }
 

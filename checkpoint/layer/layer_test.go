@@ -244,6 +244,19 @@ func TestOneChange(t *testing.T) {
 			must(t, os.Remove(d+"/a"))
 			must(t, os.Link(d+"/b", d+"/a"))
 		}},
+		{"a new file that has two names at once", nil, func(t *testing.T, d string) {
+			put(t, d+"/x", fill(4, 1000))
+			must(t, os.Link(d+"/x", d+"/y"))
+		}},
+		{"a directory whose time is put back after it lost a name", func(t *testing.T, d string) {
+			must(t, os.Mkdir(d+"/d", 0o755))
+			put(t, d+"/d/f", []byte("x"))
+			put(t, d+"/d/g", []byte("x"))
+			must(t, os.Chtimes(d+"/d", time.Time{}, time.Unix(1000, 1)))
+		}, func(t *testing.T, d string) {
+			must(t, os.Remove(d+"/d/f"))
+			must(t, os.Chtimes(d+"/d", time.Time{}, time.Unix(1000, 1)))
+		}},
 		{"three links of which each pair is rewritten", func(t *testing.T, d string) {
 			put(t, d+"/a", []byte("one"))
 			must(t, os.Link(d+"/a", d+"/b"))
@@ -587,6 +600,13 @@ func TestMappedWrite(t *testing.T) {
 			if stats.Data != chunkSize {
 				t.Errorf("sent %d bytes, want one chunk", stats.Data)
 			}
+			// And listed only now, after a pass that did not list it.
+			must(t, os.Remove(src+"/g"))
+			waitSettled(t, src)
+			index, _, _ = pass(t, src, dst, nil, Options{})
+			m[5002]++
+			pass(t, src, dst, index, Options{Frozen: true, AlwaysCompare: []string{"f"}})
+			mustEqual(t, src, dst)
 		})
 	}
 }

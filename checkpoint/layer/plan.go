@@ -81,11 +81,13 @@ func (p *planner) pair(n *node) {
 		n.work.touched = true
 		i++
 	}
-	for _, c := range n.children {
+	slab := make([]work, len(n.children))
+	for k, c := range n.children {
 		for i < len(olds) && olds[i].name < c.name {
 			gone()
 		}
-		c.work = &work{leader: c}
+		c.work = &slab[k]
+		c.work.leader = c
 		if i < len(olds) && olds[i].name == c.name {
 			if olds[i].kind() == c.kind() {
 				c.work.old = olds[i]

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -96,8 +97,8 @@ func (w *walker) dir(fd int, n *node, depth, length int) error {
 	}
 	slab := make([]node, len(names))
 	n.children = make([]*node, 0, len(names))
+	var st unix.Stat_t // one for all: it goes to the heap
 	for i, name := range names {
-		var st unix.Stat_t
 		err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 		if gone(err) {
 			if err := w.unsteadyAt(n.path() + "/" + name); err != nil {
@@ -173,10 +174,11 @@ func openDirAt(dirfd int, name string) (int, error) {
 // readNames returns the names in a directory, sorted, each once: a directory
 // that changes while it is read may show one twice.
 func readNames(fd int) ([]string, error) {
+	buf := direntBuffers.Get().(*[32 << 10]byte)
+	defer direntBuffers.Put(buf)
 	var names []string
-	buf := make([]byte, 32<<10)
 	for {
-		n, err := unix.ReadDirent(fd, buf)
+		n, err := unix.ReadDirent(fd, buf[:])
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -194,6 +196,8 @@ func readNames(fd int) ([]string, error) {
 	slices.Sort(names)
 	return slices.Compact(names), nil
 }
+
+var direntBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
 // dirs opens directories below a root by path. It holds the descriptors of the
 // last path, because neighbours are asked for after each other.
