@@ -11,32 +11,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pinsPages says whether a process could have input under way that the kernel
-// writes into pages pinned beforehand, without going through the page tables:
-// it has a file open with O_DIRECT, or sees a file system whose server may
-// choose such a transfer for any file. In doubt it says yes.
-func pinsPages(hostPID int) bool {
+// openFiles is what a process has open, as far as it matters here.
+type openFiles struct {
+	// pinning says that input could be under way that the kernel writes into
+	// pages pinned beforehand, without going through the page tables: a file is
+	// open with O_DIRECT, or there is a file system whose server may choose such a
+	// transfer for any file.
+	pinning bool
+	// userfaultfd says that a userfaultfd is open.
+	userfaultfd bool
+}
+
+// surveyFiles looks through the files of a process. In doubt it takes them for
+// pinning.
+func surveyFiles(hostPID int) openFiles {
+	var files openFiles
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", hostPID))
-	if err != nil || pinningMount(mounts) {
-		return true
-	}
+	files.pinning = err != nil || pinningMount(mounts)
 	dir := fmt.Sprintf("/proc/%d/fd", hostPID)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return true
+		files.pinning = true
+		return files
 	}
 	for _, e := range entries {
 		link, err := os.Readlink(filepath.Join(dir, e.Name()))
-		// Only what has a path can be a file; a closed descriptor is none.
-		if err != nil || !strings.HasPrefix(link, "/") {
+		if err != nil {
+			continue // closed meanwhile
+		}
+		files.userfaultfd = files.userfaultfd || link == userfaultfdLink
+		// Only what has a path can be a file.
+		if files.pinning || !strings.HasPrefix(link, "/") {
 			continue
 		}
 		info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%s", hostPID, e.Name()))
-		if err == nil && openedDirect(info) {
-			return true
-		}
+		files.pinning = err == nil && openedDirect(info)
 	}
-	return false
+	return files
 }
 
 // pinningMount looks through /proc/PID/mountinfo (proc_pid_mountinfo(5)).

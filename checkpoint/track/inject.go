@@ -64,15 +64,16 @@ func injectUserfaultfd(hostPID int) (fd int, pause time.Duration, err error) {
 	return fd, pause, err
 }
 
-// closeInherited closes, inside a process, each descriptor that is one of ours:
-// a child forked by another thread between the creation of the userfaultfd and
-// its closing has a copy.
-func closeInherited(hostPID int, ours []int) error {
+// closeInherited closes, inside a process, each descriptor that is one of ours,
+// and returns how many there were: a child forked by another thread between the
+// creation of the userfaultfd and its closing has a copy.
+func closeInherited(hostPID int, ours []int) (int, error) {
+	closed := 0
 	for _, inside := range userfaultfds(hostPID) {
 		for _, fd := range ours {
 			same, err := sameFile(fd, hostPID, inside)
 			if err != nil {
-				return err
+				return closed, err
 			}
 			if !same {
 				continue
@@ -80,11 +81,12 @@ func closeInherited(hostPID int, ours []int) error {
 			if _, err := onSomeThread(hostPID, func(t *tracee, pc uint64) error {
 				return t.close(pc, inside)
 			}); err != nil {
-				return err
+				return closed, err
 			}
+			closed++
 		}
 	}
-	return nil
+	return closed, nil
 }
 
 // userfaultfds lists the descriptors of a process that are userfaultfds.
@@ -109,25 +111,47 @@ func userfaultfds(hostPID int) []int {
 
 const userfaultfdLink = "anon_inode:[userfaultfd]"
 
-// children lists the processes that the threads of a process forked.
-func children(hostPID int) []int {
-	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", hostPID))
-	if err != nil {
-		return nil
-	}
-	var pids []int
-	for _, path := range tasks {
-		raw, err := os.ReadFile(path)
+// closeForked closes our descriptor in all processes started since a time: those
+// that another thread of the process forked while it was open inside, and theirs
+// in turn.
+func closeForked(fd int, since uint64) error {
+	for {
+		// Not by /proc/PID/task/TID/children, which may leave out some while others
+		// end. A process that was there all the time is in this list.
+		entries, err := os.ReadDir("/proc")
 		if err != nil {
-			continue // the thread ended
+			return err
 		}
-		for _, field := range bytes.Fields(raw) {
-			if pid, err := strconv.Atoi(string(field)); err == nil {
-				pids = append(pids, pid)
+		closed := 0
+		for _, e := range entries {
+			pid, err := strconv.Atoi(e.Name())
+			if err != nil || pid == os.Getpid() {
+				continue
 			}
+			st, err := readStat(fmt.Sprintf("/proc/%d/stat", pid))
+			if err != nil || st.start < since || st.state == 'Z' {
+				continue
+			}
+			n, err := closeInherited(pid, []int{fd})
+			// One that does not stop is found when it is tracked itself.
+			if err != nil && !errors.Is(err, errGone) && !errors.Is(err, errBusy) {
+				return fmt.Errorf("process %d: %w", pid, err)
+			}
+			closed += n
+		}
+		if closed == 0 {
+			return nil
 		}
 	}
-	return pids
+}
+
+// bootTicks is the time in the unit of a process's start, rounded down.
+func bootTicks() uint64 {
+	var now unix.Timespec
+	// It cannot fail with a clock that exists and an address that is valid.
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
+	const userHZ = 100 // on every platform that tranship supports
+	return uint64(now.Nano()) / uint64(time.Second/userHZ)
 }
 
 // onSomeThread stops one thread of the process and runs f with it and with the

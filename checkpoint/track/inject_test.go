@@ -10,6 +10,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -291,13 +293,34 @@ func TestARestartableSequenceStartsOverAfterAnInjectedCall(t *testing.T) {
 	b.expect("ok")
 }
 
+// children lists the processes that a process with one thread, or whose threads
+// do not end, has forked.
+func children(pid int) []int {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, path := range tasks {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		for _, field := range strings.Fields(string(raw)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
 func TestAProcessThatWaitsForAVforkChildIsReportedInFull(t *testing.T) {
 	b := startBlocked(t, "vfork")
-	children := func() []int { return children(b.pid()) }
-	waitFor(t, "the child", func() bool { return len(children()) == 1 })
-	sleepsIn(t, children()[0], unix.SYS_READ)
+	waitFor(t, "the child", func() bool { return len(children(b.pid())) == 1 })
+	sleepsIn(t, children(b.pid())[0], unix.SYS_READ)
 	parent := checkpoint.Process{PID: 1, HostPID: b.pid()}
-	child := checkpoint.Process{PID: 2, HostPID: children()[0]}
+	child := checkpoint.Process{PID: 2, HostPID: children(b.pid())[0]}
 
 	tracker, err := New(UffdWP, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -364,15 +387,25 @@ func TestNoForkedChildKeepsADescriptor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tracker.Close()
-	for range 100 {
-		// Tracked anew each time, as children are forked.
-		procs := []checkpoint.Process{{PID: 1, HostPID: b.pid()}}
-		if _, err := tracker.Collect(t.Context(), procs, Options{}, func(checkpoint.Extent) error { return nil }); err != nil {
+	procs := []checkpoint.Process{{PID: 1, HostPID: b.pid()}}
+	collect := func() {
+		t.Helper()
+		if _, err := tracker.Collect(t.Context(), procs, Options{}, ignore); err != nil {
 			t.Fatal(err)
 		}
-		for _, pid := range append(children(b.pid()), b.pid()) {
+	}
+	holders := func() []int {
+		return slices.DeleteFunc(append(children(b.pid()), b.pid()), func(pid int) bool { return len(userfaultfds(pid)) == 0 })
+	}
+	for range 20 {
+		// Tracked anew each time, as children are forked.
+		collect()
+		// A child that was being forked at the time shows up later, and is dealt
+		// with by the next round.
+		for _, pid := range holders() {
+			collect()
 			if left := userfaultfds(pid); len(left) > 0 {
-				t.Fatalf("process %d (parent %d) has descriptors %v", pid, b.pid(), left)
+				t.Errorf("process %d, forked by %d, keeps descriptors %v", pid, b.pid(), left)
 			}
 		}
 		if err := tracker.Close(); err != nil {
@@ -396,7 +429,7 @@ func TestAProcessWithoutItsMainThreadIsRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = tracker.Collect(t.Context(), []checkpoint.Process{{PID: 7, HostPID: b.pid()}}, Options{}, func(checkpoint.Extent) error { return nil })
+		_, err = tracker.Collect(t.Context(), []checkpoint.Process{{PID: 7, HostPID: b.pid()}}, Options{}, ignore)
 		var refused *ProcessError
 		if !errors.Is(err, ErrMainThreadExited) || !errors.As(err, &refused) || refused.PID != 7 {
 			t.Errorf("%s: error %v, want %v of process 7", kind, err, ErrMainThreadExited)

@@ -88,19 +88,21 @@ func seize(tid int) (*tracee, error) {
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
 		// A kernel without CONFIG_CHECKPOINT_RESTORE, or a daemon under seccomp
 		// itself, cannot suspend filters; most threads have none.
-		if raw, readErr := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid)); readErr == nil {
-			tracer, _ := statusField(raw, "TracerPid")
-			mode, _ := statusField(raw, "Seccomp")
-			state, _ := statusField(raw, "State")
-			switch {
-			case tracer != "" && tracer != "0":
-				return nil, ErrTraced
-			case state != "" && (state[0] == 'Z' || state[0] == 'X'):
-				return nil, errGone
-			}
-			if mode == "0" {
-				err = ptrace(unix.PTRACE_SEIZE, tid, 0, unix.PTRACE_O_TRACESYSGOOD)
-			}
+		// One that has ended refuses as well.
+		raw, readErr := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+		if readErr != nil {
+			return nil, procError(readErr)
+		}
+		tracer, _ := statusField(raw, "TracerPid")
+		mode, _ := statusField(raw, "Seccomp")
+		state, ok := statusField(raw, "State")
+		switch {
+		case !ok || state == "" || state[0] == 'Z' || state[0] == 'X':
+			return nil, errGone
+		case tracer != "0":
+			return nil, ErrTraced
+		case mode == "0":
+			err = ptrace(unix.PTRACE_SEIZE, tid, 0, unix.PTRACE_O_TRACESYSGOOD)
 		}
 	}
 	if err != nil {

@@ -179,7 +179,7 @@ func TestATracedProcessIsRefused(t *testing.T) {
 
 func TestDirectIOIsLookedForEverywhere(t *testing.T) {
 	dir := t.TempDir()
-	if pinsPages(os.Getpid()) {
+	if surveyFiles(os.Getpid()).pinning {
 		t.Skip("this machine has a file system that may pin pages")
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "direct"), os.O_CREATE|os.O_RDWR|unix.O_DIRECT, 0o600)
@@ -187,10 +187,10 @@ func TestDirectIOIsLookedForEverywhere(t *testing.T) {
 		t.Skipf("the file system has no direct I/O: %v", err)
 	}
 	defer f.Close()
-	if !pinsPages(os.Getpid()) {
+	if !surveyFiles(os.Getpid()).pinning {
 		t.Error("a file opened with O_DIRECT is not seen")
 	}
-	if !pinsPages(-1) {
+	if !surveyFiles(-1).pinning {
 		t.Error("a process that cannot be looked at must count as one with direct I/O")
 	}
 }

@@ -64,10 +64,10 @@ type process struct {
 	// it did not report: nothing may be left out the next time.
 	unfinished bool
 
-	// Of uffdMethod: the descriptor, and the mappings that were registered when
-	// they were last looked at, from start to end.
-	uffd     *userfault
-	mappings map[uint64]uint64
+	// Of uffdMethod: the descriptor, and since when children of the process may
+	// have a copy of it, in ticks, 0 for not at all.
+	uffd        *userfault
+	forkedSince uint64
 
 	soft softState // of softDirtyMethod
 }
@@ -89,6 +89,9 @@ type collection struct {
 	visit  func(checkpoint.Extent) error
 	stats  *Stats
 
+	// files is what the process had open before it was looked at; nothing for a
+	// frozen one.
+	files openFiles
 	// pages is opened by the method's prepare, after whatever may replace the
 	// process's memory has been ruled out.
 	pages  *pagemap
@@ -188,6 +191,9 @@ func (t *tracker) Close() error {
 
 // run reports one process.
 func (c *collection) run() (err error) {
+	if !c.frozen {
+		c.files = surveyFiles(c.p.HostPID)
+	}
 	regions, err := c.t.method.prepare(c)
 	if c.pages != nil {
 		defer func() { err = errors.Join(err, c.pages.Close()) }()
@@ -203,7 +209,6 @@ func (c *collection) run() (err error) {
 	if !c.frozen {
 		c.p.unfinished = true
 	}
-	direct := !c.frozen && pinsPages(c.p.HostPID)
 	c.reported, c.bases = pageSet{}, c.p.sent.bases()
 	for _, r := range regions {
 		if err := c.region(r); err != nil {
@@ -213,7 +218,7 @@ func (c *collection) run() (err error) {
 	if !c.frozen {
 		c.p.unfinished, c.p.recent = false, nil
 		// Asked again, because a file may have been opened since.
-		if direct || pinsPages(c.p.HostPID) {
+		if c.files.pinning || surveyFiles(c.p.HostPID).pinning {
 			c.p.recent = c.reported
 		}
 	}

@@ -82,6 +82,14 @@ func (m *uffdMethod) prepare(c *collection) ([]region, error) {
 	}
 	fresh := c.p.uffd == nil
 	if !fresh {
+		// Memory that the process registers in the same way looks as if it were
+		// ours. CRIU refuses such a process, whatever it uses the descriptor for.
+		if c.files.userfaultfd {
+			return nil, &ProcessError{Process: c.p.Process, Op: "look at its files", Err: ErrForeignUserfaultfd}
+		}
+		if err := m.sweep(c); err != nil {
+			return nil, err
+		}
 		regions, known, err := m.inspect(c)
 		if err != nil {
 			return nil, err
@@ -163,9 +171,15 @@ func (m *uffdMethod) obtain(c *collection) error {
 			ours = append(ours, p.uffd.fd)
 		}
 	}
-	if err := closeInherited(c.p.HostPID, ours); err != nil {
-		return fault("close an inherited descriptor", err)
+	if c.files.userfaultfd {
+		if _, err := closeInherited(c.p.HostPID, ours); err != nil {
+			return fault("close an inherited descriptor", err)
+		}
+		if len(userfaultfds(c.p.HostPID)) > 0 {
+			return fault("look at its files", ErrForeignUserfaultfd)
+		}
 	}
+	began := bootTicks()
 	fd, pause, err := injectUserfaultfd(c.p.HostPID)
 	c.stats.Pause = max(c.stats.Pause, pause)
 	if err != nil {
@@ -176,11 +190,27 @@ func (m *uffdMethod) obtain(c *collection) error {
 		return errors.Join(fault("set up the userfaultfd", err), u.Close())
 	}
 	c.p.uffd = u
-	for _, child := range children(c.p.HostPID) {
-		err := closeInherited(child, []int{fd})
-		if err != nil && !errors.Is(err, errGone) && !errors.Is(err, errBusy) {
-			return fault(fmt.Sprintf("close the descriptor that process %d inherited", child), err)
-		}
+	// A process with one thread could not fork while that was stopped.
+	if st, err := readStat(fmt.Sprintf("/proc/%d/stat", c.p.HostPID)); err == nil && st.threads > 1 {
+		c.p.forkedSince = began
+	}
+	return m.sweep(c)
+}
+
+// sweep looks for children that inherited the descriptor: as soon as it is
+// obtained, and in later Collects for those that could not be seen yet, because
+// fork copies the descriptors long before the child has a pid.
+func (m *uffdMethod) sweep(c *collection) error {
+	const forkTicks = 100 // 1 s, more than a fork takes on a busy host
+	if c.p.forkedSince == 0 {
+		return nil
+	}
+	last := bootTicks() > c.p.forkedSince+forkTicks
+	if err := closeForked(c.p.uffd.fd, c.p.forkedSince); err != nil {
+		return &ProcessError{Process: c.p.Process, Op: "close a descriptor that a child inherited", Err: err}
+	}
+	if last {
+		c.p.forkedSince = 0
 	}
 	return nil
 }
@@ -188,19 +218,16 @@ func (m *uffdMethod) obtain(c *collection) error {
 // register registers the regions that are not. It returns none for a process
 // whose memory is registered as another one's.
 func (m *uffdMethod) register(c *collection, regions []region, fresh bool) ([]region, error) {
-	before := c.p.mappings
-	c.p.mappings = make(map[uint64]uint64, len(regions))
 	for i := range regions {
 		r := &regions[i]
-		missing := r.full
-		// A mapping that is registered but was not there before has grown, shrunk
-		// or merged. Or the process has registered it itself, in the same way,
-		// which only shows when it is tried.
-		if !missing && !c.p.unfinished && before[r.start] == r.end {
-			c.p.mappings[r.start] = r.end
+		// What is registered already must not be registered again as it is: a
+		// mapping that came into the range since it was listed would count as
+		// tracked without ever having been protected.
+		if !r.full && !c.p.unfinished {
 			continue
 		}
-		r.full = missing || c.p.unfinished
+		missing := r.full
+		r.full = true
 		switch err := c.p.uffd.register(r.start, r.end); {
 		case err == nil:
 		case errors.Is(err, errGone):
@@ -229,13 +256,8 @@ func (m *uffdMethod) register(c *collection, regions []region, fresh bool) ([]re
 		if err != nil {
 			return nil, err
 		}
-		if !tracked {
-			r.full = true
-			continue
-		}
-		c.p.mappings[r.start] = r.end
-		r.protect = r.full
-		if missing {
+		r.protect = tracked
+		if tracked && missing {
 			c.stats.Registered++
 		}
 	}
@@ -292,7 +314,7 @@ func (m *uffdMethod) release(p *process) error {
 		return nil
 	}
 	err := p.uffd.Close()
-	p.uffd, p.mappings = nil, nil
+	p.uffd, p.forkedSince = nil, 0
 	return err
 }
 

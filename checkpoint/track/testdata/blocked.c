@@ -261,10 +261,10 @@ static void *forker(void *arg)
 	for (;;) {
 		pid_t pid = fork();
 		if (pid == 0) {
-			usleep(20000);
+			usleep(300000);
 			_exit(0);
 		}
-		usleep(200);
+		usleep(1000);
 		while (waitpid(-1, NULL, WNOHANG) > 0)
 			;
 	}
