@@ -105,7 +105,9 @@ func (f *fakeRuntime) List(context.Context, string) ([]runtime.Shard, error) {
 	return []runtime.Shard{webShard}, f.err
 }
 
-func (f *fakeRuntime) Namespaces(context.Context) ([]string, error) { return []string{"default"}, f.err }
+func (f *fakeRuntime) Namespaces(context.Context) ([]string, error) {
+	return []string{"default"}, f.err
+}
 
 func (f *fakeRuntime) Shard(_ context.Context, _, name string) (*runtime.Shard, error) {
 	if name != "web" {

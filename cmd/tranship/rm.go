@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
@@ -19,15 +21,20 @@ func newRmCommand(g *globals) *cobra.Command {
 				return err
 			}
 			defer client.Close()
+			// One that cannot be removed does not keep the others.
+			var failed error
 			for _, name := range args {
 				_, err := client.Shards.Remove(cmd.Context(), connect.NewRequest(&v1.RemoveRequest{
 					Namespace: g.namespace, Name: name, Force: force, ForceNamespace: g.forceNamespace,
 				}))
+				if err != nil && failed != nil {
+					fmt.Fprintln(cmd.ErrOrStderr(), "tranship:", explain(failed, g.host))
+				}
 				if err != nil {
-					return err
+					failed = err
 				}
 			}
-			return nil
+			return failed
 		},
 	}
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "running ones too")

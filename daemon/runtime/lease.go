@@ -133,6 +133,13 @@ func (r *Runtime) allocate(ctx context.Context, namespace, name string, wanted n
 			used[ip] = true
 		}
 	}
+	own, err := hostAddresses()
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	for _, ip := range own {
+		used[ip] = true
+	}
 	lease := addressLease{Namespace: namespace, Name: name, State: LeaseHere, At: time.Now()}
 	if wanted.IsValid() {
 		switch {
@@ -141,7 +148,7 @@ func (r *Runtime) allocate(ctx context.Context, namespace, name string, wanted n
 		case wanted == r.cfg.Network.Gateway || reserved(r.cfg.Network, wanted):
 			return netip.Prefix{}, fmt.Errorf("%w: address %s is the subnet's gateway, network or broadcast address", ErrInvalid, wanted)
 		case used[wanted]:
-			return netip.Prefix{}, fmt.Errorf("%w: address %s is in use on another host", ErrExists, wanted)
+			return netip.Prefix{}, fmt.Errorf("%w: address %s is in use, by a host or by a shard on another one", ErrExists, wanted)
 		}
 		if err := r.leases.take(wanted, lease); err != nil {
 			return netip.Prefix{}, err
@@ -172,9 +179,24 @@ func (r *Runtime) allocate(ctx context.Context, namespace, name string, wanted n
 		if drop := r.leases.drop(ip, namespace, name); err != nil || drop != nil {
 			return netip.Prefix{}, errors.Join(err, drop)
 		}
-		r.log.Warn("address of the pool is in use by somebody else", "ip", ip, "mac", owner)
+		r.log.Warn("address of the pool is in use by somebody else", "ip", ip, "mac", owner.String())
 	}
 	return netip.Prefix{}, fmt.Errorf("no free address in network.pool %s: remove shards, or give this host a larger pool", r.cfg.Network.Pool)
+}
+
+// hostAddresses are this host's own: it would not answer its own probe.
+func hostAddresses() ([]netip.Addr, error) {
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("this host's addresses: %w", err)
+	}
+	var own []netip.Addr
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			own = append(own, ip.Unmap())
+		}
+	}
+	return own, nil
 }
 
 // candidates yields the pool's addresses that nobody is known to use: first

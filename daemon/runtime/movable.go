@@ -36,11 +36,17 @@ func Movable(rec *Record) []Finding {
 	f.ofNetwork(rec, spec)
 	f.ofMounts(rec, spec)
 	f.ofDevices(spec)
-	if h := spec.Hooks; h != nil && len(h.Prestart)+len(h.CreateRuntime)+len(h.CreateContainer)+len(h.StartContainer)+len(h.Poststart)+len(h.Poststop) > 0 { //nolint:staticcheck // Prestart is deprecated, and still used by those who made the container
+	if h := spec.Hooks; h != nil && hooks(h) > 0 {
 		f.refuse("hooks", "create the container without OCI hooks",
 			"the container has OCI hooks, which would run again on the destination")
 	}
 	return f
+}
+
+func hooks(h *specs.Hooks) int {
+	//lint:ignore SA1019 Prestart is deprecated, and still used by those who make containers
+	n := len(h.Prestart)
+	return n + len(h.CreateRuntime) + len(h.CreateContainer) + len(h.StartContainer) + len(h.Poststart) + len(h.Poststop)
 }
 
 type findings []Finding

@@ -301,7 +301,7 @@ func (r *Runtime) image(ctx context.Context, ref string) (containerd.Image, erro
 			img, err = r.client.Pull(ctx, named.String(), containerd.WithPullUnpack, containerd.WithPullSnapshotter(r.cfg.Snapshotter))
 		}
 		if err != nil {
-			return nil, fmt.Errorf("image %s is not on this host and could not be pulled: %w", ref, err)
+			return nil, fmt.Errorf("image %s is not on this host (ctr images import brings it) and could not be pulled: %w", ref, err)
 		}
 	}
 	if err != nil {

@@ -72,6 +72,9 @@ func TestAShardRunsAnswersAndGoes(t *testing.T) {
 	if _, err := h.Run(ctx, runtime.RunSpec{Namespace: namespace, Name: "other", Image: testImage, IP: s.Network.IP.Addr()}); !errors.Is(err, runtime.ErrExists) {
 		t.Errorf("a second shard with the same address: %v", err)
 	}
+	if _, err := h.Run(ctx, runtime.RunSpec{Namespace: namespace, Name: "other", Image: testImage, IP: netip.MustParseAddr("10.89.255.1")}); !errors.Is(err, runtime.ErrExists) {
+		t.Errorf("a shard with the host's own address: %v", err)
+	}
 	next := h.run(t, runtime.RunSpec{})
 	if next.Network.IP.String() != "10.89.1.1/16" {
 		t.Errorf("the first free address is %v", next.Network.IP)
@@ -137,6 +140,36 @@ func (h *host) empty(t *testing.T) {
 	logs, _ := filepath.Glob(filepath.Join(h.dir, "var/logs/*/*"))
 	if len(logs) != 0 {
 		t.Errorf("logs are left: %v", logs)
+	}
+}
+
+// neighbour puts a stranger with an address on the host's bridge.
+func (h *host) neighbour(t *testing.T, cidr string) {
+	t.Helper()
+	commands := []string{
+		"ip netns add stranger", "ip link add st0 type veth peer name st1 netns stranger", "ip link set st0 master " + h.bridge + " up",
+		"ip -n stranger link set st1 up", "ip -n stranger addr add " + cidr + " dev st1",
+	}
+	t.Cleanup(func() { exec.Command("ip", "netns", "del", "stranger").Run() })
+	for _, c := range commands {
+		if raw, err := exec.Command("sh", "-c", c).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v %s", c, err, raw)
+		}
+	}
+}
+
+func TestAnAddressThatAStrangerAnswersForIsNotHandedOut(t *testing.T) {
+	h := newHost(t, "a")
+	h.addImage(t)
+	first := h.run(t, runtime.RunSpec{Name: "first"}) // makes the bridge
+	h.neighbour(t, "10.89.1.2/16")
+	_, err := h.Run(t.Context(), runtime.RunSpec{Namespace: namespace, Name: "second", Image: testImage, IP: netip.MustParseAddr("10.89.1.2")})
+	if !errors.Is(err, runtime.ErrExists) || !strings.Contains(err.Error(), "answered by") {
+		t.Errorf("the stranger's address: %v", err)
+	}
+	second := h.run(t, runtime.RunSpec{Name: "second"})
+	if first.Network.IP.Addr().String() != "10.89.1.1" || second.Network.IP.Addr().String() != "10.89.1.3" {
+		t.Errorf("addresses %v and %v", first.Network.IP, second.Network.IP)
 	}
 }
 
