@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -18,17 +17,21 @@ import (
 )
 
 const (
-	// fillPages is one piece of background filling. A fault waits for at most
-	// one piece, about 0.1 ms.
-	fillPages = 64
+	// A piece of background filling has minFill pages after a fault, and twice as
+	// many each time that none came, up to maxFill. Every lane places one piece
+	// at a time, and a fault waits for the slowest: 0.1 ms at least, 1 ms at most.
+	minFill = 64
+	maxFill = 512
+	// maxLanes bounds the pieces placed at once. One lane places about 1 GiB/s.
+	maxLanes = 4
 	// faultPages is how much is placed at once for a fault: the kernel's own
 	// fault-around for files.
 	faultPages = 16
 	// neighbourhood is how far before the last fault filling goes on.
 	neighbourhood = 2 << 20
-	// releaseGroups is how many touched groups (of 2 MiB) are looked through at
-	// once for pages that nobody needs any more.
-	releaseGroups = 8
+	// releaseLag is how many touched groups (of 2 MiB) wait before the first is
+	// looked through for pages to give back: by then most of it is placed.
+	releaseLag = 4
 	// eventBatch is how many messages are read at once.
 	eventBatch = 64
 	// changingWait is how long to wait for a thread between its operation and
@@ -58,9 +61,11 @@ type family struct {
 	finish  <-chan struct{} // closed when CRIU has finished
 	wakeMu  sync.Mutex      // guards wakeFD's closing
 	wakeFD  int             // an eventfd, readable when finish or ctx changed
-	buf     []byte          // fillPages pages, outside of Go's heap
+	buf     []byte          // faultPages pages, outside of Go's heap
+	lanes   int
 	msgs    []byte
 	filling bool
+	stride  uint64      // pages in a piece
 	mayFill func() bool // nil is always
 
 	spaces   []*space
@@ -78,7 +83,13 @@ type family struct {
 // load reads what is to be placed under the task: the pages that CRIU left out
 // of its images and that the store has. The store may have more (pages that the
 // process dropped or unmapped between two rounds) and less (zero pages).
+//
+// A store that has given pages back has lost a server in the middle of filling,
+// and with it the userfaultfds and the memory of the tasks.
 func (f *family) load(images string) error {
+	if placing, err := f.store.Placing(f.task.PID); placing || err != nil {
+		return errors.Join(errUsed, err)
+	}
 	dump, err := readDumped(images, f.task.PID)
 	if err != nil {
 		return err
@@ -137,15 +148,16 @@ func (f *family) run(ctx context.Context) error {
 				}
 				wait = min(wait, w)
 			}
-			f.release(wait != 0)
+			if wait != 0 && f.release() {
+				wait = 0
+			}
 		}
 		f.reap()
 		f.account()
-		if len(f.spaces) == 0 {
-			f.release(true)
+		if len(f.spaces) == 0 && len(f.touched) == 0 {
 			return nil
 		}
-		if wait != 0 {
+		if wait != 0 && len(f.spaces) > 0 {
 			if err := f.wait(wait); err != nil {
 				return err
 			}
@@ -241,8 +253,11 @@ func (f *family) answerFaults() (time.Duration, error) {
 // fault needs nothing more.
 func (f *family) answer(s *space, addr uint64) (time.Duration, error) {
 	s.cursor = addr - addr%neighbourhood
+	f.stride = minFill
 	if image, ok := s.content(addr, faultPages); ok {
-		w, err := f.place(s, addr, image)
+		p := piece{at: addr, image: image, buf: f.buf}
+		f.transfer(s.fd, &p)
+		w, err := f.conclude(s, &p)
 		if w == 0 {
 			f.count.faults.Add(1)
 		}
@@ -280,65 +295,141 @@ func (f *family) answer(s *space, addr uint64) (time.Duration, error) {
 	}
 }
 
-// fill places one piece for the first space that lacks any: the task before its
-// children, which rarely live long. It returns 0 when it made progress, else
-// how long to wait.
+// fill places some pieces at once for the first space that lacks any: the task
+// before its children, which rarely live long. Meanwhile it gives back what was
+// placed before. It returns 0 when it made progress, else how long to wait.
+//
+// No event is read until every lane has ended, so the pieces are as good as
+// placed one after the other.
 func (f *family) fill() (time.Duration, error) {
 	if f.mayFill != nil && !f.mayFill() {
 		return fillPause, nil
 	}
-	for _, s := range f.spaces {
-		if s.pending.count == 0 || s.fd < 0 {
-			continue
-		}
-		at, image, ok := s.next(s.cursor, fillPages)
-		if !ok {
-			s.cursor = 0
-			if at, image, ok = s.next(0, fillPages); !ok {
-				// Their mapping is leaving, and that has not been heard yet.
-				if len(s.layout.leaving) == 0 {
-					return 0, fmt.Errorf("%d pages of %s have no address: %w", s.pending.count, s.name, errUnplaceable)
-				}
-				return f.quiet(s)
-			}
-		}
-		s.cursor = at.start
-		return f.place(s, at.start, image)
+	i := slices.IndexFunc(f.spaces, func(s *space) bool { return s.fd >= 0 && s.pending.count > 0 })
+	if i < 0 {
+		return forever, nil
 	}
-	return forever, nil
+	s := f.spaces[i]
+	pieces := f.pieces(s)
+	if len(pieces) == 0 {
+		// Its mapping is leaving, and that has not been heard yet.
+		if len(s.layout.leaving) == 0 {
+			return 0, fmt.Errorf("%d pages of %s have no address: %w", s.pending.count, s.name, errUnplaceable)
+		}
+		return f.quiet(s)
+	}
+	var lanes sync.WaitGroup
+	for i := range pieces {
+		lanes.Add(1)
+		go func() {
+			defer lanes.Done()
+			f.transfer(s.fd, &pieces[i])
+		}()
+	}
+	for range pieces {
+		if len(f.touched) > releaseLag {
+			f.release()
+		}
+	}
+	lanes.Wait()
+	f.stride = min(2*f.stride, maxFill)
+	wait := time.Duration(0)
+	for i := range pieces {
+		if s.fd < 0 { // gone
+			break
+		}
+		w, err := f.conclude(s, &pieces[i])
+		if err != nil {
+			return 0, err
+		}
+		wait = max(wait, w)
+	}
+	return wait, nil
 }
 
-// place puts the store's pages of image at addr; they are pending and lie in
-// one window. It returns 0 when at least the first page is dealt with.
-func (f *family) place(s *space, addr uint64, image span) (time.Duration, error) {
-	buf := f.buf[:image.end-image.start]
-	if err := f.store.ReadPages(f.task.PID, image.start, buf); err != nil {
-		return 0, fmt.Errorf("place pages of %s: %w", s.name, err)
-	}
-	for {
-		n, out, err := copyTo(s.fd, addr, buf)
-		if err != nil {
-			return 0, fmt.Errorf("place pages of %s: %w", s.name, err)
-		}
-		if pages := len(buf) / checkpoint.PageSize; out == absent && pages > 1 {
-			buf = buf[:pages/2*checkpoint.PageSize] // may span two mappings
+// pieces picks what to fill next, one piece a lane, from the cursor on.
+func (f *family) pieces(s *space) []piece {
+	var out []piece
+	for addr := s.cursor; len(out) < f.lanes; {
+		at, image, ok := s.next(addr, f.stride)
+		if !ok {
+			if len(out) > 0 || addr == 0 {
+				break
+			}
+			addr = 0
 			continue
 		}
-		w, err := f.settle(s, out)
-		if w != 0 || err != nil || s.fd < 0 {
-			return w, err
-		}
-		switch out {
-		case placed:
-			f.count.placed.Add(int64(n))
-		case present:
-			n, err = 1, wake(s.fd, addr)
-		case absent:
-			n, err = 1, errors.Join(f.unregistered(s, addr), wake(s.fd, addr))
-		}
-		f.giveUp(s, span{image.start, image.start + uint64(n.Bytes())})
-		return 0, err
+		out = append(out, piece{at: at.start, image: image})
+		addr = at.end
 	}
+	if len(out) > 0 {
+		s.cursor = out[0].at
+	}
+	return out
+}
+
+// piece is a run of pages on its way: pending, and in one window.
+type piece struct {
+	at    uint64
+	image span
+	buf   []byte // to read into, outside of Go's heap; nil to map the store
+
+	n   checkpoint.Pages
+	out outcome
+	err error
+}
+
+// transfer reads a piece from the store and places it. It touches nothing of
+// the family, so that several may run at once.
+func (f *family) transfer(fd int, p *piece) {
+	size := p.image.end - p.image.start
+	buf := p.buf
+	if buf != nil {
+		buf = buf[:size]
+		p.err = f.store.ReadPages(f.task.PID, p.image.start, buf)
+	} else {
+		// A mapping saves a copy, and costs more than one of a few pages.
+		buf, p.err = f.store.Map(f.task.PID, p.image.start, checkpoint.Pages(size/checkpoint.PageSize))
+		mem := buf
+		defer func() {
+			if mem != nil {
+				p.err = errors.Join(p.err, f.store.Unmap(mem))
+			}
+		}()
+	}
+	if p.err != nil {
+		return
+	}
+	for {
+		p.n, p.out, p.err = copyTo(fd, p.at, buf)
+		pages := len(buf) / checkpoint.PageSize
+		if p.err != nil || p.out != absent || pages == 1 {
+			return
+		}
+		buf = buf[:pages/2*checkpoint.PageSize] // may span two mappings
+	}
+}
+
+// conclude takes note of what became of a piece. It returns 0 when at least its
+// first page is dealt with, else how long to wait.
+func (f *family) conclude(s *space, p *piece) (time.Duration, error) {
+	if p.err != nil {
+		return 0, fmt.Errorf("place pages of %s: %w", s.name, p.err)
+	}
+	w, err := f.settle(s, p.out)
+	if w != 0 || err != nil || s.fd < 0 {
+		return w, err
+	}
+	switch p.out {
+	case placed:
+		f.count.placed.Add(int64(p.n))
+	case present:
+		p.n, err = 1, wake(s.fd, p.at)
+	case absent:
+		p.n, err = 1, errors.Join(f.unregistered(s, p.at), wake(s.fd, p.at))
+	}
+	f.giveUp(s, span{p.image.start, p.image.start + uint64(p.n.Bytes())})
+	return 0, err
 }
 
 // settle draws from an operation's outcome what it says about the space. It
@@ -398,6 +489,8 @@ func (f *family) unregistered(s *space, addr uint64) error {
 	f.log.Warn("content for an address where nothing is mapped", "task", s.name, "addr", fmt.Sprintf("%#x", addr))
 	return nil
 }
+
+var errUsed = errors.New("the store's pages were placed before")
 
 var errUnplaceable = errors.New("its content cannot be placed")
 
@@ -469,6 +562,9 @@ func (f *family) account() {
 }
 
 func (f *family) touch(image span) {
+	if !f.filling {
+		return // noteFinish touches everything
+	}
 	last := (image.end - 1) / checkpoint.PageSize
 	for i := f.live.groupAt(image.start / checkpoint.PageSize); i < len(f.live.groups) && f.live.groups[i].first <= last; i++ {
 		if !f.isTouch[i] {
@@ -479,6 +575,9 @@ func (f *family) touch(image span) {
 }
 
 func (f *family) touchAll() {
+	if !f.filling {
+		return
+	}
 	f.touched = f.touched[:0]
 	for i := range f.isTouch {
 		f.isTouch[i] = true
@@ -486,48 +585,41 @@ func (f *family) touchAll() {
 	}
 }
 
-// release gives back the pages that no space lacks any more, once enough groups
-// were touched or all is asked for. Nothing is given back before CRIU has
-// finished: until then the restore may fail and be tried again.
-func (f *family) release(all bool) {
-	if !f.filling || f.keep || len(f.touched) == 0 || !all && len(f.touched) < releaseGroups {
-		return
+// release looks through the group that was touched first and gives back the
+// pages that no space lacks any more. It reports whether there was one. Nothing
+// is touched before CRIU has finished: until then the restore may fail and be
+// tried again.
+func (f *family) release() bool {
+	if len(f.touched) == 0 {
+		return false
 	}
-	for _, i := range f.touched {
-		f.isTouch[i] = false
-		g := &f.live.groups[i]
-		var free group
-		n := 0
-		for w := range g.words {
-			needed := uint64(0)
-			for _, s := range f.spaces {
-				if s.pending.count > 0 {
-					needed |= s.pending.groups[i].words[w]
-				}
-			}
-			free.words[w] = g.words[w] &^ needed
-			n += bits.OnesCount64(free.words[w])
-		}
-		if n == 0 {
+	i := f.touched[0]
+	f.touched = f.touched[1:]
+	f.isTouch[i] = false
+	free := pageSet{groups: []group{f.live.groups[i]}}
+	for _, s := range f.spaces {
+		if s.pending.count == 0 {
 			continue
 		}
-		set := pageSet{groups: []group{{first: g.first, words: free.words}}}
-		for from := g.first; ; {
-			start, end, ok := set.next(from, g.first+groupPages, groupPages)
-			if !ok {
-				break
-			}
-			if err := f.store.Release(f.task.PID, start*checkpoint.PageSize, checkpoint.Pages(end-start)); err != nil {
-				// The pages take room for longer, that is all.
-				f.log.Warn("keep the placed pages in the store", "task", f.task.PID, "err", err)
-				f.keep = true
-				return
-			}
-			f.live.clear(start, end)
-			from = end
+		for w := range free.groups[0].words {
+			free.groups[0].words[w] &^= s.pending.groups[i].words[w]
 		}
 	}
-	f.touched = f.touched[:0]
+	first := free.groups[0].first
+	for from := first; !f.keep; {
+		start, end, ok := free.next(from, first+groupPages, groupPages)
+		if !ok {
+			break
+		}
+		if err := f.store.Release(f.task.PID, start*checkpoint.PageSize, checkpoint.Pages(end-start)); err != nil {
+			// The pages take room for longer, that is all.
+			f.log.Warn("keep the placed pages in the store", "task", f.task.PID, "err", err)
+			f.keep = true
+		}
+		f.live.clear(start, end)
+		from = end
+	}
+	return true
 }
 
 // wakeUp ends the wait of another goroutine. Without effect after close.

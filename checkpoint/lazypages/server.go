@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -194,7 +195,7 @@ func (s *server) adopt(task Task) (*family, error) {
 	f := &family{
 		task: task, store: s.store, probe: s.probe, count: &s.count, finish: s.finished,
 		log: s.cfg.Log, mayFill: s.cfg.mayFill, spaces: []*space{{name: fmt.Sprintf("pid %d", task.PID), fd: task.UFFD}},
-		wakeFD: -1,
+		wakeFD: -1, stride: minFill,
 	}
 	s.mu.Lock()
 	s.families = append(s.families, f)
@@ -204,11 +205,12 @@ func (s *server) adopt(task Task) (*family, error) {
 	if f.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("serve pid %d: eventfd: %w", task.PID, err)
 	}
-	f.buf, err = unix.Mmap(-1, 0, fillPages*checkpoint.PageSize,
+	f.buf, err = unix.Mmap(-1, 0, faultPages*checkpoint.PageSize,
 		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, fmt.Errorf("serve pid %d: buffer: %w", task.PID, err)
 	}
+	f.lanes = min(maxLanes, runtime.GOMAXPROCS(0))
 	f.msgs = make([]byte, eventBatch*msgSize)
 	if err := f.load(s.cfg.Images); err != nil {
 		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)

@@ -55,8 +55,10 @@ type taskSpec struct {
 	Scenario string
 	// ForkOften makes chaos fork every few operations.
 	ForkOften bool
-	// WipeFrom pages at the end are MADV_WIPEONFORK.
+	// Wipe pages at the end are MADV_WIPEONFORK.
 	Wipe uint64
+	// Dense memory has neither holes nor stale pages.
+	Dense bool
 }
 
 // kinds of pages, by seed and number.
@@ -79,6 +81,9 @@ func mix(x uint64) uint64 {
 // dumpedKind says what page i is when it is restored; stale says that the store
 // has content for it nevertheless.
 func (s taskSpec) dumpedKind(i uint64) (k kind, stale bool) {
+	if s.Dense {
+		return dataKind, false
+	}
 	if mix(s.Seed^(i/64))%6 == 0 {
 		return zeroKind, false // a run of holes
 	}

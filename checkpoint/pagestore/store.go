@@ -282,6 +282,35 @@ func (s *Store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
 	return nil
 }
 
+// Map maps n pages at addr of pid for reading, which must be data: to look at a
+// hole would allocate it. It neither sees nor refuses what is released. The
+// caller gives the mapping back to Unmap.
+func (s *Store) Map(pid checkpoint.PID, addr uint64, n checkpoint.Pages) ([]byte, error) {
+	if err := checkPages(pid, addr, n); err != nil {
+		return nil, err
+	}
+	f, err := s.file(pid, false)
+	if err == nil && f == nil {
+		err = fmt.Errorf("no pages of pid %d: %w", pid, fs.ErrNotExist)
+	}
+	if err != nil {
+		return nil, err
+	}
+	mem, err := unix.Mmap(int(f.pages.Fd()), int64(addr), int(n.Bytes()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %d pages at pid %d %#x: %w", n, pid, addr, err)
+	}
+	return mem, nil
+}
+
+// Unmap gives back what Map returned.
+func (s *Store) Unmap(mem []byte) error {
+	if err := unix.Munmap(mem); err != nil {
+		return fmt.Errorf("unmap pages: %w", err)
+	}
+	return nil
+}
+
 // Release records that n pages at addr of pid were placed wherever they were
 // needed, and then gives their memory back. The record stands before the
 // memory goes, so that no crash in between leaves a hole that could be taken
@@ -310,6 +339,18 @@ func (s *Store) Released(pid checkpoint.PID, addr uint64, n checkpoint.Pages) (b
 		return false, err
 	}
 	return f.placed.contains(addr, n)
+}
+
+// Placing reports whether any page of pid was ever released.
+func (s *Store) Placing(pid checkpoint.PID) (bool, error) {
+	f, err := s.file(pid, false)
+	if f == nil || err != nil {
+		return false, err
+	}
+	if err := f.placed.find(); err != nil {
+		return false, fmt.Errorf("page store of pid %d: %w", pid, err)
+	}
+	return f.placed.any(), nil
 }
 
 // Bytes is the memory that the pages take, without the tmpfs's own tables.

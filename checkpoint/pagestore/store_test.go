@@ -254,6 +254,31 @@ func TestAStoreIsFoundAgainAfterItsWriterDied(t *testing.T) {
 	}
 }
 
+func TestAMappingShowsThePages(t *testing.T) {
+	s := newStore(t)
+	const addr = 0x7000_0000_0000
+	want := pattern(1, addr, 0, 3)
+	if err := s.PutPages(1, addr, want); err != nil {
+		t.Fatal(err)
+	}
+	mem, err := s.Map(1, addr, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(mem, want) {
+		t.Error("other content")
+	}
+	if err := s.Unmap(mem); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Map(2, addr, 1); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("process without pages: %v", err)
+	}
+	if _, err := s.Map(1, addr+1, 1); !errors.Is(err, ErrExtent) {
+		t.Errorf("inside a page: %v", err)
+	}
+}
+
 func TestAReaderFollowsAWriterAndAnotherReader(t *testing.T) {
 	s := newStore(t)
 	reader, err := Open(s.dir)
@@ -272,8 +297,14 @@ func TestAReaderFollowsAWriterAndAnotherReader(t *testing.T) {
 	if pids, err := reader.Tasks(); err != nil || len(pids) != 1 || pids[0] != 3 {
 		t.Fatalf("tasks %v, %v", pids, err)
 	}
+	if placing, err := s.Placing(3); err != nil || placing {
+		t.Fatalf("placing before anything was released: %v, %v", placing, err)
+	}
 	if err := reader.Release(3, 0x5000, 1); err != nil {
 		t.Fatal(err)
+	}
+	if placing, err := s.Placing(3); err != nil || !placing {
+		t.Fatalf("placing after another process released: %v, %v", placing, err)
 	}
 	if err := s.ReadPages(3, 0x5000, got); !errors.Is(err, ErrReleased) {
 		t.Fatalf("what another process released was answered: %v", err)
