@@ -69,7 +69,8 @@ func (h *Host) Exec(ctx context.Context, args ...string) ([]byte, error) {
 
 // Run runs a program in the host on this process's standard streams, passes
 // signals on, and returns its exit code, 128 + n after signal n. When ctx ends,
-// so does the program.
+// so does the program. Standard input and output are given away: when the
+// program closes them they are closed, so here they become /dev/null.
 func (h *Host) Run(ctx context.Context, args []string) (int, error) {
 	conn, err := dialInit(ctx, h.rec.Name)
 	if err != nil {
@@ -100,6 +101,9 @@ func (h *Host) Run(ctx context.Context, args []string) (int, error) {
 	if started.Error != "" {
 		return 0, errors.New(started.Error)
 	}
+	if err := giveAway(0, 1); err != nil {
+		return 0, err
+	}
 	done := make(chan struct{})
 	forwarded := make(chan struct{})
 	go func() {
@@ -125,6 +129,21 @@ func (h *Host) Run(ctx context.Context, args []string) (int, error) {
 		return 0, fmt.Errorf("%s went away while %s ran: %w", h.rec.Name, args[0], errors.Join(err, ErrDown))
 	}
 	return ended.Exit.Code, nil
+}
+
+// giveAway replaces descriptors by /dev/null.
+func giveAway(fds ...int) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	for _, fd := range fds {
+		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("descriptor %d: %w", fd, err)
+		}
+	}
+	return nil
 }
 
 // callerEnv is the environment of `lab exec`: the caller's, but with the

@@ -4,8 +4,9 @@
 // the pool. Integration tests, benchmarks and newcomers all use it.
 //
 // It refuses to touch the machine: nothing is created in the machine's network
-// namespace, no file outside /var/lib/tranship-lab is written, and Down leaves
-// no process, mount, namespace, cgroup or link behind, whatever crashed before.
+// namespace, and outside /var/lib/tranship-lab nothing but missing mount points.
+// Down leaves no process, mount, namespace, cgroup or link behind, whatever
+// crashed before.
 //
 // Flow of Up: layout (names and addresses) → spawn (namespaces and cgroups) →
 // boot (mounts, inside) → supervise (services, inside) → wire (links) → await.

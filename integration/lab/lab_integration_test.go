@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -273,6 +274,25 @@ func TestAProgramInAHostIsLikeOneHere(t *testing.T) {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(strings.Repeat("x", 1<<20)), &out, &errs
 		if err := cmd.Run(); err != nil || out.Len() != 1<<20 || errs.String() != "err\n" {
 			t.Errorf("%d bytes, %q, %v", out.Len(), errs.String(), err)
+		}
+	})
+	t.Run("its output ends when it closes it", func(t *testing.T) {
+		cmd := h.Command(t.Context(), "sh", "-c", "echo all; exec >/dev/null; trap 'exit 5' TERM; while :; do sleep 0.05; done")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(out); err != nil || string(got) != "all\n" {
+			t.Errorf("%q, %v", got, err)
+		}
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if got := exitCode(cmd.Wait()); got != 5 {
+			t.Errorf("exit code %d", got)
 		}
 	})
 	t.Run("the environment and the directory are the caller's", func(t *testing.T) {

@@ -158,3 +158,24 @@ func TestParseCgroupMount(t *testing.T) {
 		})
 	}
 }
+
+func TestInCgroup(t *testing.T) {
+	for _, tt := range []struct {
+		name, text, cgroup string
+		want               bool
+	}{
+		{"itself", "4:memory:/tranship-lab/host-1\n", "/tranship-lab/host-1", true},
+		{"a container in it", "0::/tranship-lab/host-1/default/r0\n", "/tranship-lab/host-1", true},
+		{"any of the lab's", "0::/\n4:memory:/tranship-lab/client\n", "/tranship-lab", true},
+		{"another host whose name begins alike", "0::/tranship-lab/host-10\n", "/tranship-lab/host-1", false},
+		{"another lab", "0::/tranship-lab.test/host-1\n", "/tranship-lab", false},
+		{"a hierarchy of that name", "1:name=/tranship-lab:/\n", "/tranship-lab", false},
+		{"nothing", "", "/tranship-lab", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := inCgroup(tt.text, tt.cgroup); got != tt.want {
+				t.Errorf("got %v", got)
+			}
+		})
+	}
+}

@@ -88,16 +88,17 @@ func (s *supervisor) accept(ln *net.UnixListener) {
 func (s *supervisor) serve(conn *net.UnixConn) error {
 	var req request
 	fds, err := readWithFiles(conn, &req)
-	defer func() {
+	closeFiles := sync.OnceFunc(func() {
 		for _, fd := range fds {
 			unix.Close(fd)
 		}
-	}()
+	})
+	defer closeFiles()
 	if err != nil {
 		return err
 	}
 	if req.Op == opExec {
-		return s.exec(conn, req, fds)
+		return s.exec(conn, req, fds, closeFiles)
 	}
 	var ans reply
 	if err := s.handle(req); err != nil {
@@ -319,8 +320,10 @@ func (s *supervisor) reap() {
 
 // exec runs a program with the caller's descriptors. The connection is the
 // caller: its messages are signals to pass on, its end is the end of the
-// program, because nobody is left who waits for it.
-func (s *supervisor) exec(conn *net.UnixConn, req request, fds []int) error {
+// program, because nobody is left who waits for it. The descriptors are given
+// away once the program has them: who reads its output must see it closed when
+// the program closes it.
+func (s *supervisor) exec(conn *net.UnixConn, req request, fds []int, given func()) error {
 	if len(req.Args) == 0 || len(fds) != 3 {
 		return writeMessage(conn, reply{Error: "a program and three descriptors are needed"})
 	}
@@ -331,6 +334,7 @@ func (s *supervisor) exec(conn *net.UnixConn, req request, fds []int) error {
 	s.mu.Lock()
 	pid, ended, err := s.fork(req.Args, req.Env, dir, []uintptr{uintptr(fds[0]), uintptr(fds[1]), uintptr(fds[2])})
 	s.mu.Unlock()
+	given()
 	if err != nil {
 		return writeMessage(conn, reply{Error: err.Error(), Exit: &exit{Code: notFoundCode(err)}})
 	}
