@@ -157,6 +157,42 @@ func (m *Manager) discard(ctx context.Context, e *Entry) error {
 	return m.journal.Put(e)
 }
 
+const (
+	// tellTimeout bounds one attempt to tell the destination of an abort: the
+	// shard that is being given back waits for it.
+	tellTimeout = 2 * time.Second
+	// tellFor is how long the attempts go on; a destination that is away longer
+	// asks by itself when it is back.
+	tellFor = 10 * time.Minute
+)
+
+func (m *Manager) tellAbort(ctx context.Context, e *Entry, peer transhipv1connect.PeerClient) error {
+	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
+	defer cancel()
+	_, err := peer.Abort(ctx, connect.NewRequest(&v1.AbortRequest{Id: e.ID, Reason: e.Reason}))
+	if err != nil && isLinkError(err) || ctx.Err() != nil {
+		return fmt.Errorf("abort on %s: %w", e.Peer, peerError(err))
+	}
+	return nil // told, or it has its own reasons, which its journal knows
+}
+
+// keepTellingAbort repeats the abort until the destination has heard it, so that
+// what it holds for the shard is free as soon as the link is back.
+func (m *Manager) keepTellingAbort(e *Entry, peer transhipv1connect.PeerClient) {
+	told := &Entry{ID: e.ID, Peer: e.Peer, Reason: e.Reason}
+	m.work.Go(func() {
+		ctx, cancel := context.WithTimeout(m.life, tellFor)
+		defer cancel()
+		for m.tellAbort(ctx, told, peer) != nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(commitRetry):
+			}
+		}
+	})
+}
+
 // giveBack lets a shard go on here as if nothing had happened. Every step may
 // run on a shard that was never touched, and twice.
 func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) error {

@@ -161,15 +161,8 @@ func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
 		return err
 	}
 	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
-	// Best effort: a destination that is not told asks by itself.
 	if peer, err := m.peers.Client(e.Peer); err == nil {
-		m.work.Go(func() {
-			actx, cancel := context.WithTimeout(m.life, undoTimeout)
-			defer cancel()
-			if _, err := peer.Abort(actx, connect.NewRequest(&v1.AbortRequest{Id: e.ID, Reason: e.Reason})); err != nil {
-				m.log.Warn("destination was not told of the abort", "migration", e.ID, "peer", e.Peer, "err", err)
-			}
-		})
+		m.keepTellingAbort(e, peer)
 	}
 	return nil
 }

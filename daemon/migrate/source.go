@@ -148,10 +148,9 @@ func (o *outgoing) reserve(ctx context.Context) error {
 }
 
 func (o *outgoing) abortPeer(ctx context.Context) error {
-	_, err := o.peer.Abort(ctx, connect.NewRequest(&v1.AbortRequest{Id: o.entry.ID, Reason: o.entry.Reason}))
-	if err != nil {
-		// The destination finds out by itself: it asks for the decision.
-		o.m.log.Warn("destination was not told of the abort", "migration", o.entry.ID, "peer", o.entry.Peer, "err", err)
+	if err := o.m.tellAbort(ctx, o.entry, o.peer); err != nil {
+		o.m.log.Info("destination cannot be told of the abort yet", "migration", o.entry.ID, "peer", o.entry.Peer, "err", err)
+		o.m.keepTellingAbort(o.entry, o.peer)
 	}
 	return nil
 }
