@@ -46,7 +46,7 @@ packages() {
 	# CRIU from another suite is fitted with its own loader.
 	echo patchelf
 	# Real services for tests and the demo.
-	echo redis-server redis-tools postgresql python3
+	echo redis-server redis-tools postgresql python3 iputils-ping
 	if [ "${1:-}" = generate ]; then echo clang llvm libbpf-dev protobuf-compiler; fi
 }
 
