@@ -703,13 +703,20 @@ func TestCloseOfTheServerWaitsForItsCalls(t *testing.T) {
 	if err := <-asked; err == nil {
 		t.Error("the request succeeded")
 	}
-	select {
-	case <-closed:
-		t.Error("the server closed with calls running")
-	case <-time.After(neverWithin):
+	for _, call := range []struct {
+		name string
+		end  func()
+	}{
+		{"an API request and a call of the sink", func() { close(release) }},
+		{"a call of the sink", func() { close(sink.gate) }},
+	} {
+		select {
+		case <-closed:
+			t.Fatalf("the server closed with %s running", call.name)
+		case <-time.After(neverWithin):
+		}
+		call.end()
 	}
-	close(sink.gate)
-	close(release)
 	if err := <-closed; err != nil {
 		t.Error(err)
 	}
