@@ -139,6 +139,7 @@ func TestABadRequestChangesNothing(t *testing.T) {
 		{"stopping nobody", stop(&v1.StopRequest{}), connect.CodeInvalidArgument, "shard"},
 		{"a grace that is negative", stop(&v1.StopRequest{Name: "web", TimeoutMs: -1}), connect.CodeInvalidArgument, "grace"},
 		{"a grace of a year", stop(&v1.StopRequest{Name: "web", TimeoutMs: 365 * 24 * 3600 * 1000}), connect.CodeInvalidArgument, "grace"},
+		{"running under the name of what is being moved", run(&v1.RunRequest{Image: "i", Name: "moving"}), connect.CodeFailedPrecondition, "tranship cancel m1"},
 		{"stopping what is being moved", stop(&v1.StopRequest{Name: "moving"}), connect.CodeFailedPrecondition, "tranship cancel m1"},
 		{"removing what is being moved", remove(&v1.RemoveRequest{Name: "moving", Force: true}), connect.CodeFailedPrecondition, "tranship cancel m1"},
 	} {

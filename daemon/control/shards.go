@@ -37,6 +37,10 @@ func (h *shards) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (
 	if err != nil {
 		return nil, err
 	}
+	// A migration that brings a shard of this name has its network here already.
+	if err := h.notMoving(spec.Namespace, spec.Name); err != nil {
+		return nil, err
+	}
 	s, err := h.s.Runtime.Run(ctx, spec)
 	if errors.Is(err, runtime.ErrExists) {
 		return nil, apiError(fmt.Errorf("%w; choose another, or remove it with tranship rm", err))

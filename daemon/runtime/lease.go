@@ -99,6 +99,22 @@ func (b *leaseBook) drop(ip netip.Addr, namespace, name string) error {
 	})
 }
 
+// dropShard forgets every address that the shard has here.
+func (b *leaseBook) dropShard(namespace, name string) error {
+	leases, err := b.all()
+	if err != nil {
+		return err
+	}
+	for ip, l := range leases {
+		if l.Namespace == namespace && l.Name == name && l.State == LeaseHere {
+			if err := b.drop(ip, namespace, name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (b *leaseBook) all() (map[netip.Addr]addressLease, error) {
 	leases := map[netip.Addr]addressLease{}
 	err := b.db.View(func(tx *bolt.Tx) error {

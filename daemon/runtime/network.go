@@ -98,6 +98,9 @@ func (n *Network) Create(ctx context.Context, s ShardNet) error {
 		return nil
 	}
 	if _, err := n.hostEnd(s); err == nil {
+		if err := n.matches(s); err != nil {
+			return fmt.Errorf("network of %s: %w", s.Name, err)
+		}
 		if s.Staged {
 			return nil
 		}
@@ -287,6 +290,29 @@ func (n *Network) hostEnd(s ShardNet) (netlink.Link, error) {
 		return nil, err
 	}
 	return netlink.LinkByIndex(index)
+}
+
+// matches is an error when the interface inside is not the one that s describes.
+func (n *Network) matches(s ShardNet) error {
+	return n.inside(s, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(shardIface)
+		if err != nil {
+			return err
+		}
+		if got := link.Attrs().HardwareAddr.String(); got != s.MAC {
+			return fmt.Errorf("%s has MAC address %s instead of %s: %w", shardIface, got, s.MAC, ErrExists)
+		}
+		list, err := h.AddrList(link, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, a := range list {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Unmap() == s.IP.Addr() {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s lacks address %s: %w", shardIface, s.IP.Addr(), ErrExists)
+	})
 }
 
 // inside calls f with a netlink socket in the shard's namespace.

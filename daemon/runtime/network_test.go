@@ -159,6 +159,9 @@ func TestTheAddressBookRemembers(t *testing.T) {
 		{"another's address still", func() error { return b.take(ip, lease("db", LeaseHere)) }, ErrExists},
 		{"moving away", func() error { return b.take(ip, lease("web", LeaseMoved)) }, nil},
 		{"coming back", func() error { return b.take(ip, lease("web", LeaseHere)) }, nil},
+		{"forgetting a shard forgets where it is", func() error { return b.dropShard("default", "web") }, nil},
+		{"its address is free then", func() error { return b.take(ip, lease("db", LeaseHere)) }, nil},
+		{"giving it back", func() error { return b.drop(ip, "default", "db") }, nil},
 		{"moving away again", func() error { return b.take(ip, lease("web", LeaseMoved)) }, nil},
 	} {
 		if err := step.do(); !errors.Is(err, step.want) {
@@ -170,6 +173,9 @@ func TestTheAddressBookRemembers(t *testing.T) {
 	}
 	b = open()
 	defer b.Close()
+	if err := b.dropShard("default", "web"); err != nil { // what moved away is remembered
+		t.Error(err)
+	}
 	all, err := b.all()
 	if err != nil || len(all) != 1 || all[ip] != lease("web", LeaseMoved) {
 		t.Errorf("after a restart: %v %v", all, err)

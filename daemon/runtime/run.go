@@ -108,6 +108,12 @@ func (r *Runtime) Run(ctx context.Context, s RunSpec) (_ *Shard, err error) {
 			return nil, fmt.Errorf("%w: mount source: %w", ErrInvalid, err)
 		}
 	}
+	// Two at once would take each other for leftovers.
+	key := [2]string{s.Namespace, s.Name}
+	if _, busy := r.starting.LoadOrStore(key, true); busy {
+		return nil, fmt.Errorf("%w: %s in namespace %s is being started", ErrExists, s.Name, s.Namespace)
+	}
+	defer r.starting.Delete(key)
 	if _, _, err := r.load(ctx, s.Namespace, s.Name); err == nil {
 		return nil, fmt.Errorf("%w: %s in namespace %s", ErrExists, s.Name, s.Namespace)
 	} else if !errors.Is(err, ErrNotFound) {
@@ -130,6 +136,11 @@ func (r *Runtime) Run(ctx context.Context, s RunSpec) (_ *Shard, err error) {
 		return nil, err
 	}
 	network := ShardNet{Namespace: s.Namespace, Name: s.Name}
+	// Without a container, network and address of this name are what a daemon
+	// that was killed in an earlier Run left.
+	if err := errors.Join(r.net.Delete(ctx, network), r.leases.dropShard(s.Namespace, s.Name)); err != nil {
+		return nil, err
+	}
 	if s.Network == NetworkShard {
 		if network.IP, err = r.allocate(ctx, s.Namespace, s.Name, s.IP); err != nil {
 			return nil, err

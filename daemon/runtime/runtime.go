@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -94,6 +95,8 @@ type Runtime struct {
 	net    *Network
 	leases *leaseBook
 	log    *slog.Logger
+
+	starting sync.Map // [2]string{namespace, name} of Runs under way
 }
 
 // dialTimeout is how long New waits for containerd's socket: at boot both

@@ -173,6 +173,26 @@ func TestAnAddressThatAStrangerAnswersForIsNotHandedOut(t *testing.T) {
 	}
 }
 
+func TestARunAfterAnInterruptedOneStartsAnew(t *testing.T) {
+	h := newHost(t, "a")
+	h.addImage(t)
+	ctx := t.Context()
+	// All that a daemon killed before the container was made can have left: the
+	// network with another address.
+	left := runtime.ShardNet{Namespace: namespace, Name: "web", IP: netip.MustParsePrefix("10.89.7.7/16"), MAC: runtime.MACFor(netip.MustParseAddr("10.89.7.7"))}
+	must(t, h.Network().Create(ctx, left))
+	other := left
+	other.IP, other.MAC = netip.MustParsePrefix("10.89.7.8/16"), runtime.MACFor(netip.MustParseAddr("10.89.7.8"))
+	if err := h.Network().Create(ctx, other); !errors.Is(err, runtime.ErrExists) {
+		t.Errorf("a network with another address was taken for its own: %v", err)
+	}
+	s := h.run(t, runtime.RunSpec{Name: "web"})
+	h.listen(t, "10.89.255.1/16")
+	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
+	must(t, h.Remove(ctx, namespace, "web", true))
+	h.empty(t)
+}
+
 func TestAnExitIsSeenWithItsCode(t *testing.T) {
 	h := newHost(t, "a")
 	h.addImage(t)
