@@ -303,6 +303,7 @@ func (f *family) answer(s *space, addr uint64) (time.Duration, error) {
 // placed one after the other.
 func (f *family) fill() (time.Duration, error) {
 	if f.mayFill != nil && !f.mayFill() {
+		f.reapDead() // filling would notice
 		return fillPause, nil
 	}
 	i := slices.IndexFunc(f.spaces, func(s *space) bool { return s.fd >= 0 && s.pending.count > 0 })

@@ -42,6 +42,8 @@ type rig struct {
 	store *pagestore.Store
 	cfg   Config
 	ctx   context.Context
+	// serving is ctx unless a test cancels the server alone.
+	serving context.Context
 
 	client *Client
 	done   chan error // Serve's result
@@ -132,7 +134,11 @@ func (r *rig) serve() {
 	ready := make(chan struct{})
 	r.cfg.Ready = func() { close(ready) }
 	r.done = make(chan error, 1)
-	go func() { r.done <- Serve(r.ctx, r.cfg) }()
+	ctx := r.serving
+	if ctx == nil {
+		ctx = r.ctx
+	}
+	go func() { r.done <- Serve(ctx, r.cfg) }()
 	select {
 	case <-ready:
 	case err := <-r.done:
@@ -374,12 +380,12 @@ func TestMemoryThatChangesWhileItIsFilledStaysRight(t *testing.T) {
 		spawn   bool
 		every   int64 // one in so many pieces is filled
 	}{
-		{"one thread", 1, 1500, false, 0, false, 8},
-		{"eight threads", 8, 600, false, 0, false, 8},
-		{"eight threads, filled as fast as can be", 8, 400, false, 0, false, 1},
-		{"forking all the time", 4, 60, true, 0, false, 16},
-		{"forking with memory that is wiped on fork", 1, 60, true, 300, false, 16},
-		{"served by a process of its own", 6, 500, false, 0, true, 1},
+		{"one thread", 1, 800, false, 0, false, 8},
+		{"eight threads", 8, 200, false, 0, false, 8},
+		{"eight threads, filled as fast as can be", 8, 100, false, 0, false, 1},
+		{"forking all the time", 4, 40, true, 0, false, 16},
+		{"forking with memory that is wiped on fork", 1, 40, true, 300, false, 16},
+		{"served by a process of its own", 6, 150, false, 0, true, 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRig(t)

@@ -98,6 +98,53 @@ func withShortPath(path string, use func(string) error) error {
 	return use(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)))
 }
 
+// watchPeer ends the stream when the process that connected, CRIU itself, has
+// died. The tasks hold the connection too, and would wait for CRIU for ever.
+// What was sent before is still read. stop ends the watch.
+func watchPeer(conn *net.UnixConn) (stop func(), err error) {
+	fail := func(err error) (func(), error) { return nil, fmt.Errorf("watch CRIU: %w", err) }
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return fail(err)
+	}
+	var cred *unix.Ucred
+	ctlErr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err = errors.Join(err, ctlErr); err != nil {
+		return fail(err)
+	}
+	pidfd, err := unix.PidfdOpen(int(cred.Pid), 0)
+	if errors.Is(err, unix.ESRCH) { // dead already
+		return func() {}, conn.CloseRead()
+	}
+	if err != nil {
+		return fail(err)
+	}
+	end, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fail(errors.Join(err, unix.Close(pidfd)))
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}, {Fd: int32(end), Events: unix.POLLIN}}
+		for {
+			if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+				break
+			}
+		}
+		if fds[0].Revents != 0 {
+			_ = conn.CloseRead()
+		}
+	}()
+	return func() {
+		_, _ = unix.Write(end, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		<-done
+		closeAll([]int{pidfd, end})
+	}, nil
+}
+
 // receiveTask reads the next thing that CRIU says.
 func receiveTask(conn *net.UnixConn) (Task, received, error) {
 	var word [4]byte

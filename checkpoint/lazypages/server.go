@@ -115,6 +115,11 @@ func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error
 		return err
 	}
 	defer conn.Close()
+	stopWatching, err := watchPeer(conn)
+	if err != nil {
+		return err
+	}
+	defer stopWatching()
 	g, gctx := errgroup.WithContext(ctx)
 	cancelRead := context.AfterFunc(gctx, func() { _ = conn.SetReadDeadline(unixEpoch) })
 	defer cancelRead()

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,9 +24,10 @@ import (
 )
 
 const (
-	taskEnv   = "TRANSHIP_TEST_TASK"
-	serverEnv = "TRANSHIP_TEST_PAGE_SERVER"
-	page      = checkpoint.PageSize
+	taskEnv    = "TRANSHIP_TEST_TASK"
+	serverEnv  = "TRANSHIP_TEST_PAGE_SERVER"
+	connectEnv = "TRANSHIP_TEST_CONNECT"
+	page       = checkpoint.PageSize
 )
 
 // TestMain is also the restored process and the page server, when a test starts
@@ -38,10 +40,34 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if path := os.Getenv(connectEnv); path != "" {
+		if err := connectMain(path); err != nil {
+			fmt.Println("bad:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if os.Getenv(serverEnv) != "" {
 		os.Exit(Main(os.Args[1:]))
 	}
 	os.Exit(m.Run())
+}
+
+// connectMain is a CRIU that connects and hangs.
+func connectMain(path string) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		return err
+	}
+	fmt.Println(fd)
+	for {
+		if err := unix.Pause(); err != unix.EINTR {
+			return err
+		}
+	}
 }
 
 // taskSpec describes a restored process: its mappings, all of one pattern.
@@ -51,7 +77,7 @@ type taskSpec struct {
 	Pages   uint64
 	Threads int
 	Ops     int
-	// Scenario is read, chaos, exit or hold.
+	// Scenario is read, chaos, exit, hold or parent.
 	Scenario string
 	// ForkOften makes chaos fork every few operations.
 	ForkOften bool
@@ -186,6 +212,8 @@ func taskMain(raw string) error {
 		err = spec.touchAndExit()
 	case "hold":
 		err = spec.hold(in)
+	case "parent":
+		err = spec.parent(in)
 	default:
 		err = fmt.Errorf("no scenario %q", spec.Scenario)
 	}
@@ -351,6 +379,17 @@ func (s taskSpec) hold(in *bufio.Scanner) error {
 	return nil
 }
 
+// parent makes a child that never ends by itself, and holds.
+func (s taskSpec) parent(in *bufio.Scanner) error {
+	a := area{s.Base, s.states(0, 1)}
+	pid := rawFork([]area{a}, waiting, nil, nil)
+	if pid < 0 {
+		return fmt.Errorf("fork: errno %d", -pid)
+	}
+	fmt.Println("child", pid)
+	return s.hold(in)
+}
+
 // chaos changes memory at random in every thread, and checks every page against
 // a model all along.
 func (s taskSpec) chaos() error {
@@ -499,8 +538,14 @@ func whole(addr, size uint64) (bool, error) {
 		return false, err
 	}
 	for line := range strings.Lines(string(raw)) {
-		var start, end uint64
-		if _, err := fmt.Sscanf(line, "%x-%x", &start, &end); err != nil {
+		from, rest, _ := strings.Cut(line, "-")
+		to, _, _ := strings.Cut(rest, " ")
+		start, err := strconv.ParseUint(from, 16, 64)
+		if err != nil {
+			return false, err
+		}
+		end, err := strconv.ParseUint(to, 16, 64)
+		if err != nil {
 			return false, err
 		}
 		if addr >= start && addr < end {
@@ -537,7 +582,11 @@ func (c *chaos) fork(program bool) error {
 	}
 	path, argv := []byte("/bin/true\x00"), []*byte{nil, nil}
 	argv[0] = &path[0]
-	pid := rawFork(views, program, &path[0], &argv[0])
+	then := checking
+	if program {
+		then = executing
+	}
+	pid := rawFork(views, then, &path[0], &argv[0])
 	if pid < 0 {
 		return fmt.Errorf("fork: errno %d", -pid)
 	}
@@ -556,13 +605,20 @@ func (c *chaos) fork(program bool) error {
 	return nil
 }
 
+// what a forked child does.
+const (
+	checking = iota
+	executing
+	waiting
+)
+
 // rawFork forks without telling the Go runtime: the child does nothing that
 // needs it.
 //
 //go:nosplit
 //go:norace
 //go:noinline
-func rawFork(areas []area, program bool, path *byte, argv **byte) int {
+func rawFork(areas []area, then int, path *byte, argv **byte) int {
 	pid, _, errno := syscall.RawSyscall6(syscall.SYS_CLONE, uintptr(syscall.SIGCHLD), 0, 0, 0, 0, 0)
 	if errno != 0 {
 		return -int(errno)
@@ -571,7 +627,10 @@ func rawFork(areas []area, program bool, path *byte, argv **byte) int {
 		return int(pid)
 	}
 	code := uintptr(0)
-	if program {
+	for then == waiting {
+		syscall.RawSyscall6(syscall.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
+	}
+	if then == executing {
 		syscall.RawSyscall(syscall.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(argv)), 0)
 		code = 3
 	}
