@@ -18,6 +18,7 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/internal/failpoint"
+	"github.com/tranship/tranship/transfer"
 )
 
 // errInDoubt says that the source has yielded and the destination cannot be
@@ -41,6 +42,13 @@ func (o *outgoing) commit(ctx context.Context) error {
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
+	}
+	if time.Since(o.sealedAt) > freshAnswer {
+		// Not the usual case: something held this host up. Better to give up now
+		// than to yield to a host that cannot be reached any more.
+		if err := o.probe(ctx); err != nil {
+			return err
+		}
 	}
 	at := time.Now()
 	o.entry.State = Yielded
@@ -71,6 +79,20 @@ type leftoverError struct{ err error }
 
 func (e *leftoverError) Error() string { return e.err.Error() }
 func (e *leftoverError) Unwrap() error { return e.err }
+
+// freshAnswer is for how long the answer to Seal counts as a sign that the
+// destination can be reached.
+const freshAnswer = 200 * time.Millisecond
+
+// probe makes sure that the destination answers.
+func (o *outgoing) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
+	defer cancel()
+	if _, err := o.peer.Clock(ctx, connect.NewRequest(&v1.ClockRequest{})); err != nil {
+		return fmt.Errorf("%w: %s does not answer before the commit: %w", transfer.ErrLinkLost, o.entry.Peer, peerError(err))
+	}
+	return nil
+}
 
 // failedToYield handles a journal that could not be written: what is on the disk
 // is unknown, and a restarted daemon might read "yielded". The shard may only go

@@ -60,6 +60,7 @@ type outgoing struct {
 	undo    undoList
 
 	frozenAt time.Time
+	sealedAt time.Time
 	steps    []*v1.Phase
 }
 

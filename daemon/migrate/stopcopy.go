@@ -211,6 +211,7 @@ func (o *outgoing) seal(ctx context.Context) error {
 	if _, err := o.peer.Seal(ctx, connect.NewRequest(req)); err != nil {
 		return fmt.Errorf("seal: %w", peerError(err))
 	}
+	o.sealedAt = time.Now()
 	o.step("seal", at)
 	return nil
 }
