@@ -13,9 +13,18 @@ import (
 // PrivatePath is where set-up puts a CRIU newer than the distribution's.
 const PrivatePath = "/usr/local/lib/tranship/criu/criu"
 
-// MinVersion is the oldest CRIU that works: 4.1.1 dumps processes that are
-// under write-protect tracking and starts on kernels from 6.13 on.
+// MinVersion is the oldest CRIU that works anywhere: 4.1.1 dumps processes that
+// are under write-protect tracking and starts on kernels from 6.13 on.
 var MinVersion = Version{4, 1, 1}
+
+// MinVersionFor is the oldest CRIU that works on a kernel: from Linux 6.16 on,
+// TCP sockets have no SO_PASSCRED, and a CRIU before 4.2 insists on asking.
+func MinVersionFor(kernelMajor, kernelMinor int) Version {
+	if kernelMajor > 6 || kernelMajor == 6 && kernelMinor >= 16 {
+		return Version{4, 2, 0}
+	}
+	return MinVersion
+}
 
 // Version is CRIU's version.
 type Version struct{ Major, Minor, Sublevel int }

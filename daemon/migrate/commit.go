@@ -166,6 +166,9 @@ func (m *Manager) discard(ctx context.Context, e *Entry) error {
 		return err
 	}
 	var errs []error
+	if err := leaveMounts(e); err != nil {
+		errs = append(errs, err)
+	}
 	if err := m.rt.RemoveMoved(ctx, e.Namespace, e.Shard); err != nil && !errors.Is(err, runtime.ErrNotFound) {
 		errs = append(errs, err)
 	}

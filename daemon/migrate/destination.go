@@ -114,6 +114,9 @@ func (in *incoming) build(ctx context.Context) error {
 	if in.image, err = rt.PrepareImage(ctx, rec, in.entry.ID); err != nil {
 		return err
 	}
+	if err := in.makeMounts(); err != nil {
+		return err
+	}
 	if net, ok := shardNet(rec); ok {
 		net.Staged = true
 		if err := rt.Network().Create(ctx, net); err != nil {
@@ -210,6 +213,8 @@ func (in *incoming) Blob(ctx context.Context, kind, name string, size int64, r i
 		}
 		_, err := layer.Apply(ctx, in.upper, r)
 		return err
+	case blobMount:
+		return in.takeMount(ctx, name, r)
 	case blobLog:
 		return in.takeLog(name, r)
 	case blobImages:
@@ -442,7 +447,7 @@ func (in *incoming) destroy(ctx context.Context) error {
 			errs = append(errs, in.m.rt.Network().Delete(ctx, net))
 		}
 	}
-	errs = append(errs, in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir("")))
+	errs = append(errs, in.dropMounts(), in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir("")))
 	return errors.Join(errs...)
 }
 
@@ -456,6 +461,9 @@ func (in *incoming) fill(ctx context.Context) {
 		if err := in.m.rt.LeaseHere(in.entry.Namespace, in.entry.Shard, in.rec.Network); err != nil {
 			log.Error("address lease", "err", err)
 		}
+	}
+	if err := in.adoptMounts(); err != nil {
+		log.Error("copied mounts", "err", err)
 	}
 	if err := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
 		log.Error("adopt", "err", err)

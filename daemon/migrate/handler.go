@@ -9,6 +9,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/tranship/tranship/checkpoint/layer"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
@@ -138,7 +139,7 @@ func (m *Manager) newOutgoing(req *v1.MigrateRequest) *outgoing {
 	now := time.Now()
 	id := newID(now)
 	return &outgoing{
-		m: m, req: req, done: make(chan struct{}), told: extentSet{},
+		m: m, req: req, done: make(chan struct{}), told: extentSet{}, mountIndex: map[int]*layer.Index{},
 		entry: &Entry{
 			ID: id, Role: Source, State: Preparing, Namespace: req.GetNamespace(), Shard: req.GetShard(),
 			Peer: req.GetNode(), Mode: req.GetMode(), Started: now,

@@ -71,11 +71,12 @@ type Entry struct {
 	Updated   time.Time `json:"updated"`
 
 	// Source: what undo needs.
-	InitPID      int    `json:"init_pid,omitempty"`
-	CRIUPID      int    `json:"criu_pid,omitempty"`
-	CRIUStart    uint64 `json:"criu_start,omitempty"` // start time in clock ticks, against pid reuse
-	MarkedStop   bool   `json:"marked_stopped,omitempty"`
-	FrozenBefore bool   `json:"frozen_before,omitempty"` // the operator had paused it
+	InitPID      int      `json:"init_pid,omitempty"`
+	CRIUPID      int      `json:"criu_pid,omitempty"`
+	CRIUStart    uint64   `json:"criu_start,omitempty"` // start time in clock ticks, against pid reuse
+	CopiedMounts []string `json:"copied_mounts,omitempty"`
+	MarkedStop   bool     `json:"marked_stopped,omitempty"`
+	FrozenBefore bool     `json:"frozen_before,omitempty"` // the operator had paused it
 
 	// Destination: what undo and completion need.
 	PageServerPID   int    `json:"page_server_pid,omitempty"`

@@ -61,6 +61,7 @@ func (m *Manager) checkHere(ctx context.Context, rec *runtime.Record) []*v1.Find
 	for _, f := range runtime.Movable(rec) {
 		out = append(out, &v1.Finding{Code: f.Code, Message: f.Message, Advice: f.Advice, Warning: f.Warning})
 	}
+	out = append(out, checkCopiedMounts(rec)...)
 	if other := m.MigrationOf(rec.Namespace, rec.Name); other != "" && m.outgoingOf(other) == nil {
 		out = append(out, refuse("migrating", "wait until migration "+other+" has ended", "shard %s is part of migration %s", rec.Name, other))
 	}
@@ -178,6 +179,11 @@ func (m *Manager) checkArrival(ctx context.Context, req *v1.ReserveRequest) []*v
 		}
 	}
 	for _, mnt := range req.GetMounts() {
+		if mnt.GetPolicy() == string(runtime.MountCopy) {
+			if f := checkMountTarget(m.cfg.Node, mnt.GetSource()); f != nil {
+				out = append(out, f)
+			}
+		}
 		if mnt.GetPolicy() != string(runtime.MountShared) {
 			continue
 		}

@@ -39,6 +39,9 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if err := o.sendLayer(ctx, false); err != nil {
 		return err
 	}
+	if err := o.sendMounts(ctx, false); err != nil {
+		return err
+	}
 	if err := o.sendLog(ctx); err != nil {
 		return err
 	}

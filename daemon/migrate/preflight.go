@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/criu"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
 
@@ -49,7 +50,7 @@ type hostFacts struct {
 
 // compareHosts finds what differs between the ends in a way that forbids a move.
 func compareHosts(src, dst hostFacts, memory int64, roundTrip time.Duration) []*v1.Finding {
-	var out []*v1.Finding
+	out := append(tooOld(src), tooOld(dst)...)
 	if src.Versions.GetArch() != dst.Versions.GetArch() {
 		out = append(out, refuse("architecture", "choose a node of the same architecture",
 			"%s is %s, %s is %s", src.Node, src.Versions.GetArch(), dst.Node, dst.Versions.GetArch()))
@@ -73,6 +74,38 @@ func compareHosts(src, dst hostFacts, memory int64, roundTrip time.Duration) []*
 	if skew := dst.Now.Sub(src.Now).Abs() - roundTrip; skew > maxClockSkew {
 		out = append(out, refuse("clocks", "synchronise both clocks (NTP)",
 			"the clocks of %s and %s are %v apart", src.Node, dst.Node, skew.Round(time.Second)))
+	}
+	return out
+}
+
+// Oldest versions that are known to work. Kernel: pidfd_getfd, cgroup.kill and
+// what Debian and Ubuntu had when this was written. containerd and runc: Debian
+// 12's.
+const (
+	minKernel     = "5.15"
+	minContainerd = "1.6"
+	minRunc       = "1.1"
+)
+
+// tooOld finds what a host must update, or lacks, before shards can move.
+func tooOld(h hostFacts) []*v1.Finding {
+	v := h.Versions
+	var major, minor int
+	_, _ = fmt.Sscanf(v.GetKernel(), "%d.%d", &major, &minor)
+	var out []*v1.Finding
+	for _, part := range []struct{ code, name, have, min string }{
+		{"kernel", "Linux", v.GetKernel(), minKernel},
+		{"containerd", "containerd", strings.TrimPrefix(v.GetContainerd(), "v"), minContainerd},
+		{"runc", "runc", v.GetRunc(), minRunc},
+		{"criu", "CRIU", v.GetCriu(), criu.MinVersionFor(major, minor).String()},
+	} {
+		switch {
+		case part.have == "":
+			out = append(out, refuse(part.code, "install it: tranship doctor on "+h.Node+" says how", "%s is missing on %s", part.name, h.Node))
+		case newer(part.min, part.have):
+			out = append(out, refuse(part.code, "update it: tranship doctor on "+h.Node+" says how",
+				"%s %s on %s is older than %s", part.name, part.have, h.Node, part.min))
+		}
 	}
 	return out
 }

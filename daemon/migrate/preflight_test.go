@@ -15,7 +15,7 @@ import (
 func facts(node string) hostFacts {
 	return hostFacts{
 		Node:            node,
-		Versions:        &v1.Versions{Arch: "amd64", Protocol: 1, Criu: "4.2.1"},
+		Versions:        &v1.Versions{Arch: "amd64", Protocol: 1, Criu: "4.2.1", Kernel: "6.12.1-amd64", Containerd: "1.6.20~ds1", Runc: "1.1.5+ds1"},
 		CPUFeatures:     []string{"avx2", "sse2"},
 		MemoryAvailable: 4 << 30,
 		Now:             time.Unix(1000, 0),
@@ -43,6 +43,11 @@ func TestCompareHosts(t *testing.T) {
 		{"another architecture", func(d *hostFacts) { d.Versions.Arch = "arm64" }, []string{"architecture"}},
 		{"another protocol", func(d *hostFacts) { d.Versions.Protocol = 2 }, []string{"protocol"}},
 		{"an older CRIU at the destination", func(d *hostFacts) { d.Versions.Criu = "4.1.1" }, []string{"criu-older"}},
+		{"a CRIU that does not know the kernel", func(d *hostFacts) { d.Versions.Criu, d.Versions.Kernel = "4.1.1", "6.18.0" }, []string{"criu", "criu-older"}},
+		{"an old kernel", func(d *hostFacts) { d.Versions.Kernel = "5.10.0-30-amd64" }, []string{"kernel"}},
+		{"an old containerd", func(d *hostFacts) { d.Versions.Containerd = "v1.4.13" }, []string{"containerd"}},
+		{"an old runc", func(d *hostFacts) { d.Versions.Runc = "1.0.3" }, []string{"runc"}},
+		{"no CRIU", func(d *hostFacts) { d.Versions.Criu = "" }, []string{"criu", "criu-older"}},
 		{"a newer CRIU at the destination is fine", func(d *hostFacts) { d.Versions.Criu = "4.10" }, nil},
 		{"a CPU that lacks a feature", func(d *hostFacts) { d.CPUFeatures = []string{"sse2"} }, []string{"cpu-features"}},
 		{"a CPU with more features is fine", func(d *hostFacts) { d.CPUFeatures = append(d.CPUFeatures, "avx512f") }, nil},

@@ -54,10 +54,12 @@ type outgoing struct {
 	rootfs  *runtime.Rootfs
 	upper   string
 	index   *layer.Index
-	logSent int64
-	told    extentSet
-	offset  clockOffset
-	undo    undoList
+	// mountIndex is index for each copied mount, by its place in rec.Mounts.
+	mountIndex map[int]*layer.Index
+	logSent    int64
+	told       extentSet
+	offset     clockOffset
+	undo       undoList
 
 	frozenAt time.Time
 	sealedAt time.Time

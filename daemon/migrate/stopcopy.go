@@ -39,6 +39,9 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	}
 	o.entry.InitPID, o.entry.FrozenBefore = int(o.rec.PID), state == runtime.Frozen
 	o.entry.State, o.entry.MarkedStop = Stopping, true
+	for _, i := range copiedMounts(o.rec) {
+		o.entry.CopiedMounts = append(o.entry.CopiedMounts, o.rec.Mounts[i].Source)
+	}
 	if err := o.m.journal.Put(o.entry); err != nil {
 		return err
 	}
@@ -118,6 +121,7 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 	}
 	g, gctx = errgroup.WithContext(ctx)
 	g.Go(func() error { return o.sendLayer(gctx, true) })
+	g.Go(func() error { return o.sendMounts(gctx, true) })
 	g.Go(func() error { return o.sendLog(gctx) })
 	g.Go(func() error { return o.sendImages(gctx, images) })
 	if err := g.Wait(); err != nil {

@@ -1,0 +1,193 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/checkpoint/layer"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/runtime"
+)
+
+// Bind mounts that are declared to be copied move like the writable layer: in
+// bulk while the shard runs, and once more while it is frozen. What stays at the
+// source afterwards is an old copy; it is marked as such, and only a directory
+// so marked, or one that does not exist, may be written to when a shard comes.
+
+// mountXattr, on a copied directory, says what it is: "incoming:MIGRATION" while
+// a migration fills it, "left:MIGRATION" once its shard has moved away.
+const mountXattr = "trusted.tranship.mount"
+
+const (
+	markIncoming = "incoming:"
+	markLeft     = "left:"
+)
+
+// blobMount carries one copied mount; its name is the index in Record.Mounts.
+const blobMount = "mount"
+
+// copiedMounts lists the indexes of the mounts that move with the shard.
+func copiedMounts(rec *runtime.Record) []int {
+	var out []int
+	for i, m := range rec.Mounts {
+		if m.Policy == runtime.MountCopy {
+			out = append(out, i)
+		}
+	}
+	return out
+}
+
+// checkCopiedMounts is the source's pre-flight: only directories can be copied.
+func checkCopiedMounts(rec *runtime.Record) []*v1.Finding {
+	var out []*v1.Finding
+	for _, i := range copiedMounts(rec) {
+		m := rec.Mounts[i]
+		if fi, err := os.Stat(m.Source); err != nil || !fi.IsDir() {
+			out = append(out, refuse("mount-copy", "mount a directory, or declare it shared",
+				"%s, mounted at %s, is not a directory and cannot be copied", m.Source, m.Destination))
+		}
+	}
+	return out
+}
+
+// checkMountTarget is the destination's: nothing that somebody else owns is
+// overwritten.
+func checkMountTarget(node, path string) *v1.Finding {
+	fi, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil && fi.IsDir() && strings.HasPrefix(mountMark(path), markLeft) {
+		return nil // an old copy of a shard that moved away from here
+	}
+	return refuse("mount-exists", "remove it there, or declare the mount shared", "%s, declared to be copied, exists on %s already", path, node)
+}
+
+func mountMark(path string) string {
+	buf := make([]byte, 256)
+	n, err := unix.Lgetxattr(path, mountXattr, buf)
+	if err != nil {
+		return ""
+	}
+	return string(buf[:n])
+}
+
+// sendMounts sends what changed in the copied mounts since the last time.
+func (o *outgoing) sendMounts(ctx context.Context, frozen bool) error {
+	pids, err := o.cgroup.Processes()
+	if err != nil {
+		return err
+	}
+	listed := time.Now()
+	mapped := sharedWritable(pids)
+	for _, i := range copiedMounts(o.rec) {
+		m := o.rec.Mounts[i]
+		opt := layer.Options{Frozen: frozen, ListedAt: listed, AlwaysCompare: below(mapped, m.Destination)}
+		sent, err := o.stream(ctx, blobMount, strconv.Itoa(i), func(w io.Writer) error {
+			index, _, err := layer.Send(ctx, m.Source, o.mountIndex[i], w, opt)
+			if err == nil {
+				o.mountIndex[i] = index
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("mount %s: %w", m.Destination, err)
+		}
+		o.report.count(sent)
+	}
+	return nil
+}
+
+// below gives those of the paths that lie under dir, relative to it.
+func below(paths []string, dir string) []string {
+	var out []string
+	for _, p := range paths {
+		if rel, err := filepath.Rel(dir, p); err == nil && rel != "." && filepath.IsLocal(rel) {
+			out = append(out, rel)
+		}
+	}
+	return out
+}
+
+// makeMounts prepares the directories of copied mounts, empty.
+func (in *incoming) makeMounts() error {
+	for _, i := range copiedMounts(in.rec) {
+		path := in.rec.Mounts[i].Source
+		if mountMark(path) == markIncoming+in.entry.ID {
+			continue
+		}
+		if f := checkMountTarget(in.m.cfg.Node, path); f != nil {
+			return errors.New(f.GetMessage())
+		}
+		if err := errors.Join(os.RemoveAll(path), os.MkdirAll(path, 0o755)); err != nil {
+			return err
+		}
+		if err := unix.Lsetxattr(path, mountXattr, []byte(markIncoming+in.entry.ID), 0); err != nil {
+			return fmt.Errorf("mark %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+func (in *incoming) takeMount(ctx context.Context, name string, r io.Reader) error {
+	i, err := strconv.Atoi(name)
+	if err != nil || i < 0 || i >= len(in.rec.Mounts) || in.rec.Mounts[i].Policy != runtime.MountCopy {
+		return fmt.Errorf("mount %q is not one that is copied", name)
+	}
+	path := in.rec.Mounts[i].Source
+	if mountMark(path) != markIncoming+in.entry.ID {
+		return fmt.Errorf("mount %s was not prepared", path)
+	}
+	_, err = layer.Apply(ctx, path, r)
+	return err
+}
+
+// dropMounts removes what makeMounts made. May run twice.
+func (in *incoming) dropMounts() error {
+	if in.rec == nil {
+		return nil
+	}
+	var errs []error
+	for _, i := range copiedMounts(in.rec) {
+		if path := in.rec.Mounts[i].Source; mountMark(path) == markIncoming+in.entry.ID {
+			errs = append(errs, os.RemoveAll(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// adoptMounts makes the copies the shard's own.
+func (in *incoming) adoptMounts() error {
+	if in.rec == nil {
+		return nil
+	}
+	var errs []error
+	for _, i := range copiedMounts(in.rec) {
+		path := in.rec.Mounts[i].Source
+		if err := unix.Lremovexattr(path, mountXattr); err != nil && !errors.Is(err, unix.ENODATA) {
+			errs = append(errs, fmt.Errorf("unmark %s: %w", path, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// leaveMounts marks what stays at the source of a shard that has moved away.
+func leaveMounts(e *Entry) error {
+	var errs []error
+	for _, path := range e.CopiedMounts {
+		err := unix.Lsetxattr(path, mountXattr, []byte(markLeft+e.ID), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("mark %s: %w", path, err))
+		}
+	}
+	return errors.Join(errs...)
+}
