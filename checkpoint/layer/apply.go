@@ -204,37 +204,6 @@ func (a *applier) remove(path string) error {
 	return nil
 }
 
-func removeAt(parent int, name string, depth int) error {
-	err := unix.Unlinkat(parent, name, 0)
-	if err == nil || errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	if !errors.Is(err, unix.EISDIR) {
-		return fmt.Errorf("unlink %q: %w", name, err)
-	}
-	if depth > maxDepth {
-		return fmt.Errorf("%q: deeper than %d directories", name, maxDepth)
-	}
-	fd, err := openDirAt(parent, name)
-	if err != nil {
-		return fmt.Errorf("open directory %q: %w", name, err)
-	}
-	defer unix.Close(fd)
-	names, err := readNames(fd)
-	if err != nil {
-		return fmt.Errorf("read directory %q: %w", name, err)
-	}
-	for _, below := range names {
-		if err := removeAt(fd, below, depth+1); err != nil {
-			return err
-		}
-	}
-	if err := unix.Unlinkat(parent, name, unix.AT_REMOVEDIR); err != nil {
-		return fmt.Errorf("remove directory %q: %w", name, err)
-	}
-	return nil
-}
-
 func (a *applier) entry(e *entry) error {
 	var err error
 	switch kind := e.Mode & unix.S_IFMT; {

@@ -88,7 +88,8 @@ func (n *node) regular() bool { return n.kind() == unix.S_IFREG }
 
 // whiteout says that the node is overlayfs's mark for "removed from below".
 // The kernel links all whiteouts of a layer to one inode, whose times and link
-// count then say nothing about any one of them; here each is its own.
+// count then say nothing about any one of them; here each is its own, and once
+// sent it is never compared: no process of the shard can reach it.
 func (n *node) whiteout() bool { return n.kind() == unix.S_IFCHR && n.rdev == 0 }
 
 func (n *node) path() string {

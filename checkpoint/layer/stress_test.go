@@ -88,7 +88,11 @@ func (m *mutator) do() {
 		os.Remove(p)
 	case 17:
 		if m.rng.IntN(4) == 0 {
-			os.RemoveAll(p)
+			// os.RemoveAll would wait if p's directory is a fifo.
+			if fd, err := unix.Open(filepath.Dir(p), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err == nil {
+				removeAt(fd, filepath.Base(p), 0)
+				unix.Close(fd)
+			}
 		}
 	case 18:
 		os.Symlink(fmt.Sprint("../", m.rng.IntN(9)), p)

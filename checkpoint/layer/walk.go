@@ -199,6 +199,39 @@ func readNames(fd int) ([]string, error) {
 
 var direntBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
+// removeAt removes a name and, if it is a directory, all below it. It may be
+// gone already.
+func removeAt(parent int, name string, depth int) error {
+	err := unix.Unlinkat(parent, name, 0)
+	if err == nil || errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if !errors.Is(err, unix.EISDIR) {
+		return fmt.Errorf("unlink %q: %w", name, err)
+	}
+	if depth > maxDepth {
+		return fmt.Errorf("%q: deeper than %d directories", name, maxDepth)
+	}
+	fd, err := openDirAt(parent, name)
+	if err != nil {
+		return fmt.Errorf("open directory %q: %w", name, err)
+	}
+	defer unix.Close(fd)
+	names, err := readNames(fd)
+	if err != nil {
+		return fmt.Errorf("read directory %q: %w", name, err)
+	}
+	for _, below := range names {
+		if err := removeAt(fd, below, depth+1); err != nil {
+			return err
+		}
+	}
+	if err := unix.Unlinkat(parent, name, unix.AT_REMOVEDIR); err != nil {
+		return fmt.Errorf("remove directory %q: %w", name, err)
+	}
+	return nil
+}
+
 // dirs opens directories below a root by path. It holds the descriptors of the
 // last path, because neighbours are asked for after each other.
 type dirs struct {
