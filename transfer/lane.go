@@ -186,14 +186,7 @@ func readAnswer(ctx context.Context, stream *quic.Stream) (wire.Answer, error) {
 		if t != wire.TypeAnswer {
 			return wire.Answer{}, &RemoteError{Code: CodeProtocol, Text: fmt.Sprintf("%v in place of an answer", t)}
 		}
-		answer, err := wire.ParseAnswer(body)
-		if err != nil {
-			return wire.Answer{}, err
-		}
-		if n, err := io.Copy(io.Discard, io.LimitReader(stream, 1)); err != nil || n > 0 {
-			return wire.Answer{}, &RemoteError{Code: CodeProtocol, Text: "bytes after the answer"}
-		}
-		return answer, nil
+		return wire.ParseAnswer(body)
 	}()
 	switch {
 	case ctx.Err() != nil:

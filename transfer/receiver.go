@@ -299,10 +299,23 @@ func (b *blobReader) block() ([]byte, error) {
 	return nil, fmt.Errorf("%v in a blob: %w", t, wire.ErrMalformed)
 }
 
-// readOne reads a single small frame and nothing after it.
+// readOne reads the single small frame of a stream that carries no more. It
+// reads the stream's end as well: without that the stream would count as open
+// as long as the connection.
 func readOne(r io.Reader) (wire.Type, []byte, error) {
-	t, body, _, err := wire.ReadFrame(byteReader{r}, nil)
-	return t, body, unexpected(err)
+	br := byteReader{r}
+	t, body, _, err := wire.ReadFrame(br, nil)
+	if err != nil {
+		return 0, nil, unexpected(err)
+	}
+	switch _, err := br.ReadByte(); err {
+	case io.EOF:
+		return t, body, nil
+	case nil:
+		return 0, nil, fmt.Errorf("bytes after %v: %w", t, wire.ErrMalformed)
+	default:
+		return 0, nil, err
+	}
 }
 
 // byteReader reads no byte further than it is asked for.
