@@ -27,6 +27,8 @@ type ServeOptions struct {
 	Socket string
 	// Listen is an address, or * for all.
 	Listen string
+	// AsRoot is what BuildAsRoot made, or "": then root gives up to the user postgres.
+	AsRoot string
 	// Stderr takes what initdb says.
 	Stderr *os.File
 }
@@ -48,7 +50,11 @@ func Serve(ctx context.Context, o ServeOptions) error {
 			return err
 		}
 	}
-	if err := os.MkdirAll(o.Data, 0o700); err != nil {
+	// The user must be able to walk there; only the directory itself is private.
+	if err := os.MkdirAll(filepath.Dir(o.Data), 0o755); err != nil {
+		return fmt.Errorf("data directory: %w", err)
+	}
+	if err := os.Mkdir(o.Data, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("data directory: %w", err)
 	}
 	if os.Getuid() == 0 {
@@ -60,6 +66,9 @@ func Serve(ctx context.Context, o ServeOptions) error {
 		// neither the image's locale nor its time zone may matter
 		return strings.HasPrefix(kv, "LC_") || strings.HasPrefix(kv, "LANG") || strings.HasPrefix(kv, "TZ=") || strings.HasPrefix(kv, "PG")
 	}), "TZ=GMT", "LC_ALL=C")
+	if o.AsRoot != "" {
+		env = append(env, "LD_PRELOAD="+o.AsRoot, fmt.Sprintf("PGCHECK_UID=%d", uid))
+	}
 	if _, err := os.Stat(filepath.Join(o.Data, "PG_VERSION")); errors.Is(err, os.ErrNotExist) {
 		if err := initialize(ctx, o, bin, uid, gid, env); err != nil {
 			return err
@@ -116,7 +125,7 @@ func initialize(ctx context.Context, o ServeOptions, bin string, uid, gid int, e
 	cmd.Env = env
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = o.Stderr, o.Stderr // the shard's log
-	if os.Getuid() == 0 {
+	if os.Getuid() == 0 && o.AsRoot == "" {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
 	}
 	if err := cmd.Run(); err != nil {
@@ -135,7 +144,7 @@ func initialize(ctx context.Context, o ServeOptions, bin string, uid, gid int, e
 
 // become replaces this process. syscall's set functions change all threads.
 func become(o ServeOptions, bin string, uid, gid int, env []string) error {
-	if os.Getuid() == 0 {
+	if os.Getuid() == 0 && o.AsRoot == "" {
 		if err := syscall.Setgroups(nil); err != nil {
 			return fmt.Errorf("setgroups: %w", err)
 		}

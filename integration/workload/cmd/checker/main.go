@@ -218,7 +218,19 @@ func pgCommand() *cobra.Command {
 	serve.Flags().StringVar(&s.Listen, "listen", "*", "address; anybody who reaches it may do anything")
 	serve.Flags().StringVar(&s.Socket, "socket", "", "directory of a unix socket; none without")
 	serve.Flags().StringVar(&s.SharedBuffers, "shared-buffers", "128MB", "as PostgreSQL writes it")
-	return group("pg", "A PostgreSQL server, and its check", serve, initialize, run, verify)
+	serve.Flags().StringVar(&s.AsRoot, "as-root", "", "stay root, with the library that asroot made")
+
+	var out string
+	asRoot := &cobra.Command{
+		Use:   "asroot",
+		Short: "Compile, with $CC or cc, the library for serve --as-root",
+		Long: "Compile, with $CC or cc, the library for serve --as-root. CRIU can dump other users' processes only\n" +
+			"with CAP_SYS_RESOURCE, which root lacks on some machines.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return pgcheck.BuildAsRoot(cmd.Context(), out) },
+	}
+	asRoot.Flags().StringVar(&out, "out", "asroot.so", "the library")
+	return group("pg", "A PostgreSQL server, and its check", serve, asRoot, initialize, run, verify)
 }
 
 func memcheckCommand() *cobra.Command {
