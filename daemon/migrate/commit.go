@@ -82,7 +82,7 @@ func (e *leftoverError) Unwrap() error { return e.err }
 
 // freshAnswer is for how long the answer to Seal counts as a sign that the
 // destination can be reached.
-const freshAnswer = 200 * time.Millisecond
+const freshAnswer = 100 * time.Millisecond
 
 // probe makes sure that the destination answers.
 func (o *outgoing) probe(ctx context.Context) error {

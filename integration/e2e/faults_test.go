@@ -194,7 +194,7 @@ func TestALinkThatIsCutLeavesOneWholeCopy(t *testing.T) {
 	digest := f.digest()
 	for _, p := range sourcePoints {
 		// A cut link is noticed after seconds of silence, so one point a phase.
-		if !slices.Contains([]string{"source.prepare", "source.round", "source.frozen", "source.before-yield", "source.yielded", "source.discard"}, p.point) {
+		if !slices.Contains([]string{"source.prepare", "source.round", "source.frozen", "source.yielded", "source.discard"}, p.point) {
 			continue
 		}
 		t.Run(p.point, func(t *testing.T) {
