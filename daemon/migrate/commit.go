@@ -178,7 +178,7 @@ func (m *Manager) discard(ctx context.Context, e *Entry) error {
 	if len(errs) > 0 {
 		return fmt.Errorf("remove what is left of %s: %w", e.Shard, errors.Join(errs...))
 	}
-	e.State = Done
+	e.State, e.Code, e.Reason = Done, "", ""
 	return m.journal.Put(e)
 }
 

@@ -198,12 +198,8 @@ func migrationOf(e *Entry, node string) *v1.Migration {
 		m.From, m.To = e.Peer, node
 	}
 	m.StartedAtUnixMs = e.Started.UnixMilli()
-	if e.Reason != "" {
-		m.Reason = e.Reason
-	}
-	if e.Code != "" {
-		m.Code = e.Code
-	}
+	// What the report said may have been settled since.
+	m.Reason, m.Code = e.Reason, e.Code
 	switch e.State {
 	case Done:
 		m.Outcome, m.Phase = OutcomeDone, PhaseDone
