@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -234,6 +233,6 @@ func TestACommandLineTellsWhatItRanAndSaid(t *testing.T) {
 		t.Errorf("interrupting what has ended: %v", err)
 	}
 	if _, err := (&commandLine{bin: "/nonexistent"}).Run(t.Context()); err == nil {
-		t.Error(fmt.Sprint("a program that is not there"))
+		t.Error("a program that is not there ran")
 	}
 }

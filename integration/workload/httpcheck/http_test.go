@@ -17,6 +17,7 @@ import (
 
 	"github.com/tranship/tranship/integration/workload/check"
 	"github.com/tranship/tranship/integration/workload/check/faulty"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 func startGo(t *testing.T) string {
@@ -41,10 +42,7 @@ func startPython(t *testing.T) string {
 	t.Helper()
 	python, err := exec.LookPath("python3")
 	if err != nil {
-		if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip("needs python3: make setup installs it")
+		testenv.Missing(t, "python3")
 	}
 	script := filepath.Join(t.TempDir(), "httpd.py")
 	if err := os.WriteFile(script, PythonServer, 0o600); err != nil {

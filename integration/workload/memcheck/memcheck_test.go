@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tranship/tranship/integration/workload/check"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // build compiles once for all tests. A machine without a C compiler skips,
@@ -40,10 +41,7 @@ func TestMain(m *testing.M) {
 func program(t *testing.T) string {
 	t.Helper()
 	if _, err := exec.LookPath("cc"); err != nil && os.Getenv("CC") == "" {
-		if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-			t.Fatal("needs a C compiler")
-		}
-		t.Skip("needs a C compiler: install gcc and libc6-dev")
+		testenv.Missing(t, "a C compiler with a static C library")
 	}
 	path, err := build()
 	if err != nil {
@@ -362,6 +360,51 @@ func TestWatchEndsWellOnlyAfterAFullPass(t *testing.T) {
 	rep := rec.Report(true)
 	if !rep.OK || rep.Requests < 20 || rep.Facts["verify_ms"] == nil {
 		t.Errorf("report: %+v", rep)
+	}
+}
+
+// What other processors than amd64 get, on this one.
+func TestThePortableRegistersWorkToo(t *testing.T) {
+	program(t) // skips without a compiler
+	path := filepath.Join(t.TempDir(), "memcheck")
+	if err := Build(t.Context(), path, "-Wall", "-Wextra", "-Werror", "-DPORTABLE_REGS"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, "--listen=127.0.0.1:0", "--dir="+t.TempDir(), "--features=regs", "--procs=1", "--corrupt=regs", "--corrupt-after=200")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(out)
+	line, err := lines.ReadString('\n')
+	var ready struct {
+		Listen string `json:"listen"`
+	}
+	if err == nil {
+		err = json.Unmarshal([]byte(line), &ready)
+	}
+	if err != nil {
+		t.Fatalf("%q: %v", line, err)
+	}
+	c := dial(t, ready.Listen)
+	s := until(t, c, "the damage is found", func(s Stat) bool { return len(s.Errors) > 0 })
+	if s.ErrorCount != 1 || !strings.Contains(s.Errors[0], "regs: sum") {
+		t.Errorf("errors: %q", s.Errors)
+	}
+	if _, err := c.Quit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for err == nil { // to the end, or Wait could close the pipe under it
+		_, err = lines.ReadString('\n')
+	}
+	cmd.Wait()
+	if cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("exit code %d", cmd.ProcessState.ExitCode())
 	}
 }
 

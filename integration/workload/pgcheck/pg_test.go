@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -15,17 +16,18 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/tranship/tranship/integration/workload/check"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // The test binary is also the server: Serve replaces its process.
-const serveEnv = "PGCHECK_TEST_SERVE" // DATA:PORT
+const serveEnv = "PGCHECK_TEST_SERVE" // DATA:PORT:ASROOT
 
 func TestMain(m *testing.M) {
 	if at := os.Getenv(serveEnv); at != "" {
-		data, port, _ := strings.Cut(at, ":")
-		n, err := strconv.Atoi(port)
+		f := append(strings.Split(at, ":"), "", "")
+		n, err := strconv.Atoi(f[1])
 		if err == nil {
-			err = Serve(context.Background(), ServeOptions{Data: data, Port: n, Listen: "127.0.0.1", SharedBuffers: "16MB", Stderr: os.Stderr})
+			err = Serve(context.Background(), ServeOptions{Data: f[0], Port: n, AsRoot: f[2], Listen: "127.0.0.1", SharedBuffers: "16MB", Stderr: os.Stderr})
 		}
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -33,14 +35,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// start runs a PostgreSQL for the test and returns how to reach it.
-func start(t *testing.T) Options {
+// start runs a PostgreSQL for the test and returns how to reach it and its pid.
+func start(t *testing.T, asRoot string) (Options, int) {
 	t.Helper()
 	if _, err := findBin(""); err != nil {
-		if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-			t.Fatal(err)
-		}
-		t.Skipf("needs PostgreSQL, make setup installs it: %v", err)
+		testenv.Missing(t, fmt.Sprintf("PostgreSQL: %v", err))
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -59,7 +58,7 @@ func start(t *testing.T) Options {
 	}
 	var log strings.Builder
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s/data:%d", serveEnv, dir, port))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s/data:%d:%s", serveEnv, dir, port, asRoot))
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -78,7 +77,7 @@ func start(t *testing.T) Options {
 		c, err := o.connect(t.Context())
 		if err == nil {
 			c.Close(t.Context())
-			return o
+			return o, cmd.Process.Pid
 		}
 		select {
 		case err := <-exited:
@@ -105,7 +104,7 @@ func exec1(t *testing.T, o Options, sql string) {
 }
 
 func TestTransfersAndWhatIsFoundBehindThem(t *testing.T) {
-	o := start(t)
+	o, _ := start(t, "")
 	rec := check.NewRecorder("init")
 	if err := Init(t.Context(), o, 500_000, rec); err != nil {
 		t.Fatal(err)
@@ -152,8 +151,31 @@ func TestTransfersAndWhatIsFoundBehindThem(t *testing.T) {
 	}
 }
 
+func TestWithTheLibraryPostgreSQLStaysRoot(t *testing.T) {
+	testenv.NeedRoot(t)
+	if _, err := exec.LookPath("cc"); err != nil {
+		testenv.Missing(t, "a C compiler")
+	}
+	library := filepath.Join(t.TempDir(), "asroot.so")
+	if err := BuildAsRoot(t.Context(), library); err != nil {
+		t.Fatal(err)
+	}
+	o, pid := start(t, library)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
+		t.Errorf("it is not root:\n%s", status)
+	}
+	rec := check.NewRecorder("init")
+	if err := Init(t.Context(), o, 100_000, rec); err != nil || rec.Failed() {
+		t.Errorf("%v, %+v", err, rec.Report(true))
+	}
+}
+
 func TestAServerThatGoesAwayIsAnError(t *testing.T) {
-	o := start(t)
+	o, _ := start(t, "")
 	if err := Init(t.Context(), o, 100_000, check.NewRecorder("init")); err != nil {
 		t.Fatal(err)
 	}

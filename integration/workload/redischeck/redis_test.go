@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/tranship/tranship/integration/workload/check"
 	"github.com/tranship/tranship/integration/workload/check/faulty"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // startRedis runs a real redis-server for the test.
@@ -21,10 +21,7 @@ func startRedis(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath("redis-server")
 	if err != nil {
-		if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-			t.Fatal(err)
-		}
-		t.Skip("needs redis-server: make setup installs it")
+		testenv.Missing(t, "redis-server")
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -4,7 +4,7 @@
 #include <fenv.h>
 #include <sys/syscall.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PORTABLE_REGS) /* so that the other half is compiled somewhere */
 #define LANES 4 /* 64-bit words of a ymm register */
 
 /* Both functions load the vector registers from `in`, keep them through the
