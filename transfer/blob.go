@@ -73,7 +73,9 @@ func (s *Session) Blob(ctx context.Context, kind, name string, size int64, r io.
 	}
 	total, err := sendBlob(ctx, space, wire.OpenBlob{Kind: kind, Name: name, Size: size}, r, write)
 	if err == nil {
-		err = stream.Close()
+		if err = stream.Close(); err != nil {
+			err = broken(ctx, err, answered, &answerErr)
+		}
 	}
 	if err != nil {
 		cancel(err)

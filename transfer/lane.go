@@ -150,27 +150,25 @@ func (s *Session) write(ctx context.Context, stream *quic.Stream, b []byte) (sen
 	return sent, nil
 }
 
-// broken finds the reason behind an error of writing: a receiver that stops
-// reading has answered why.
 func (l *lane) broken(err error) error { return broken(l.r.ctx, err, l.answered, &l.err) }
 
+// broken finds the reason behind an error of writing to a stream or closing it.
+// A receiver that stops reading has answered why, and a link that is lost ends
+// the reading of the answer as well: so that is asked first.
 func broken(ctx context.Context, err error, answered <-chan struct{}, answerErr *error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	var reset *quic.StreamError
-	if errors.As(err, &reset) && reset.Remote {
-		timer := time.NewTimer(answerTimeout)
-		defer timer.Stop()
-		select {
-		case <-answered:
-			if *answerErr != nil {
-				return *answerErr
-			}
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-timer.C:
+	timer := time.NewTimer(answerTimeout)
+	defer timer.Stop()
+	select {
+	case <-answered:
+		if *answerErr != nil {
+			return *answerErr
 		}
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
 	}
 	return linkError(err)
 }
