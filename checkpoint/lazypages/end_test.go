@@ -75,6 +75,42 @@ func TestSeveralTasksAndAZombieShareOneRestore(t *testing.T) {
 	tasks[2].expect("ok")
 }
 
+func TestTasksAreKnownByThePIDOfTheirNamespace(t *testing.T) {
+	t.Run("and are filled", func(t *testing.T) {
+		r := newRig(t)
+		r.namespaced = true
+		r.serve()
+		r.connect()
+		spec := newSpec(t, 2000, "chaos")
+		spec.Ops = 40
+		task := r.restore(spec)
+		r.finish()
+		task.say("go")
+		task.expect("ok")
+		r.waitDone()
+	})
+	t.Run("and die with all of it", func(t *testing.T) {
+		r := newRig(t)
+		r.namespaced = true
+		r.cfg.mayFill = func() bool { return false }
+		ctx, cancel := context.WithCancel(r.ctx)
+		defer cancel()
+		r.serving = ctx
+		r.serve()
+		r.connect()
+		task := r.restore(newSpec(t, 500, "parent"))
+		r.finish()
+		task.say("go")
+		task.child() // 2, or some such
+		task.expect("holding")
+		cancel()
+		if err := r.result(); !errors.Is(err, context.Canceled) {
+			t.Errorf("result: %v", err)
+		}
+		task.mustBeKilled()
+	})
+}
+
 func TestATaskMayExitWhileItIsFilled(t *testing.T) {
 	r := newRig(t)
 	r.cfg.mayFill = func() bool { return false } // it can end no other way

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -50,6 +51,8 @@ type rig struct {
 	proc   *Process
 	criu   *net.UnixConn
 	tasks  []*restored
+	// namespaced gives each task a pid namespace, in which it is 1.
+	namespaced bool
 }
 
 func newRig(t testing.TB) *rig {
@@ -283,6 +286,9 @@ func (r *rig) restore(spec taskSpec) *restored {
 	cmd.Env = append(os.Environ(), taskEnv+"="+string(raw))
 	cmd.ExtraFiles = []*os.File{conn}
 	cmd.Stderr = os.Stderr
+	if r.namespaced {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
+	}
 	task := &restored{t: r.t, cmd: cmd, spec: spec}
 	if task.in, err = cmd.StdinPipe(); err != nil {
 		r.t.Fatal(err)
@@ -299,7 +305,11 @@ func (r *rig) restore(spec taskSpec) *restored {
 	r.tasks = append(r.tasks, task)
 	r.t.Cleanup(task.kill)
 	context.AfterFunc(r.ctx, func() { _ = cmd.Process.Kill() }) // ends a hanging expect
-	r.put(task.pid, spec)
+	known := task.pid
+	if r.namespaced {
+		known = 1
+	}
+	r.put(known, spec)
 	task.say("start")
 	task.expect("registered")
 	return task
