@@ -437,6 +437,9 @@ func (in *incoming) destroy(ctx context.Context) error {
 	if err := in.m.rt.DestroyIncoming(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
 		return err
 	}
+	if in.store != nil {
+		errs = append(errs, in.store.Close())
+	}
 	if in.pages != nil {
 		errs = append(errs, in.pages.kill())
 	} else {
@@ -484,6 +487,12 @@ func (in *incoming) fill(ctx context.Context) {
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
+	if in.store != nil {
+		if err := in.store.Close(); err != nil {
+			log.Warn("page store", "err", err)
+		}
+		in.store = nil
+	}
 	if err := errors.Join(in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir(""))); err != nil {
 		log.Error("remove migration files", "err", err)
 		return

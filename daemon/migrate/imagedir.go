@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,8 @@ import (
 
 	"github.com/klauspost/compress/s2"
 	"github.com/zeebo/xxh3"
+
+	"github.com/tranship/tranship/checkpoint/image"
 )
 
 // Limits for an image directory that comes from another host. CRIU writes a few
@@ -128,4 +131,24 @@ func takeImage(root *os.Root, r io.Reader, hdr *tar.Header) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return errors.Join(err, f.Close())
+}
+
+// rearmTimers mends, in a dump, what CRIU would restore wrong.
+func rearmTimers(path string) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("timers: %w", err)
+	}
+	var mended bytes.Buffer
+	n, err := image.RearmTimers(&mended, bytes.NewReader(raw))
+	if err != nil {
+		return fmt.Errorf("timers in %s: %w", path, err)
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := os.WriteFile(path, mended.Bytes(), 0o600); err != nil {
+		return fmt.Errorf("timers: %w", err)
+	}
+	return nil
 }

@@ -195,7 +195,13 @@ func checkProcesses(shard string, procs []checkpoint.Process, addressMoves bool)
 			out = append(out, f)
 		}
 	}
+	limited := !hasCapability(os.Getpid(), unix.CAP_SYS_RESOURCE)
 	for _, p := range procs {
+		if limited && ownerOf(p.HostPID) > 0 {
+			// CRIU reads the resource limits of every process (prlimit(2)).
+			add(refuse("capability", "give transhipd CAP_SYS_RESOURCE, or run the shard as root",
+				"process %d of %s is not root's, and transhipd has no CAP_SYS_RESOURCE to look at it", p.PID, shard))
+		}
 		for _, d := range openDescriptors(p.HostPID) {
 			if f := judgeDescriptor(shard, p, d, addressMoves); f != nil {
 				add(f)

@@ -62,3 +62,30 @@ func parseSharedWritable(maps string) []string {
 	}
 	return out
 }
+
+// statusField is a field of /proc/PID/status, "" when the process is gone.
+func statusField(pid int, name string) string {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(raw)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+// ownerOf is a process's real uid, 0 when the process is gone.
+func ownerOf(pid int) int {
+	uid, _, _ := strings.Cut(statusField(pid, "Uid"), "\t")
+	n, _ := strconv.Atoi(uid)
+	return n
+}
+
+// hasCapability says whether a capability is in a process's effective set.
+func hasCapability(pid int, capability uint) bool {
+	set, err := strconv.ParseUint(statusField(pid, "CapEff"), 16, 64)
+	return err == nil && set&(1<<capability) != 0
+}

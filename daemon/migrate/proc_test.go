@@ -29,3 +29,15 @@ func TestStartTimeNamesThisProcess(t *testing.T) {
 		t.Fatalf("%d, then %d, %v", a, b, err)
 	}
 }
+
+func TestStatusFields(t *testing.T) {
+	if got := ownerOf(os.Getpid()); got != os.Getuid() {
+		t.Errorf("owner %d, want %d", got, os.Getuid())
+	}
+	if os.Geteuid() == 0 && !hasCapability(os.Getpid(), 1) { // CAP_DAC_OVERRIDE
+		t.Error("root has no CAP_DAC_OVERRIDE")
+	}
+	if hasCapability(os.Getpid(), 63) {
+		t.Error("a capability that there is not")
+	}
+}

@@ -190,6 +190,9 @@ func (o *outgoing) nextRound() int {
 }
 
 func (o *outgoing) sendImages(ctx context.Context, images string) error {
+	if err := rearmTimers(filepath.Join(images, "files.img")); err != nil {
+		return err
+	}
 	var sum imageDigest
 	sent, err := o.stream(ctx, blobImages, "", func(w io.Writer) error {
 		var err error
