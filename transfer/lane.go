@@ -139,6 +139,11 @@ func (s *Session) write(ctx context.Context, stream *quic.Stream, b []byte) (sen
 		if err := s.pace.wait(ctx, len(piece)); err != nil {
 			return sent, err
 		}
+		// The reset that ctx's end brings comes from another goroutine; nothing of a
+		// later moment may go out before it, an end frame least of all.
+		if ctx.Err() != nil {
+			return sent, context.Cause(ctx)
+		}
 		n, err := stream.Write(piece)
 		sent += n
 		s.sent.Add(int64(n))
