@@ -245,18 +245,18 @@ func (m *pagemap) holdsPage(entry uint64) bool {
 // errNotTracked: the range holds a mapping without asynchronous write-protection.
 var errNotTracked = errors.New("not write-protected")
 
-// written marks the pages of the window written since they were armed, and arms
-// them again if rearm is set. Nothing is lost when it returns errNotTracked, as
+// written marks the pages of [start,end), within the window, written since they
+// were armed, and arms them again if rearm is set. Nothing is lost when it returns errNotTracked, as
 // long as the caller then takes the whole window for written: part of it may
 // have been armed.
 //
 // Only PAGE_IS_WRITTEN may be asked for. With any other mask, kernels without
 // commits 07b4377bdbe7 and 40de8160ca7f show pages that were zapped as clean.
 // Even so a chunk without page tables is shown as clean; chunks keeps those away.
-func (m *pagemap) written(w *window, rearm bool) error {
-	for at := w.start; at < w.end; {
+func (m *pagemap) written(w *window, start, end uint64, rearm bool) error {
+	for at := start; at < end; {
 		arg := scanArg{
-			flags: scanCheckAsync, start: at, end: w.end,
+			flags: scanCheckAsync, start: at, end: end,
 			categoryMask: pageIsWritten, returnMask: pageIsWritten,
 		}
 		if rearm {
@@ -267,7 +267,7 @@ func (m *pagemap) written(w *window, rearm bool) error {
 			return errNotTracked
 		}
 		if err != nil {
-			return fmt.Errorf("look for written pages in %#x-%#x: %w", at, w.end, err)
+			return fmt.Errorf("look for written pages in %#x-%#x: %w", at, end, err)
 		}
 		for _, r := range m.regions[:n] {
 			w.mark(w.written, r.start, r.end)

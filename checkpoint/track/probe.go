@@ -112,7 +112,7 @@ func uffdWorks() (err error) {
 	for _, want := range [][]scanRegion{{{start: page(1), end: page(3)}}, nil} {
 		var w window
 		w.reset(start, end)
-		if err := m.written(&w, true); err != nil {
+		if err := m.written(&w, start, end, true); err != nil {
 			return err
 		}
 		var got []scanRegion

@@ -284,25 +284,50 @@ func (m *uffdMethod) sharesMemory(c *collection) (bool, error) {
 
 func (m *uffdMethod) judge(c *collection, r region) (verdict, error) {
 	w := c.window
-	if r.full {
-		if r.protect {
-			err := c.p.uffd.protect(w.start, w.end, true)
+	if r.full && !r.protect {
+		return unknown, nil
+	}
+	if c.frozen {
+		return m.verdict(w, c.pages.written(w, w.start, w.end, false))
+	}
+	// Only what is populated is armed. Arming an empty page leaves a marker in the
+	// page tables, which grow by it, and which CRIU takes for a page in swap: it
+	// would dump a sparse reservation in full. A page that comes to be populated
+	// is not armed, and so counts as written.
+	if err := c.pages.populated(w); err != nil {
+		return unknown, err
+	}
+	for from, to := range runs(w.base, w.populated) {
+		if r.full {
+			err := c.p.uffd.protect(from, to, true)
 			// Memory that was replaced since it was registered is not protected, and
 			// is found unregistered the next time.
 			if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, errGone) {
-				return unknown, fmt.Errorf("write-protect %#x-%#x of process %d: %w", w.start, w.end, c.p.HostPID, err)
+				return unknown, fmt.Errorf("write-protect %#x-%#x of process %d: %w", from, to, c.p.HostPID, err)
 			}
+			continue
 		}
+		if err := c.pages.written(w, from, to, true); err != nil {
+			return m.verdict(w, err)
+		}
+	}
+	if r.full {
 		return unknown, nil
 	}
-	err := c.pages.written(w, !c.frozen)
-	if errors.Is(err, errNotTracked) {
-		return unknown, nil
+	for range w.holes(c.p.sent) {
+		return touched, nil // something went away
 	}
-	if err != nil {
+	return m.verdict(w, nil)
+}
+
+// verdict is what the outcome of a look at written pages means.
+func (*uffdMethod) verdict(w *window, err error) (verdict, error) {
+	switch {
+	case errors.Is(err, errNotTracked):
+		return unknown, nil
+	case err != nil:
 		return unknown, err
-	}
-	if anySet(w.written) {
+	case anySet(w.written):
 		return touched, nil
 	}
 	return untouched, nil
