@@ -1,0 +1,248 @@
+package predict
+
+import "math"
+
+// Features of an origin, each a candidate forecast, as deviation from the last
+// value in units of the series' scale: the regression over them is a stack of
+// the candidates (Wolpert 1992), the same for bytes and for cores, and a level
+// shift moves all of them at once. The order lets value and peak take
+// overlapping slices.
+const (
+	fPrev      = iota // value only: the cell before the last
+	fYesterday        // around the target's time a day ago
+	fExactProfile
+	fExactYesterday
+	fExactYesterdayNow
+	fShort   // median of the latest outcomes
+	fWeekNow // a week ago
+
+	fBias // shared
+	fLevel0
+	fLevel1
+	fLevel2
+	fLevel3
+	fLevel4
+	fMedian5
+	fMedianSlow
+	fYesterdayNow
+	fProfile
+	fProfileNow
+	fExactProfileNow
+	fWeek
+
+	fPastPeak // peak only: over the last h
+	fYesterdayPeak
+	fProfilePeak
+	fVolatility
+	fMedianPeak
+	fShortPeak
+	features
+
+	valueFeatures = fWeek + 1
+	peakFeatures  = features - fBias
+)
+
+// scales that the error's width is regressed on.
+const (
+	sFast = iota // the forecast's own recent errors
+	sSlow
+	sHour // at the target's hour of day
+	sVolFast
+	sVolSlow
+	sLevel
+	sAway // from the slow level
+	scales
+)
+
+// members are the forecasts that blend weighs. The first is "as now" (for
+// peaks "as over the last h").
+const members = 15
+
+// zMax bounds a feature and an outcome, in mean deviations: what is further
+// away is a different regime, from which a linear model cannot be learnt.
+const zMax = 15
+
+// entry is an origin with its features and the forecasts made from it.
+type entry struct {
+	cell   int64
+	ok     bool
+	anchor float64 // last value
+	scale  float64 // z = (y - anchor) / scale
+	x      [features]float32
+	s      [2][scales]float32
+	stack  [2]float32 // z forecast by the regression
+	mid    [2]float32 // z forecast by the members
+	spread [2]float32 // its expected absolute error, z
+	mid50  [2]float32 // quantiles as issued, z
+	up90   [2]float32
+	up95   [2]float32
+}
+
+func (e *entry) featuresOf(t Target) []float32 {
+	if t == Peak {
+		return e.x[fBias:]
+	}
+	return e.x[:valueFeatures]
+}
+
+func (e *entry) scalesOf(t Target) []float32 { return e.s[t][:] }
+
+// middle and spread in the unit of the samples.
+func (e *entry) middle(t Target) (mid, spread float64) {
+	return e.anchor + e.scale*float64(e.mid[t]), e.scale * float64(e.spread[t])
+}
+
+// feature is candidate v in z; an unknown one says "as now".
+func feature(v, anchor, inv float64) float32 {
+	z := (v - anchor) * inv
+	if z != z {
+		return 0
+	}
+	return float32(max(-zMax, min(zMax, z)))
+}
+
+// common computes the features of cell c that all lanes share.
+func (h *history) common(c int64) *[features]float32 {
+	x := &h.shared
+	if h.sharedCell == c {
+		return x
+	}
+	h.sharedCell = c
+	a := h.last
+	// A constant series has no scale: any small unit will do.
+	h.unit = max(h.scale+h.volSlow, 1e-9*math.Abs(a)+1e-12)
+	inv := 1 / h.unit
+	pd, now := int64(h.perDay), h.binOf(c)
+	x[fPrev] = feature(h.prev, a, inv)
+	x[fExactYesterdayNow] = feature(h.at(now-pd), a, inv)
+	x[fWeekNow] = feature(h.weekAt(h.timeOf(c)-7*day), a, inv)
+	x[fBias] = 1
+	for i, v := range h.ew {
+		x[fLevel0+i] = feature(v, a, inv)
+	}
+	x[fMedian5] = feature(h.median, a, inv)
+	x[fMedianSlow] = feature(h.q50, a, inv)
+	x[fYesterdayNow] = feature(h.around(now-pd), a, inv)
+	x[fProfileNow] = feature(h.profileAround(now), a, inv)
+	x[fExactProfileNow] = feature(h.profileAt(now), a, inv)
+	x[fVolatility] = float32(h.volFast * inv)
+	return x
+}
+
+// fill makes the forecasts of origin c.
+func (l *lane) fill(hist *history, c int64, e *entry) {
+	e.cell, e.ok = c, true
+	e.x = *hist.common(c)
+	e.anchor, e.scale = hist.last, hist.unit
+	x, a, inv := &e.x, e.anchor, 1/e.scale
+
+	pd := int64(hist.perDay)
+	now, at := hist.binOf(c), hist.timeOf(c+l.steps)
+	target := floorDiv(at, hist.bin)
+	// The youngest whole number of days before the target that is past.
+	back := pd * max(1, (target-now+pd-1)/pd)
+
+	x[fYesterday] = feature(hist.around(target-back), a, inv)
+	x[fExactYesterday] = feature(hist.at(target-back), a, inv)
+	x[fProfile] = feature(hist.profileAround(target), a, inv)
+	x[fExactProfile] = feature(hist.profileAt(target), a, inv)
+	x[fShort] = feature(l.of[Value].tails.short(a), a, inv)
+	x[fWeek] = feature(hist.weekAt(at-7*day), a, inv)
+	if l.steps > 1 {
+		past, _ := l.peaks.over(c)
+		yesterday := past
+		if target < now+pd {
+			yesterday = hist.topOver(now-pd+1, target-pd)
+		}
+		x[fPastPeak] = feature(past, a, inv)
+		x[fYesterdayPeak] = feature(yesterday, a, inv)
+		x[fProfilePeak] = feature(hist.profileTop(now, target), a, inv)
+		x[fMedianPeak] = feature(l.of[Peak].tails.median(past), a, inv)
+		x[fShortPeak] = feature(l.of[Peak].tails.short(a), a, inv)
+	}
+
+	hour := hist.hourOf(c + l.steps)
+	for t := Value; t <= Peak; t++ {
+		if t == Peak && l.steps == 1 {
+			break
+		}
+		h := &l.of[t]
+		s := &e.s[t]
+		s[sFast] = small(h.errFast * inv)
+		s[sSlow] = small(h.errSlow * inv)
+		s[sHour] = small(float64(h.errHour[hour]) * inv)
+		s[sVolFast] = small(hist.volFast * inv)
+		s[sVolSlow] = small(hist.volSlow * inv)
+		s[sLevel] = small(math.Abs(hist.last) * inv)
+		s[sAway] = small(math.Abs(hist.last-hist.ew[3]) * inv)
+
+		e.stack[t] = float32(max(-zMax, min(zMax, h.stack.predict(e.featuresOf(t)))))
+		var m [members]float64
+		e.membersOf(t, &m)
+		e.mid[t] = float32(h.members.forecast(&m))
+		e.spread[t] = float32(h.spread(s[:], hist.volSlow*inv))
+		mid, spread := e.middle(t)
+		q := h.tails.quantiles(mid, spread)
+		e.mid50[t] = float32((q[1] - e.anchor) * inv)
+		e.up90[t] = float32((q[2] - e.anchor) * inv)
+		e.up95[t] = float32((q[3] - e.anchor) * inv)
+		l.publish(e, t, hist.least, &q)
+	}
+}
+
+// small bounds a scale like zMax a feature; errors are rarely above 30 deviations.
+func small(z float64) float32 { return float32(min(z, 30)) }
+
+// spread is the expected absolute error in z.
+func (h *half) spread(s []float32, volatility float64) float64 {
+	sp := 0.0
+	if enough := 30.0; h.n < enough && !h.borrowed || h.n < enough/4 {
+		// Three samples' worth of belief that a forecast errs by a usual
+		// change, and by a fifth of a mean deviation at least.
+		sp = (float64(s[sSlow])*h.n + 3*max(volatility, 0.2)) / (h.n + 3)
+	} else {
+		// The regression may run negative; a tenth of the usual error is as
+		// sure as a series that is not constant can be.
+		sp = max(h.width.predict(s), 0.1*float64(s[sSlow]))
+	}
+	return max(sp, 1e-6)
+}
+
+// membersOf computes the members' forecasts, in z, from the features.
+func (e *entry) membersOf(t Target, m *[members]float64) {
+	x := &e.x
+	level := float64(x[fLevel1])
+	for i := range ladder {
+		m[1+i] = float64(x[fLevel0+i])
+	}
+	if t == Value {
+		swing := float64(x[fProfile] - x[fProfileNow])
+		m[0] = 0
+		m[6] = float64(x[fMedianSlow])
+		m[7] = float64(x[fYesterday])
+		m[8] = swing + level
+		m[9] = float64(e.stack[t])
+		m[10] = float64(x[fProfile])
+		m[11] = swing
+		m[12] = float64(x[fExactProfile] - x[fExactProfileNow])
+		m[13] = float64(x[fExactProfile]-x[fProfileNow]) + level
+		m[14] = float64(x[fShort])
+		return
+	}
+	m[0] = float64(x[fPastPeak])
+	m[6] = float64(x[fMedianPeak])
+	m[7] = float64(x[fYesterdayPeak])
+	m[8] = 0
+	m[9] = float64(e.stack[t])
+	m[10] = float64(x[fProfilePeak])
+	m[11] = float64(x[fProfilePeak] - x[fProfileNow])
+	m[12] = float64(x[fProfilePeak] - x[fExactProfileNow])
+	m[13] = float64(x[fProfilePeak]-x[fProfileNow]) + level
+	m[14] = float64(x[fShortPeak])
+}
+
+// memberNames are for Explain.
+var memberNames = [2][members]string{
+	{"as-now", "level-1", "level-2", "level-3", "level-4", "level-5", "median", "yesterday", "profile-swing-level", "stack", "profile", "profile-swing", "exact-profile-swing", "exact-profile-swing-level", "short-median"},
+	{"as-past", "level-1", "level-2", "level-3", "level-4", "level-5", "median-peak", "yesterday", "as-now", "stack", "profile", "profile-swing", "exact-profile-swing", "profile-swing-level", "short-median"},
+}

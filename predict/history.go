@@ -1,0 +1,398 @@
+package predict
+
+import "math"
+
+const (
+	day = int64(86400e9)
+
+	// ladder exponential averages span three cells to a day in equal ratios:
+	// a stack of them can stand for any smoothing in between.
+	ladder = 5
+	// finest bin of the day's profile: the interval of most monitoring
+	// systems, and 288 of them make a day's profile 1 KiB.
+	finestBin = int64(300e9)
+	// weekBin is coarser, because a week is remembered for its shape alone.
+	weekBin = int64(1800e9)
+	// profileMemory days: a profile follows a new habit within a working week.
+	profileMemory = 5
+	// shiftRun cells in a row outside everything remembered are a new level,
+	// not a spike. Six keep a false alarm rare and are a minute at 10 s and
+	// half an hour at 5 min, inside the hour that recovery may take.
+	shiftRun = 6
+)
+
+// history is what the members see of the past: levels, recent cells, two days
+// in bins, a week in coarse bins, and the profile of a day.
+type history struct {
+	step   int64 // ns
+	origin int64 // ns, start of cell 0
+	bin    int64 // ns
+	perDay int
+	alpha  [ladder]float64
+
+	cells    int64 // observed
+	lastCell int64
+	last     float64
+	prev     float64
+	ew       [ladder]float64
+	recent   [5]float64
+	median   float64 // of recent
+	q50      float64 // slow median
+	volFast  float64 // mean absolute change, over the second and last rung
+	volSlow  float64
+	scale    float64 // mean absolute deviation from the slowest average
+	least    float64
+
+	// Level shifts: extremes that fade over a week, and the run outside them.
+	lo, hi    float64
+	run       int
+	runUp     bool
+	runSum    float64
+	shiftCell int64
+
+	cur    int64 // bin being filled, counted from the epoch
+	curSum float64
+	curN   float64
+	curMax float64
+	mean   []float32 // two days and the open bin; NaN: gap
+	top    []float32
+	prof   []float32 // by time of day, decaying over profileMemory days
+	ptop   []float32
+	profN  []uint8
+	usual  float64 // largest of ptop: the peak of a usual day
+
+	shared     [features]float32 // common's, of sharedCell
+	sharedCell int64
+	unit       float64
+
+	// Borrowed: the day until useLent, and how much a load of level one
+	// deviates and changes, which counts for lentN cells.
+	lent               []float32
+	lentScale, lentVol float64
+	lentN              float64
+
+	week    []float32 // eight days of weekBin
+	weekCur int64
+	weekSum float64
+	weekN   float64
+}
+
+var nan32 = float32(math.NaN())
+
+func (h *history) init(step int64) {
+	h.step = step
+	h.perDay = int(day / min(max(step, finestBin), day/2))
+	h.bin = day / int64(h.perDay)
+	h.mean = make([]float32, 2*h.perDay+1)
+	h.top = make([]float32, 2*h.perDay+1)
+	h.prof = make([]float32, h.perDay)
+	h.ptop = make([]float32, h.perDay)
+	h.profN = make([]uint8, h.perDay)
+	h.week = make([]float32, 8*day/weekBin)
+	h.forgetDays()
+	tau := 3 * float64(step)
+	ratio := math.Pow(max(float64(day)/tau, 1.5), 1.0/(ladder-1))
+	for i := range h.alpha {
+		h.alpha[i] = 1 - math.Exp(-float64(step)/tau)
+		tau *= ratio
+	}
+	h.least = math.MaxFloat64
+	h.sharedCell = -1
+	h.usual = math.Inf(-1)
+}
+
+// forgetDays drops what is remembered by date.
+func (h *history) forgetDays() {
+	for i := range h.mean {
+		h.mean[i], h.top[i] = nan32, nan32
+	}
+	for i := range h.week {
+		h.week[i] = nan32
+	}
+	h.curSum, h.curN, h.curMax = 0, 0, math.Inf(-1)
+	h.weekSum, h.weekN = 0, 0
+	t := h.timeOf(h.lastCell)
+	h.cur, h.weekCur = floorDiv(t, h.bin), floorDiv(t, weekBin)
+}
+
+func (h *history) timeOf(cell int64) int64 { return h.origin + cell*h.step + h.step/2 }
+func (h *history) cellOf(at int64) int64   { return floorDiv(at-h.origin, h.step) }
+func (h *history) binOf(cell int64) int64  { return floorDiv(h.timeOf(cell), h.bin) }
+func (h *history) hourOf(cell int64) int {
+	return mod(floorDiv(h.timeOf(cell), int64(3600e9)), 24)
+}
+
+// push takes the value of cell c; the cells since the last one were gaps. It
+// reports whether the series has just been found on a new level.
+func (h *history) push(c int64, v float64) (shifted bool) {
+	if h.cells == 0 {
+		h.last, h.q50, h.lo, h.hi = v, v, v, v
+		for i := range h.ew {
+			h.ew[i] = v
+		}
+		h.lastCell = c
+		h.forgetDays()
+		h.scale, h.volSlow, h.volFast = h.lentScale*math.Abs(v), h.lentVol*math.Abs(v), h.lentVol*math.Abs(v)
+	}
+	h.cells++
+	h.advance(c)
+	h.remember(v)
+
+	n := float64(h.cells)
+	missed := float64(c - h.lastCell)
+	h.prev, h.last, h.lastCell = h.last, v, c
+	h.least = min(h.least, v)
+	for i := range h.ew {
+		a := h.alpha[i]
+		if missed > 1 {
+			a = 1 - math.Pow(1-a, missed)
+		}
+		// 1/n makes the first averages plain means.
+		h.ew[i] += max(a, 1/n) * (v - h.ew[i])
+	}
+	h.recent[h.cells%5] = v
+	h.median = h.middle()
+	n += h.lentN
+	d := math.Abs(v - h.prev)
+	h.volFast += max(h.alpha[1], 1/n) * (d - h.volFast)
+	h.volSlow += max(h.alpha[ladder-1], 1/n) * (d - h.volSlow)
+	h.scale += max(h.alpha[ladder-1]/3, 1/n) * (math.Abs(v-h.ew[ladder-1]) - h.scale)
+	// The slow median moves by fixed steps, so that a spike counts once
+	// however high it is.
+	step := max(h.alpha[ladder-2]/2, 1/n) * (h.scale + h.volSlow) * 1.5
+	if v > h.q50 {
+		h.q50 = min(v, h.q50+step)
+	} else {
+		h.q50 = max(v, h.q50-step)
+	}
+	h.useLent()
+	return h.detect(c, v)
+}
+
+// detect finds a level shift: shiftRun cells in a row, all on one side of
+// everything of the last week by a quarter of its range. A daily batch job is
+// inside that range and is left to the profile.
+func (h *history) detect(c int64, v float64) bool {
+	margin := 0.25*(h.hi-h.lo) + 1e-9*math.Abs(h.hi)
+	up, down := v > h.hi+margin, v < h.lo-margin
+	if !up && !down || h.run > 0 && up != h.runUp {
+		h.run, h.runSum = 0, 0
+	}
+	// The first day's range is still growing: a rise there is no news.
+	if (up || down) && float64(h.cells)*float64(h.step) > float64(day)/4 && h.cells > 48 {
+		if h.run == 0 {
+			h.shiftCell = c
+		}
+		h.run++
+		h.runUp = up
+		h.runSum += v
+		if h.run < shiftRun {
+			return false
+		}
+		level := h.runSum / shiftRun
+		delta := level - h.ew[ladder-1]
+		for i := range h.ew {
+			h.ew[i] = level
+		}
+		h.lift(float32(delta))
+		h.q50 = level
+		h.volFast = min(h.volFast, h.volSlow)
+		h.run, h.runSum = 0, 0
+		h.lo, h.hi = level-(h.hi-h.lo)/2, level+(h.hi-h.lo)/2
+		return true
+	}
+	fade := h.alpha[ladder-1] / 7
+	h.lo = min(v, h.lo+fade*(h.ew[ladder-1]-h.lo))
+	h.hi = max(v, h.hi+fade*(h.ew[ladder-1]-h.hi))
+	return false
+}
+
+// lift moves everything remembered to the new level; the shape stays.
+func (h *history) lift(delta float32) {
+	for _, days := range [][]float32{h.mean, h.top, h.week, h.prof, h.ptop} {
+		for i := range days {
+			days[i] += delta // a gap, NaN, stays one
+		}
+	}
+	// The bins since the shift are on the new level already.
+	for b := max(h.binOf(h.shiftCell), h.cur-int64(len(h.mean))+1); b <= h.cur; b++ {
+		i := mod(b, len(h.mean))
+		h.mean[i] -= delta
+		h.top[i] -= delta
+	}
+	h.usual += float64(delta)
+}
+
+// middle is the median of the last five cells, of the last three while there
+// are fewer.
+func (h *history) middle() float64 {
+	r := &h.recent
+	if h.cells < 5 {
+		if h.cells < 3 {
+			return h.last
+		}
+		a, b, c := r[h.cells%5], r[(h.cells-1)%5], r[(h.cells-2)%5]
+		return max(min(a, b), min(max(a, b), c))
+	}
+	a, b, c, d := r[0], r[1], r[2], r[3]
+	lo := max(min(a, b), min(c, d))
+	hi := min(max(a, b), max(c, d))
+	return max(min(lo, hi), min(max(lo, hi), r[4]))
+}
+
+// advance closes the bins before that of cell c.
+func (h *history) advance(c int64) {
+	b := h.binOf(c)
+	for h.cur < b {
+		h.closeBin()
+		h.cur = max(h.cur+1, b-int64(len(h.mean)))
+		i := mod(h.cur, len(h.mean))
+		h.mean[i], h.top[i] = nan32, nan32
+	}
+	w := floorDiv(h.timeOf(c), weekBin)
+	for h.weekCur < w {
+		h.weekCur = max(h.weekCur+1, w-int64(len(h.week)))
+		h.week[mod(h.weekCur, len(h.week))] = nan32
+		h.weekSum, h.weekN = 0, 0
+	}
+}
+
+func (h *history) remember(v float64) {
+	h.curSum += v
+	h.curN++
+	h.curMax = max(h.curMax, v)
+	i := mod(h.cur, len(h.mean))
+	h.mean[i], h.top[i] = float32(h.curSum/h.curN), float32(h.curMax)
+	h.weekSum += v
+	h.weekN++
+	h.week[mod(h.weekCur, len(h.week))] = float32(h.weekSum / h.weekN)
+}
+
+func (h *history) closeBin() {
+	if h.curN > 0 {
+		i := mod(h.cur, h.perDay)
+		a := float32(max(1/(float64(h.profN[i])+1), 1.0/profileMemory))
+		h.prof[i] += a * (float32(h.curSum/h.curN) - h.prof[i])
+		was := float64(h.ptop[i])
+		h.ptop[i] += a * (float32(h.curMax) - h.ptop[i])
+		h.profN[i] = min(h.profN[i]+1, 100)
+		if is := float64(h.ptop[i]); is >= h.usual {
+			h.usual = is
+		} else if was >= h.usual {
+			h.usual = h.findUsual()
+		}
+	}
+	h.curSum, h.curN, h.curMax = 0, 0, math.Inf(-1)
+}
+
+func (h *history) findUsual() float64 {
+	top := math.Inf(-1)
+	for i, v := range h.ptop {
+		if h.profN[i] > 0 {
+			top = max(top, float64(v))
+		}
+	}
+	return top
+}
+
+// around weighs bin b and two neighbours to each side 1 2 3 2 1; NaN where
+// nothing is known.
+func (h *history) around(b int64) float64 {
+	sum, w := 0.0, 0.0
+	for d := int64(-2); d <= 2; d++ {
+		if v := h.at(b + d); v == v {
+			wt := float64(3 - max(d, -d))
+			sum += wt * v
+			w += wt
+		}
+	}
+	return sum / w // 0/0 is NaN
+}
+
+func (h *history) at(b int64) float64 {
+	if b > h.cur || b <= h.cur-int64(len(h.mean)) {
+		return math.NaN()
+	}
+	return float64(h.mean[mod(b, len(h.mean))])
+}
+
+// profileAround is around for the profile.
+func (h *history) profileAround(b int64) float64 {
+	sum, w := 0.0, 0.0
+	i := mod(b-2, h.perDay)
+	for d := -2; d <= 2; d++ {
+		if h.profN[i] > 0 {
+			wt := float64(3 - max(d, -d))
+			sum += wt * float64(h.prof[i])
+			w += wt
+		}
+		if i++; i == h.perDay {
+			i = 0
+		}
+	}
+	return sum / w
+}
+
+func (h *history) profileAt(b int64) float64 {
+	i := mod(b, h.perDay)
+	if h.profN[i] == 0 {
+		return math.NaN()
+	}
+	return float64(h.prof[i])
+}
+
+// weekAt is the mean of the coarse bin that holds time t.
+func (h *history) weekAt(t int64) float64 {
+	b := floorDiv(t, weekBin)
+	if b > h.weekCur || b <= h.weekCur-int64(len(h.week)) {
+		return math.NaN()
+	}
+	return float64(h.week[mod(b, len(h.week))])
+}
+
+// topOver is the largest cell in bins [from, to], NaN if unknown.
+func (h *history) topOver(from, to int64) float64 {
+	top := math.NaN()
+	from = max(from, h.cur-int64(len(h.top))+1)
+	for b := min(to, h.cur); b >= from; b-- {
+		if v := float64(h.top[mod(b, len(h.top))]); !(v <= top) && v == v {
+			top = v
+		}
+	}
+	return top
+}
+
+// profileTop is the largest usual maximum in bins (from, to].
+func (h *history) profileTop(from, to int64) float64 {
+	if to-from >= int64(h.perDay) {
+		if math.IsInf(h.usual, 0) {
+			return math.NaN()
+		}
+		return h.usual
+	}
+	top := math.NaN()
+	for b := to; b > from; b-- {
+		if i := mod(b, h.perDay); h.profN[i] > 0 {
+			if v := float64(h.ptop[i]); !(v <= top) {
+				top = v
+			}
+		}
+	}
+	return top
+}
+
+func floorDiv(a, b int64) int64 {
+	q := a / b
+	if a%b < 0 {
+		q--
+	}
+	return q
+}
+
+func mod(a int64, n int) int {
+	m := int(a % int64(n))
+	if m < 0 {
+		m += n
+	}
+	return m
+}

@@ -1,0 +1,232 @@
+package predict
+
+import (
+	"math"
+	"time"
+)
+
+const (
+	// pendingMax origins of a lane wait for their outcome at a time. Origins
+	// closer together than a 24th of the horizon share nearly all of their
+	// outcome's noise and teach little that is new.
+	pendingMax = 24
+	// guardHorizon: up to here "as now" is the forecast that a plain
+	// autoscaler makes, and being worse than it is inexcusable.
+	guardHorizon = 15 * time.Minute
+	// shiftHorizon: up to here an interval recovers from a level shift at
+	// once, instead of when the residuals of the shift have left the window.
+	shiftHorizon = time.Hour
+)
+
+// lane forecasts one horizon.
+type lane struct {
+	h      time.Duration
+	steps  int64 // cells
+	stride int64 // every stride-th cell is an origin to learn from
+	wait   []entry
+	now    entry                   // of the newest cell, for Forecast, unless it waits already
+	ready  [2][len(levels)]float64 // quantiles of the newest cell
+	at     int64                   // that cell
+	peaks  rollingMax
+	of     [2]half // by Target
+}
+
+// half is what a lane has learnt about one target.
+type half struct {
+	stack   ridge  // z of the outcome from the features
+	width   ridge  // its absolute error from the scales
+	members blend  // which member to believe
+	tails   offset // residuals to quantiles
+
+	n         float64 // settled forecasts
+	borrowed  bool    // members and tails began with a prior's
+	errFast   float64 // mean absolute error, over 12 and 300 settled forecasts
+	errSlow   float64
+	errHour   [24]float32 // by hour of day
+	errHourN  [24]uint8
+	lossOwn   float64 // long-run absolute error of the forecast median
+	lossNaive float64 // and of "as now"
+	cover90   float64 // share of outcomes below the quantile, recent
+	cover95   float64
+}
+
+func newLane(h time.Duration, step int64, lanes int) *lane {
+	steps := max(1, (int64(h)+step/2)/step)
+	l := &lane{h: h, steps: steps, stride: (steps + pendingMax - 1) / pendingMax}
+	l.at = -1
+	l.wait = make([]entry, steps/l.stride+1)
+	l.peaks = newRollingMax(steps, l.stride)
+	for k := range l.of {
+		n := valueFeatures
+		if Target(k) == Peak {
+			n = peakFeatures
+		}
+		l.of[k] = half{stack: newRidge(n), width: newRidge(scales)}
+		l.of[k].tails = newOffset(l, Target(k), step, lanes)
+	}
+	return l
+}
+
+// half is what is known of a target. In a lane of one cell the peak is the
+// value, and not learnt twice.
+func (l *lane) half(t Target) *half {
+	if l.steps == 1 {
+		t = Value
+	}
+	return &l.of[t]
+}
+
+// issue makes the forecasts of origin c and keeps them for settle.
+func (l *lane) issue(hist *history, c int64) {
+	// An origin inside a gap forecasts from stale levels: nothing to learn.
+	e := &l.wait[mod(c/l.stride, len(l.wait))]
+	e.ok = false
+	if c-hist.lastCell <= max(2, l.steps/4) {
+		l.fill(hist, c, e)
+	}
+}
+
+// settle learns from the forecasts whose target is cell c, observed as v.
+func (l *lane) settle(hist *history, c int64, v float64, work []float64) {
+	o := c - l.steps
+	if o < 0 || o%l.stride != 0 {
+		return
+	}
+	e := &l.wait[mod(o/l.stride, len(l.wait))]
+	if !e.ok || e.cell != o {
+		return
+	}
+	e.ok = false
+	hour := hist.hourOf(c)
+	l.of[Value].learn(e, Value, v, hour, work)
+	if l.steps > 1 {
+		if top, ok := l.peaks.over(c); ok {
+			l.of[Peak].learn(e, Peak, top, hour, work)
+		}
+	}
+}
+
+const (
+	// forget: a regression remembers about 3,000 settled forecasts, ten days
+	// at 5 min, in which the daily rhythm has been seen on weekdays and a
+	// weekend.
+	forget = 1 - 1.0/3000
+	// shrink is the ridge term of the stack: ten samples' worth of belief
+	// that tomorrow is as now, since its features are deviations from now.
+	shrink = 10
+	// widthShrink is weaker: the error's scales are few and all positive.
+	widthShrink = 3
+	// topWeight bounds what one small residual weighs in least absolute
+	// deviations by reweighting (Schlossmacher 1973).
+	topWeight = 4
+)
+
+func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
+	mid, spread := e.middle(t)
+	if h.borrowed && h.n == 0 {
+		h.settleUnit(spread)
+	}
+	h.n++
+	h.tails.learn(mid, spread, y)
+
+	// The error's size, for the width of the next forecasts. One beyond six
+	// times the expected is counted as six times: it comes from another
+	// distribution, and the scaled residuals keep it in full.
+	x := e.scalesOf(t)
+	r := math.Abs(y - mid)
+	sz := float64(e.spread[t])
+	h.width.add(x, min(r/e.scale, 6*sz), 1/(sz*sz+0.01), forget, widthShrink, work)
+	h.errFast += max(1.0/12, 1/h.n) * (r - h.errFast)
+	h.errSlow += max(1.0/300, 1/h.n) * (r - h.errSlow)
+	h.errHourN[hour] = min(h.errHourN[hour]+1, 50)
+	h.errHour[hour] += (float32(r) - h.errHour[hour]) / float32(h.errHourN[hour])
+
+	// The members and the final forecast against the outcome.
+	var m [members]float64
+	e.membersOf(t, &m)
+	z := (y - e.anchor) / e.scale
+	h.members.learn(&m, z, e.scale)
+	naive := e.anchor + e.scale*m[0]
+	// The first forecasts are made from nothing and prove nothing.
+	long := max(1.0/5000, 1/max(h.n-30, 1))
+	h.lossOwn += long * (math.Abs(y-e.anchor-e.scale*float64(e.mid50[t])) - h.lossOwn)
+	h.lossNaive += long * (math.Abs(y-naive) - h.lossNaive)
+	h.cover90 += max(1.0/300, 1/h.n) * (below(z, e.up90[t]) - h.cover90)
+	h.cover95 += max(1.0/300, 1/h.n) * (below(z, e.up95[t]) - h.cover95)
+
+	// The stack, by least absolute deviations: its forecast is a median.
+	x = e.featuresOf(t)
+	z = max(-zMax, min(zMax, z))
+	miss := math.Abs(z - h.stack.predict(x))
+	w := 1.0
+	if h.errSlow > 0 {
+		w = min(topWeight, h.errSlow/e.scale/max(miss, 1e-9))
+	}
+	h.stack.add(x, z, w, forget, shrink, work)
+}
+
+func below(z float64, bound float32) float64 {
+	// float32 rounding of the bound must not count as a miss.
+	if z <= float64(bound)+1e-6*math.Abs(z) {
+		return 1
+	}
+	return 0
+}
+
+// guarded says that the forecast median has been worse than "as now" in the
+// long run: near horizons then say "as now".
+func (h *half) guarded(near time.Duration, t Target) bool {
+	return t == Value && near <= guardHorizon && h.n > 100 && h.lossOwn > h.lossNaive
+}
+
+// shifted forgets what a level shift at cell c made meaningless: forecasts
+// from before it, and outcomes on the old level. Beyond shiftHorizon a shift
+// is an outcome like others, which the bounds of a day ahead must allow for.
+func (l *lane) shifted(c int64) {
+	if l.h > shiftHorizon {
+		return
+	}
+	for i := range l.wait {
+		if l.wait[i].cell < c {
+			l.wait[i].ok = false
+		}
+	}
+	for k := range l.of {
+		h := &l.of[k]
+		h.tails.relevel(int((shiftRun + l.stride - 1) / l.stride))
+		// The errors of the run belong to the shift, not to the new level.
+		h.errFast = min(h.errFast, h.errSlow)
+		for i, e := range h.errHour {
+			h.errHour[i] = min(e, 2*float32(h.errSlow))
+		}
+	}
+}
+
+// quantiles of levels from cell c, the newest one, in the unit of the samples.
+func (l *lane) quantiles(hist *history, c int64, t Target) *[len(levels)]float64 {
+	if l.at != c {
+		l.fill(hist, c, &l.now)
+	}
+	if l.steps == 1 {
+		t = Value
+	}
+	return &l.ready[t]
+}
+
+// publish makes the quantiles of e those of its cell.
+func (l *lane) publish(e *entry, t Target, least float64, q *[len(levels)]float64) {
+	if l.of[t].guarded(l.h, t) {
+		q[1] = e.anchor
+	}
+	q[0] = min(q[0], q[1])
+	for i := 2; i < len(q); i++ {
+		q[i] = max(q[i], q[i-1])
+	}
+	// What was never negative will not be.
+	if least >= 0 {
+		for i, v := range q {
+			q[i] = max(v, 0)
+		}
+	}
+	l.ready[t], l.at = *q, e.cell
+}
