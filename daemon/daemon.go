@@ -156,6 +156,11 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 		// The host still runs shards; it cannot move them, and pre-flight says so.
 		h.log.Warn("shards cannot be moved from here", "err", err)
 	}
+	if binary != "" {
+		if err := criu.Warm(ctx, binary); err != nil {
+			h.log.Warn("criu", "err", err)
+		}
+	}
 	kind, why := track.Probe()
 	if kind == track.None {
 		h.log.Warn("written memory cannot be tracked: moves copy everything while the shard stands still", "err", why)
