@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/tranship/tranship/integration/lab"
+	"github.com/tranship/tranship/integration/leak"
 	"github.com/tranship/tranship/internal/testenv"
 )
 
@@ -28,6 +29,7 @@ var theLab *lab.Lab
 const limit = 60 * time.Second
 
 func TestMain(m *testing.M) {
+	leak.ServeHelper()
 	os.Exit(run(m))
 }
 
@@ -58,7 +60,11 @@ func run(m *testing.M) int {
 			fmt.Fprintln(os.Stderr, "e2e:", err)
 		}
 	}()
-	return m.Run()
+	code := m.Run()
+	if dir, err := workDir(); err == nil {
+		_ = os.RemoveAll(dir)
+	}
+	return code
 }
 
 // on runs a command on a host and returns its standard output.
@@ -88,6 +94,7 @@ func must(t *testing.T, host string, args ...string) string {
 
 func hostOf(t *testing.T, name string) *lab.Host {
 	t.Helper()
+	guard(t)
 	if name == "client" {
 		return theLab.Client()
 	}
@@ -228,9 +235,7 @@ const testImage = "tranship.test/programs:1"
 
 func needImage(t *testing.T) {
 	t.Helper()
-	if err := theLab.Image(t.Context(), "default", lab.ImageSpec{Name: testImage, Bins: programs, Cmd: []string{"sh"}}); err != nil {
-		t.Fatal(err)
-	}
+	importImage(t, lab.ImageSpec{Name: testImage, Bins: programs, Cmd: []string{"sh"}})
 }
 
 // arm sets a failpoint on a host; it is gone when the test ends.
