@@ -187,7 +187,7 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 
 func (h *host) listenForPeers(conf *serverTLS) error {
 	mux := http.NewServeMux()
-	mux.Handle(transhipv1connect.NewPeerHandler(migrate.NewPeerHandler(h.moves, h.node, h.localShards), handlerOptions()...))
+	mux.Handle(transhipv1connect.NewPeerHandler(migrate.NewPeerHandler(h.moves, migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}), handlerOptions()...))
 	var err error
 	if h.pages, err = transfer.Listen(h.cfg.Peer.Listen, conf, mux, h.moves.AcceptPages, h.log); err != nil {
 		return err

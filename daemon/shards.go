@@ -2,6 +2,9 @@ package daemon
 
 import (
 	"context"
+	"fmt"
+
+	"connectrpc.com/connect"
 
 	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
@@ -20,8 +23,27 @@ func (h *host) services() control.Services {
 			}
 			return out
 		}
+		s.RunOn = func(ctx context.Context, req *v1.RunRequest) (*v1.RunResponse, error) {
+			peer, err := h.peers.Client(req.GetNode())
+			if err != nil {
+				return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w; tranship nodes lists the pool", err))
+			}
+			resp, err := peer.Run(ctx, connect.NewRequest(req))
+			if err != nil {
+				return nil, err
+			}
+			return resp.Msg, nil
+		}
 	}
 	return s
+}
+
+// runForPeer runs a shard here for an operator at another host. It goes no
+// further: two hosts that name each other would pass it on for ever.
+func (h *host) runForPeer(ctx context.Context, req *v1.RunRequest) (*v1.RunResponse, error) {
+	s := h.services()
+	s.RunOn = nil
+	return control.RunHere(ctx, s, req)
 }
 
 // localShards lists this host's shards for its peers; what containerd cannot

@@ -54,6 +54,8 @@ type Services struct {
 	// Peers asks the other hosts of the pool, those that are down included; nil
 	// when there are none.
 	Peers func(ctx context.Context) []NodeStatus
+	// RunOn has another node of the pool run a shard; nil when there are none.
+	RunOn func(ctx context.Context, req *v1.RunRequest) (*v1.RunResponse, error)
 	// MigrationOf names the migration that is moving a shard, or "".
 	MigrationOf func(namespace, name string) string
 }
@@ -62,6 +64,15 @@ type Services struct {
 func Mount(mux *http.ServeMux, s Services, opts ...connect.HandlerOption) {
 	mux.Handle(transhipv1connect.NewShardsHandler(&shards{s}, opts...))
 	mux.Handle(transhipv1connect.NewNodesHandler(&nodes{s}, opts...))
+}
+
+// RunHere answers a request to run a shard that came from another host.
+func RunHere(ctx context.Context, s Services, req *v1.RunRequest) (*v1.RunResponse, error) {
+	resp, err := (&shards{s}).Run(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg, nil
 }
 
 // ShardMessage is the API's form of a shard on node.

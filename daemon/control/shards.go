@@ -33,6 +33,13 @@ const (
 // Run creates and starts a shard.
 func (h *shards) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (*connect.Response[v1.RunResponse], error) {
 	m := req.Msg
+	if m.GetNode() != "" && m.GetNode() != h.s.Node && h.s.RunOn != nil {
+		resp, err := h.s.RunOn(ctx, m)
+		if err != nil {
+			return nil, apiError(fmt.Errorf("run on %s: %w", m.GetNode(), err))
+		}
+		return connect.NewResponse(resp), nil
+	}
 	spec, err := h.runSpec(m)
 	if err != nil {
 		return nil, err

@@ -20,23 +20,37 @@ import (
 // PeerHandler is what other hosts call. Who calls is what their certificate
 // says; a migration only obeys the host that reserved it.
 type PeerHandler struct {
-	m *Manager
-	// Node describes this host.
-	node func(context.Context) *v1.Node
-	// shards lists this host's shards.
-	shards func(context.Context) []*v1.Shard
+	m    *Manager
+	host Host
+}
+
+// Host is what peers may ask of a host besides migrations.
+type Host struct {
+	// Node describes it.
+	Node func(context.Context) *v1.Node
+	// Shards lists its shards.
+	Shards func(context.Context) []*v1.Shard
+	// Run starts a shard on it.
+	Run func(context.Context, *v1.RunRequest) (*v1.RunResponse, error)
 }
 
 var _ transhipv1connect.PeerHandler = (*PeerHandler)(nil)
 
 // NewPeerHandler makes the handler.
-func NewPeerHandler(m *Manager, node func(context.Context) *v1.Node, shards func(context.Context) []*v1.Shard) *PeerHandler {
-	return &PeerHandler{m: m, node: node, shards: shards}
-}
+func NewPeerHandler(m *Manager, host Host) *PeerHandler { return &PeerHandler{m: m, host: host} }
 
 // Status describes this host.
 func (h *PeerHandler) Status(ctx context.Context, _ *connect.Request[v1.StatusRequest]) (*connect.Response[v1.StatusResponse], error) {
-	return connect.NewResponse(&v1.StatusResponse{Node: h.node(ctx), Shards: h.shards(ctx), UnixNs: time.Now().UnixNano()}), nil
+	return connect.NewResponse(&v1.StatusResponse{Node: h.host.Node(ctx), Shards: h.host.Shards(ctx), UnixNs: time.Now().UnixNano()}), nil
+}
+
+// Run starts a shard here for an operator at another host.
+func (h *PeerHandler) Run(ctx context.Context, r *connect.Request[v1.RunRequest]) (*connect.Response[v1.RunResponse], error) {
+	resp, err := h.host.Run(ctx, r.Msg)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(resp), nil
 }
 
 // Clock answers with this host's time, for the offset between two hosts' clocks.

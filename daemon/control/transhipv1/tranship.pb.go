@@ -3586,7 +3586,7 @@ const file_tranship_proto_rawDesc = "" +
 	"\aMigrate\x12\x1b.tranship.v1.MigrateRequest\x1a\x19.tranship.v1.MigrateEvent0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.tranship.v1.CancelRequest\x1a\x1b.tranship.v1.CancelResponse\x12Y\n" +
 	"\x0eListMigrations\x12\".tranship.v1.ListMigrationsRequest\x1a#.tranship.v1.ListMigrationsResponse\x12D\n" +
-	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\x9e\x04\n" +
+	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xd8\x04\n" +
 	"\x04Peer\x12A\n" +
 	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
 	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
@@ -3594,7 +3594,8 @@ const file_tranship_proto_rawDesc = "" +
 	"\aPrepare\x12\x1b.tranship.v1.PrepareRequest\x1a\x1c.tranship.v1.PrepareResponse\x12;\n" +
 	"\x04Seal\x12\x18.tranship.v1.SealRequest\x1a\x19.tranship.v1.SealResponse\x12A\n" +
 	"\x06Commit\x12\x1a.tranship.v1.CommitRequest\x1a\x1b.tranship.v1.CommitResponse\x12>\n" +
-	"\x05Abort\x12\x19.tranship.v1.AbortRequest\x1a\x1a.tranship.v1.AbortResponse\x12G\n" +
+	"\x05Abort\x12\x19.tranship.v1.AbortRequest\x1a\x1a.tranship.v1.AbortResponse\x128\n" +
+	"\x03Run\x12\x17.tranship.v1.RunRequest\x1a\x18.tranship.v1.RunResponse\x12G\n" +
 	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponseBCZAgithub.com/tranship/tranship/daemon/control/transhipv1;transhipv1b\x06proto3"
 
 var (
@@ -3712,30 +3713,32 @@ var file_tranship_proto_depIdxs = []int32{
 	43, // 43: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
 	45, // 44: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
 	47, // 45: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	49, // 46: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,  // 47: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,  // 48: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,  // 49: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,  // 50: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11, // 51: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13, // 52: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	17, // 53: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	19, // 54: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	22, // 55: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	24, // 56: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	30, // 57: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	32, // 58: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	34, // 59: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	38, // 60: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	36, // 61: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	40, // 62: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	42, // 63: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	44, // 64: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	46, // 65: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	48, // 66: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	50, // 67: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	47, // [47:68] is the sub-list for method output_type
-	26, // [26:47] is the sub-list for method input_type
+	2,  // 46: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	49, // 47: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	3,  // 48: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,  // 49: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,  // 50: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,  // 51: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11, // 52: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13, // 53: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	17, // 54: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	19, // 55: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	22, // 56: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	24, // 57: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	30, // 58: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	32, // 59: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	34, // 60: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	38, // 61: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	36, // 62: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	40, // 63: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	42, // 64: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	44, // 65: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	46, // 66: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	48, // 67: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	3,  // 68: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	50, // 69: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	48, // [48:70] is the sub-list for method output_type
+	26, // [26:48] is the sub-list for method input_type
 	26, // [26:26] is the sub-list for extension type_name
 	26, // [26:26] is the sub-list for extension extendee
 	0,  // [0:26] is the sub-list for field type_name

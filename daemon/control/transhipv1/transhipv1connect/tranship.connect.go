@@ -84,6 +84,8 @@ const (
 	PeerCommitProcedure = "/tranship.v1.Peer/Commit"
 	// PeerAbortProcedure is the fully-qualified name of the Peer's Abort RPC.
 	PeerAbortProcedure = "/tranship.v1.Peer/Abort"
+	// PeerRunProcedure is the fully-qualified name of the Peer's Run RPC.
+	PeerRunProcedure = "/tranship.v1.Peer/Run"
 	// PeerDecisionProcedure is the fully-qualified name of the Peer's Decision RPC.
 	PeerDecisionProcedure = "/tranship.v1.Peer/Decision"
 )
@@ -586,6 +588,8 @@ type PeerClient interface {
 	Commit(context.Context, *connect.Request[transhipv1.CommitRequest]) (*connect.Response[transhipv1.CommitResponse], error)
 	// Abort undoes what Reserve and Prepare did. May run twice. Refused after Commit.
 	Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error)
+	// Run starts a shard here for an operator at another host of the pool.
+	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
 	Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error)
 }
@@ -643,6 +647,12 @@ func NewPeerClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(peerMethods.ByName("Abort")),
 			connect.WithClientOptions(opts...),
 		),
+		run: connect.NewClient[transhipv1.RunRequest, transhipv1.RunResponse](
+			httpClient,
+			baseURL+PeerRunProcedure,
+			connect.WithSchema(peerMethods.ByName("Run")),
+			connect.WithClientOptions(opts...),
+		),
 		decision: connect.NewClient[transhipv1.DecisionRequest, transhipv1.DecisionResponse](
 			httpClient,
 			baseURL+PeerDecisionProcedure,
@@ -661,6 +671,7 @@ type peerClient struct {
 	seal     *connect.Client[transhipv1.SealRequest, transhipv1.SealResponse]
 	commit   *connect.Client[transhipv1.CommitRequest, transhipv1.CommitResponse]
 	abort    *connect.Client[transhipv1.AbortRequest, transhipv1.AbortResponse]
+	run      *connect.Client[transhipv1.RunRequest, transhipv1.RunResponse]
 	decision *connect.Client[transhipv1.DecisionRequest, transhipv1.DecisionResponse]
 }
 
@@ -699,6 +710,11 @@ func (c *peerClient) Abort(ctx context.Context, req *connect.Request[transhipv1.
 	return c.abort.CallUnary(ctx, req)
 }
 
+// Run calls tranship.v1.Peer.Run.
+func (c *peerClient) Run(ctx context.Context, req *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error) {
+	return c.run.CallUnary(ctx, req)
+}
+
 // Decision calls tranship.v1.Peer.Decision.
 func (c *peerClient) Decision(ctx context.Context, req *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error) {
 	return c.decision.CallUnary(ctx, req)
@@ -722,6 +738,8 @@ type PeerHandler interface {
 	Commit(context.Context, *connect.Request[transhipv1.CommitRequest]) (*connect.Response[transhipv1.CommitResponse], error)
 	// Abort undoes what Reserve and Prepare did. May run twice. Refused after Commit.
 	Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error)
+	// Run starts a shard here for an operator at another host of the pool.
+	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
 	Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error)
 }
@@ -775,6 +793,12 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(peerMethods.ByName("Abort")),
 		connect.WithHandlerOptions(opts...),
 	)
+	peerRunHandler := connect.NewUnaryHandler(
+		PeerRunProcedure,
+		svc.Run,
+		connect.WithSchema(peerMethods.ByName("Run")),
+		connect.WithHandlerOptions(opts...),
+	)
 	peerDecisionHandler := connect.NewUnaryHandler(
 		PeerDecisionProcedure,
 		svc.Decision,
@@ -797,6 +821,8 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 			peerCommitHandler.ServeHTTP(w, r)
 		case PeerAbortProcedure:
 			peerAbortHandler.ServeHTTP(w, r)
+		case PeerRunProcedure:
+			peerRunHandler.ServeHTTP(w, r)
 		case PeerDecisionProcedure:
 			peerDecisionHandler.ServeHTTP(w, r)
 		default:
@@ -834,6 +860,10 @@ func (UnimplementedPeerHandler) Commit(context.Context, *connect.Request[transhi
 
 func (UnimplementedPeerHandler) Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Abort is not implemented"))
+}
+
+func (UnimplementedPeerHandler) Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Run is not implemented"))
 }
 
 func (UnimplementedPeerHandler) Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error) {
