@@ -465,9 +465,6 @@ func (in *incoming) fill(ctx context.Context) {
 			log.Error("address lease", "err", err)
 		}
 	}
-	if err := in.adoptMounts(); err != nil {
-		log.Error("copied mounts", "err", err)
-	}
 	if err := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
 		log.Error("adopt", "err", err)
 		return // the next start of the daemon tries again

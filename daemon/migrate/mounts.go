@@ -7,8 +7,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,14 +23,9 @@ import (
 // source afterwards is an old copy; it is marked as such, and only a directory
 // so marked, or one that does not exist, may be written to when a shard comes.
 
-// mountXattr, on a copied directory, says what it is: "incoming:MIGRATION" while
-// a migration fills it, "left:MIGRATION" once its shard has moved away.
-const mountXattr = "trusted.tranship.mount"
-
-const (
-	markIncoming = "incoming:"
-	markLeft     = "left:"
-)
+// leftXattr, on a directory at the source, names the migration that copied it
+// away.
+const leftXattr = "trusted.tranship.left"
 
 // blobMount carries one copied mount; its name is the index in Record.Mounts.
 const blobMount = "mount"
@@ -66,19 +61,15 @@ func checkMountTarget(node, path string) *v1.Finding {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	if err == nil && fi.IsDir() && strings.HasPrefix(mountMark(path), markLeft) {
+	if err == nil && fi.IsDir() && wasLeft(path) {
 		return nil // an old copy of a shard that moved away from here
 	}
 	return refuse("mount-exists", "remove it there, or declare the mount shared", "%s, declared to be copied, exists on %s already", path, node)
 }
 
-func mountMark(path string) string {
-	buf := make([]byte, 256)
-	n, err := unix.Lgetxattr(path, mountXattr, buf)
-	if err != nil {
-		return ""
-	}
-	return string(buf[:n])
+func wasLeft(path string) bool {
+	n, err := unix.Lgetxattr(path, leftXattr, make([]byte, 256))
+	return err == nil && n > 0
 }
 
 // sendMounts sends what changed in the copied mounts since the last time.
@@ -118,21 +109,23 @@ func below(paths []string, dir string) []string {
 	return out
 }
 
-// makeMounts prepares the directories of copied mounts, empty.
+// makeMounts prepares the directories of copied mounts, empty. They are
+// journaled first: what is in the journal is the migration's to remove.
 func (in *incoming) makeMounts() error {
 	for _, i := range copiedMounts(in.rec) {
 		path := in.rec.Mounts[i].Source
-		if mountMark(path) == markIncoming+in.entry.ID {
+		if slices.Contains(in.entry.MadeMounts, path) {
 			continue
 		}
 		if f := checkMountTarget(in.m.cfg.Node, path); f != nil {
 			return errors.New(f.GetMessage())
 		}
-		if err := errors.Join(os.RemoveAll(path), os.MkdirAll(path, 0o755)); err != nil {
+		in.entry.MadeMounts = append(in.entry.MadeMounts, path)
+		if err := in.m.journal.Put(in.entry); err != nil {
 			return err
 		}
-		if err := unix.Lsetxattr(path, mountXattr, []byte(markIncoming+in.entry.ID), 0); err != nil {
-			return fmt.Errorf("mark %s: %w", path, err)
+		if err := errors.Join(os.RemoveAll(path), os.MkdirAll(path, 0o755)); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -143,39 +136,15 @@ func (in *incoming) takeMount(ctx context.Context, name string, r io.Reader) err
 	if err != nil || i < 0 || i >= len(in.rec.Mounts) || in.rec.Mounts[i].Policy != runtime.MountCopy {
 		return fmt.Errorf("mount %q is not one that is copied", name)
 	}
-	path := in.rec.Mounts[i].Source
-	if mountMark(path) != markIncoming+in.entry.ID {
-		return fmt.Errorf("mount %s was not prepared", path)
-	}
-	_, err = layer.Apply(ctx, path, r)
+	_, err = layer.Apply(ctx, in.rec.Mounts[i].Source, r)
 	return err
 }
 
 // dropMounts removes what makeMounts made. May run twice.
 func (in *incoming) dropMounts() error {
-	if in.rec == nil {
-		return nil
-	}
 	var errs []error
-	for _, i := range copiedMounts(in.rec) {
-		if path := in.rec.Mounts[i].Source; mountMark(path) == markIncoming+in.entry.ID {
-			errs = append(errs, os.RemoveAll(path))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// adoptMounts makes the copies the shard's own.
-func (in *incoming) adoptMounts() error {
-	if in.rec == nil {
-		return nil
-	}
-	var errs []error
-	for _, i := range copiedMounts(in.rec) {
-		path := in.rec.Mounts[i].Source
-		if err := unix.Lremovexattr(path, mountXattr); err != nil && !errors.Is(err, unix.ENODATA) {
-			errs = append(errs, fmt.Errorf("unmark %s: %w", path, err))
-		}
+	for _, path := range in.entry.MadeMounts {
+		errs = append(errs, os.RemoveAll(path))
 	}
 	return errors.Join(errs...)
 }
@@ -184,7 +153,7 @@ func (in *incoming) adoptMounts() error {
 func leaveMounts(e *Entry) error {
 	var errs []error
 	for _, path := range e.CopiedMounts {
-		err := unix.Lsetxattr(path, mountXattr, []byte(markLeft+e.ID), 0)
+		err := unix.Lsetxattr(path, leftXattr, []byte(e.ID), 0)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("mark %s: %w", path, err))
 		}

@@ -23,6 +23,7 @@ var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 // rather than from inside: closing a packet socket waits for an RCU grace period
 // (2–16 ms), and this one stays open. The local bridge does not learn from its
 // own frames, so it is told (its entry may still point to where the shard was).
+// Last it asks, in the shard's name, what the shard's own kernel waits for.
 func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netlink.Link) error {
 	mac, err := net.ParseMAC(s.MAC)
 	if err != nil {
@@ -39,6 +40,29 @@ func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netl
 			arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), ip),
 		}
 	}
+	if err := n.send(bridge, frames); err != nil {
+		return err
+	}
+	awaited, err := n.awaited(s)
+	if err != nil {
+		return fmt.Errorf("neighbours that it waits for: %w", err)
+	}
+	frames = nil
+	for _, neighbour := range awaited {
+		if neighbour.Is4() && ip.Is4() {
+			frames = append(frames, arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), neighbour))
+		} else if neighbour.Is6() && ip.Is6() {
+			frames = append(frames, neighbourSolicitation(mac, ip, neighbour))
+		}
+	}
+	return n.send(bridge, frames)
+}
+
+// send puts frames on a bridge, from the host's side.
+func (n *Network) send(bridge netlink.Link, frames [][]byte) error {
+	if len(frames) == 0 {
+		return nil
+	}
 	fd, err := n.packetSocket()
 	if err != nil {
 		return err
@@ -52,6 +76,33 @@ func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netl
 		}
 	}
 	return nil
+}
+
+// awaited lists the neighbours whose MAC address the shard's kernel waits for.
+// While its interface led nowhere, restored sockets have sent (TCP's window
+// probe at the latest), the question who has their peer's address was lost, and
+// the kernel asks again a full second after it first did (retrans_time of
+// arp(7)); until then everything queues behind it. So the question is asked
+// anew, in the shard's name: its kernel takes the answer for one to its own.
+func (n *Network) awaited(s ShardNet) ([]netip.Addr, error) {
+	var awaited []netip.Addr
+	err := n.inside(s, func(h *netlink.Handle) error {
+		link, err := h.LinkByName(shardIface)
+		if err != nil {
+			return err
+		}
+		list, err := h.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, neigh := range list {
+			if ip, ok := netip.AddrFromSlice(neigh.IP); ok && neigh.State&netlink.NUD_INCOMPLETE != 0 {
+				awaited = append(awaited, ip.Unmap())
+			}
+		}
+		return nil
+	})
+	return awaited, err
 }
 
 const (
@@ -145,18 +196,34 @@ func parseARP(b []byte) (op uint16, senderMAC net.HardwareAddr, sender netip.Add
 // neighbourAdvertisement builds an Ethernet frame with an unsolicited, overriding
 // neighbour advertisement to all nodes (RFC 4861 section 4.4).
 func neighbourAdvertisement(mac net.HardwareAddr, ip netip.Addr) []byte {
-	src := ip.As16()
-	dst := netip.MustParseAddr("ff02::1").As16()
+	const target = 2                            // option: target link-layer address
 	icmp := []byte{136, 0, 0, 0, 0x20, 0, 0, 0} // override, not solicited, not a router
-	icmp = append(icmp, src[:]...)
-	icmp = append(icmp, 2, 1) // target link-layer address option
+	return discoveryFrame(netip.MustParseAddr("ff02::1"), mac, ip, icmp, ip, target)
+}
+
+// neighbourSolicitation builds an Ethernet frame that asks who has an address
+// (RFC 4861 section 4.3).
+func neighbourSolicitation(mac net.HardwareAddr, ip, who netip.Addr) []byte {
+	const source = 1 // option: source link-layer address
+	group := netip.MustParseAddr("ff02::1:ff00:0").As16()
+	raw := who.As16()
+	copy(group[13:], raw[13:]) // solicited-node multicast: RFC 4291 section 2.7.1
+	return discoveryFrame(netip.AddrFrom16(group), mac, ip, []byte{135, 0, 0, 0, 0, 0, 0, 0}, who, source)
+}
+
+// discoveryFrame wraps a message of neighbour discovery about one address, from
+// mac and ip to a multicast group, with mac as its one option.
+func discoveryFrame(group netip.Addr, mac net.HardwareAddr, ip netip.Addr, icmp []byte, about netip.Addr, option byte) []byte {
+	src, dst, target := ip.As16(), group.As16(), about.As16()
+	icmp = append(icmp, target[:]...)
+	icmp = append(icmp, option, 1)
 	icmp = append(icmp, mac...)
 	pseudo := append(append([]byte{}, src[:]...), dst[:]...)
 	pseudo = binary.BigEndian.AppendUint32(pseudo, uint32(len(icmp)))
 	pseudo = append(pseudo, 0, 0, 0, unix.IPPROTO_ICMPV6)
 	binary.BigEndian.PutUint16(icmp[2:], internetChecksum(append(pseudo, icmp...)))
 
-	b := []byte{0x33, 0x33, 0, 0, 0, 1} // RFC 2464: multicast to ff02::1
+	b := append([]byte{0x33, 0x33}, dst[12:]...) // RFC 2464: multicast
 	b = append(b, mac...)
 	b = binary.BigEndian.AppendUint16(b, unix.ETH_P_IPV6)
 	b = append(b, 0x60, 0, 0, 0)

@@ -57,13 +57,22 @@ func TestAnnouncementsAreOnTheWireWhatTheRFCsSay(t *testing.T) {
 		}
 	}
 	na := neighbourAdvertisement(mac, netip.MustParseAddr("fd00::7"))
-	if len(na) != 14+40+32 || !bytes.Equal(na[:6], []byte{0x33, 0x33, 0, 0, 0, 1}) || na[21] != 255 || na[54] != 136 || na[58] != 0x20 {
+	if !bytes.Equal(na[:6], []byte{0x33, 0x33, 0, 0, 0, 1}) || na[54] != 136 || na[58] != 0x20 {
 		t.Errorf("neighbour advertisement %x", na)
 	}
-	// A receiver sums pseudo-header and message, checksum included, to zero.
-	sum := append(append([]byte{}, na[22:54]...), 0, 0, 0, 32, 0, 0, 0, 58)
-	if c := internetChecksum(append(sum, na[54:]...)); c != 0 {
-		t.Errorf("the checksum is off by %#x", c)
+	ns := neighbourSolicitation(mac, netip.MustParseAddr("fd00::7"), netip.MustParseAddr("fd00::12:3456"))
+	if !bytes.Equal(ns[:6], []byte{0x33, 0x33, 0xff, 0x12, 0x34, 0x56}) || ns[54] != 135 || ns[77] != 0x56 || ns[78] != 1 {
+		t.Errorf("neighbour solicitation %x", ns)
+	}
+	for _, frame := range [][]byte{na, ns} {
+		if len(frame) != 14+40+32 || frame[21] != 255 {
+			t.Errorf("neighbour discovery %x", frame)
+		}
+		// A receiver sums pseudo-header and message, checksum included, to zero.
+		sum := append(append([]byte{}, frame[22:54]...), 0, 0, 0, 32, 0, 0, 0, 58)
+		if c := internetChecksum(append(sum, frame[54:]...)); c != 0 {
+			t.Errorf("the checksum of %x is off by %#x", frame, c)
+		}
 	}
 }
 

@@ -148,7 +148,7 @@ func (h *host) neighbour(t *testing.T, cidr string) {
 	t.Helper()
 	commands := []string{
 		"ip netns add stranger", "ip link add st0 type veth peer name st1 netns stranger", "ip link set st0 master " + h.bridge + " up",
-		"ip -n stranger link set st1 up", "ip -n stranger addr add " + cidr + " dev st1",
+		"ip -n stranger link set st1 up", "ip -n stranger addr add " + cidr + " dev st1 nodad",
 	}
 	t.Cleanup(func() { exec.Command("ip", "netns", "del", "stranger").Run() })
 	for _, c := range commands {
@@ -274,6 +274,46 @@ func TestAnIsolatedNetworkIsSilentUntilItIsRestored(t *testing.T) {
 			t.Logf("restore: %v", time.Since(start))
 		}
 		await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
+	}
+}
+
+// What a restored socket sends while the interface leads nowhere must not wait
+// for the kernel's next try, a second after its first.
+func TestAnActivatedNetworkFindsItsNeighboursAtOnce(t *testing.T) {
+	for _, c := range []struct{ name, own, stranger string }{
+		{"IPv4", "10.89.1.9/16", "10.89.7.7"},
+		{"IPv6", "fd00:89::9/64", "fd00:89::7:7"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t, "a")
+			h.addImage(t)
+			h.run(t, runtime.RunSpec{Name: "first"}) // makes the bridge
+			own := netip.MustParsePrefix(c.own)
+			stranger := netip.MustParseAddr(c.stranger)
+			h.neighbour(t, netip.PrefixFrom(stranger, own.Bits()).String())
+			sn := runtime.ShardNet{Namespace: namespace, Name: "web", IP: own, MAC: runtime.MACFor(own.Addr()), Staged: true}
+			must(t, h.Network().Create(t.Context(), sn))
+			t.Cleanup(func() { must(t, h.Network().Delete(context.Background(), sn)) })
+			state := func() string {
+				out, err := exec.Command("nsenter", "--net="+h.Network().Path(namespace, "web"), "ip", "neigh", "show", stranger.String()).CombinedOutput()
+				if err != nil {
+					t.Fatalf("ip neigh: %v %s", err, out)
+				}
+				return strings.TrimSpace(string(out))
+			}
+			// A datagram that goes nowhere; an IPv6 address is tentative at first.
+			await(t, t.Context(), "the shard's kernel asks for its neighbour", func() bool {
+				send := exec.Command("nsenter", "--net="+h.Network().Path(namespace, "web"), "bash", "-c", "echo x > /dev/udp/"+stranger.String()+"/9")
+				send.Run()
+				return strings.Contains(state(), "INCOMPLETE")
+			})
+			start := time.Now()
+			must(t, h.Network().Activate(t.Context(), sn))
+			await(t, t.Context(), "the neighbour answers", func() bool { return strings.Contains(state(), "lladdr") })
+			if took := time.Since(start); took > 500*time.Millisecond {
+				t.Errorf("the neighbour was found after %v", took)
+			}
+		})
 	}
 }
 
