@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"github.com/tranship/tranship/checkpoint"
@@ -42,8 +44,9 @@ const (
 // they bring.
 const minStopTime = 20 * time.Millisecond
 
-// shrinkFactor is what a round must shrink to in order to count as progress, and
-// stallRounds how many rounds in a row may fail to: one slow round can be noise.
+// shrinkFactor is what the smallest round so far must shrink to in order to count
+// as progress, and stallRounds how many rounds in a row may fail to: one slow
+// round can be noise.
 const (
 	shrinkFactor = 0.9
 	stallRounds  = 3
@@ -98,15 +101,15 @@ func (s StopRule) Decide(rounds []RoundResult) Verdict {
 	return Continue
 }
 
+// stalled compares the last rounds with the smallest before them, not with their
+// neighbours: what a shard writes goes up and down, and each down after an up
+// would look like progress for ever.
 func (StopRule) stalled(rounds []RoundResult) bool {
 	// The first round carries everything and says nothing about shrinking.
 	if len(rounds) < stallRounds+2 {
 		return false
 	}
-	for i := len(rounds) - stallRounds; i < len(rounds); i++ {
-		if float64(rounds[i].BytesRaw) < shrinkFactor*float64(rounds[i-1].BytesRaw) {
-			return false
-		}
-	}
-	return true
+	before, last := rounds[1:len(rounds)-stallRounds], rounds[len(rounds)-stallRounds:]
+	least := slices.MinFunc(before, func(a, b RoundResult) int { return cmp.Compare(a.BytesRaw, b.BytesRaw) }).BytesRaw
+	return !slices.ContainsFunc(last, func(r RoundResult) bool { return float64(r.BytesRaw) < shrinkFactor*float64(least) })
 }

@@ -37,6 +37,12 @@ func TestStopRule(t *testing.T) {
 		{"one slow round among shrinking ones is forgiven", rounds(
 			[]checkpoint.Bytes{900 * mib, 800 * mib, 700 * mib, 710 * mib, 600 * mib},
 			[]time.Duration{1000 * ms, 1000 * ms, 900 * ms, 900 * ms, 900 * ms}), Continue},
+		{"rounds that go up and down without getting smaller end", rounds(
+			[]checkpoint.Bytes{900 * mib, 300 * mib, 800 * mib, 290 * mib, 700 * mib},
+			[]time.Duration{1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms}), NotShrinking},
+		{"rounds that go up and down and get smaller go on", rounds(
+			[]checkpoint.Bytes{900 * mib, 300 * mib, 800 * mib, 260 * mib, 700 * mib},
+			[]time.Duration{1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms}), Continue},
 		{"too many rounds end", rounds(
 			[]checkpoint.Bytes{900 * mib, 800 * mib, 700 * mib, 620 * mib, 550 * mib, 490 * mib, 430 * mib, 380 * mib},
 			[]time.Duration{1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms, 1000 * ms}), TooMany},
