@@ -2,6 +2,24 @@ package lazypages
 
 import "testing"
 
+// BenchmarkFaults has a process read 256 MiB at random while it is filled, and
+// prints how long its reads waited.
+func BenchmarkFaults(b *testing.B) {
+	for b.Loop() {
+		r := newRig(b)
+		r.spawn()
+		r.connect()
+		spec := newSpec(b, 1<<16, "read")
+		spec.Dense, spec.Threads = true, 1
+		task := r.restore(spec)
+		task.say("go")
+		r.finish()
+		task.expect("ok")
+		st := r.waitDone()
+		b.Logf("%d faults, filled in %.0f ms", st.Faults, st.FillMs)
+	}
+}
+
 // BenchmarkFill places 1 GiB in the background, with nobody waiting.
 func BenchmarkFill(b *testing.B) {
 	var ms, user, system float64

@@ -272,7 +272,7 @@ func TestWhatCannotBeServedIsKilledWithItsChildren(t *testing.T) {
 			if err := os.Truncate(filepath.Join(r.cfg.Store, fmt.Sprint(task.pid)+".pages"), 0); err != nil {
 				r.t.Fatal(err)
 			}
-		}, "bad address"},
+		}, "page was lost"},
 		{"the server is cancelled", func(_ *rig, cancel context.CancelCauseFunc, _ *restored) {
 			cancel(errors.New("told to end"))
 		}, "told to end"},
@@ -316,6 +316,74 @@ func TestWhatCannotBeServedIsKilledWithItsChildren(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A shard whose memory limit is below what it had is for the kernel to judge: it
+// kills, and the server neither hangs nor resumes.
+func TestATaskWithoutRoomForItsPagesIsKilled(t *testing.T) {
+	needRoot(t)
+	group := memoryCgroup(t, 48<<20)
+	r := newRig(t)
+	r.entered = func(pid int) {
+		if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(fmt.Sprint(pid)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.serve()
+	r.connect()
+	spec := newSpec(t, 1<<15, "hold") // 128 MiB
+	spec.Dense = true
+	task := r.restore(spec)
+	r.finish()
+	task.mustBeKilled()
+	if err := r.result(); err != nil {
+		t.Logf("the server gave up first: %v", err)
+	}
+	if size := r.bytes(); size != 0 && r.lastState() == StateDone {
+		t.Errorf("the store still takes %d bytes", size)
+	}
+}
+
+func (r *rig) lastState() State {
+	r.t.Helper()
+	st, err := ReadStatus(r.cfg.Control)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return st.State
+}
+
+// memoryCgroup makes a cgroup with a memory limit, of either version, under the
+// test's own.
+func memoryCgroup(t *testing.T, limit int) string {
+	t.Helper()
+	raw, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		root, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+		if fields[1] == "" {
+			root, file = "/sys/fs/cgroup", "memory.max"
+		} else if fields[1] != "memory" {
+			continue
+		}
+		dir := filepath.Join(root, fields[2], fmt.Sprintf("tranship-test-%d", os.Getpid()))
+		if os.Mkdir(dir, 0o755) != nil {
+			continue
+		}
+		t.Cleanup(func() {
+			if err := os.Remove(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		if os.WriteFile(filepath.Join(dir, file), []byte(fmt.Sprint(limit)), 0) == nil {
+			return dir
+		}
+	}
+	t.Skip("needs a memory cgroup that can have children")
+	return ""
 }
 
 func TestAnOrphanIsFoundByItsMissingPages(t *testing.T) {

@@ -53,16 +53,18 @@ const (
 // from being placed after the process has dropped it: between reading an event
 // and forgetting the page there is no placing.
 type family struct {
-	task    Task
-	store   *pagestore.Store
-	probe   prober
-	count   *counters
-	log     *slog.Logger
-	finish  <-chan struct{} // closed when CRIU has finished
-	wakeMu  sync.Mutex      // guards wakeFD's closing
-	wakeFD  int             // an eventfd, readable when finish or ctx changed
-	buf     []byte          // faultPages pages, outside of Go's heap
-	lanes   int
+	task   Task
+	store  *pagestore.Store
+	probe  prober
+	count  *counters
+	log    *slog.Logger
+	finish <-chan struct{} // closed when CRIU has finished
+	wakeMu sync.Mutex      // guards wakeFD's closing
+	wakeFD int             // an eventfd, readable when finish or ctx changed
+	// bufs has maxFill pages for each lane, outside of Go's heap: the kernel is
+	// told their addresses. To map the store instead saves the copy, and costs as
+	// much in page faults.
+	bufs    [][]byte
 	msgs    []byte
 	filling bool
 	stride  uint64      // pages in a piece
@@ -206,6 +208,11 @@ func (f *family) apply(s *space, m message) {
 	case eventRemove:
 		// MADV_DONTNEED, MADV_FREE: the mapping stays registered and faults
 		// again, and gets zero pages, as nothing is pending there any more.
+		//
+		// MADV_GUARD_INSTALL (Linux 6.13) drops pages without an event, and
+		// UFFDIO_COPY replaces the guards. Guards from before the dump are safe:
+		// CRIU lists no page there. One that is installed over a page which is
+		// still missing is lost; nothing in the kernel's interface helps.
 		s.layout.images(m.span, func(image span) { f.giveUp(s, image) })
 	case eventFork:
 		f.children++
@@ -255,7 +262,7 @@ func (f *family) answer(s *space, addr uint64) (time.Duration, error) {
 	s.cursor = addr - addr%neighbourhood
 	f.stride = minFill
 	if image, ok := s.content(addr, faultPages); ok {
-		p := piece{at: addr, image: image, buf: f.buf}
+		p := piece{at: addr, image: image, buf: f.bufs[0]}
 		f.transfer(s.fd, &p)
 		w, err := f.conclude(s, &p)
 		if w == 0 {
@@ -393,10 +400,10 @@ func (f *family) close() error {
 		errs = append(errs, unix.Close(f.wakeFD))
 		f.wakeFD = -1
 	}
-	if f.buf != nil {
-		errs = append(errs, unix.Munmap(f.buf))
-		f.buf = nil
+	for _, buf := range f.bufs {
+		errs = append(errs, unix.Munmap(buf))
 	}
+	f.bufs = nil
 	return errors.Join(errs...)
 }
 

@@ -68,7 +68,7 @@ func (f *family) fill() (time.Duration, error) {
 // pieces picks what to fill next, one piece a lane, from the cursor on.
 func (f *family) pieces(s *space) []piece {
 	var out []piece
-	for addr := s.cursor; len(out) < f.lanes; {
+	for addr := s.cursor; len(out) < len(f.bufs); {
 		at, image, ok := s.next(addr, f.stride)
 		if !ok {
 			if len(out) > 0 || addr == 0 {
@@ -77,7 +77,7 @@ func (f *family) pieces(s *space) []piece {
 			addr = 0
 			continue
 		}
-		out = append(out, piece{at: at.start, image: image})
+		out = append(out, piece{at: at.start, image: image, buf: f.bufs[len(out)]})
 		addr = at.end
 	}
 	if len(out) > 0 {
@@ -90,7 +90,7 @@ func (f *family) pieces(s *space) []piece {
 type piece struct {
 	at    uint64
 	image span
-	buf   []byte // to read into, outside of Go's heap; nil to map the store
+	buf   []byte // at least as long
 
 	n   checkpoint.Pages
 	out outcome
@@ -100,22 +100,8 @@ type piece struct {
 // transfer reads a piece from the store and places it. It touches nothing of
 // the family, so that several may run at once.
 func (f *family) transfer(fd int, p *piece) {
-	size := p.image.end - p.image.start
-	buf := p.buf
-	if buf != nil {
-		buf = buf[:size]
-		p.err = f.store.ReadPages(f.task.PID, p.image.start, buf)
-	} else {
-		// A mapping saves a copy, and costs more than one of a few pages.
-		buf, p.err = f.store.Map(f.task.PID, p.image.start, checkpoint.Pages(size/checkpoint.PageSize))
-		mem := buf
-		defer func() {
-			if mem != nil {
-				p.err = errors.Join(p.err, f.store.Unmap(mem))
-			}
-		}()
-	}
-	if p.err != nil {
+	buf := p.buf[:p.image.end-p.image.start]
+	if p.err = f.store.ReadData(f.task.PID, p.image.start, buf); p.err != nil {
 		return
 	}
 	for {

@@ -51,6 +51,8 @@ type rig struct {
 	proc   *Process
 	criu   *net.UnixConn
 	tasks  []*restored
+	// entered is called with the host pid of each task before it begins.
+	entered func(pid int)
 	// namespaced gives each task a pid namespace, in which it is 1.
 	namespaced bool
 }
@@ -304,7 +306,13 @@ func (r *rig) restore(spec taskSpec) *restored {
 	task.pid = cmd.Process.Pid
 	r.tasks = append(r.tasks, task)
 	r.t.Cleanup(task.kill)
-	context.AfterFunc(r.ctx, func() { _ = cmd.Process.Kill() }) // ends a hanging expect
+	context.AfterFunc(r.ctx, func() { // ends a hanging expect, even if a child has the pipe
+		_ = cmd.Process.Kill()
+		_ = out.Close()
+	})
+	if r.entered != nil {
+		r.entered(task.pid)
+	}
 	known := task.pid
 	if r.namespaced {
 		known = 1

@@ -210,12 +210,14 @@ func (s *server) adopt(task Task) (*family, error) {
 	if f.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, fmt.Errorf("serve pid %d: eventfd: %w", task.PID, err)
 	}
-	f.buf, err = unix.Mmap(-1, 0, faultPages*checkpoint.PageSize,
-		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
-	if err != nil {
-		return nil, fmt.Errorf("serve pid %d: buffer: %w", task.PID, err)
+	for range min(maxLanes, runtime.GOMAXPROCS(0)) {
+		buf, err := unix.Mmap(-1, 0, maxFill*checkpoint.PageSize,
+			unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		if err != nil {
+			return nil, fmt.Errorf("serve pid %d: buffer: %w", task.PID, err)
+		}
+		f.bufs = append(f.bufs, buf)
 	}
-	f.lanes = min(maxLanes, runtime.GOMAXPROCS(0))
 	f.msgs = make([]byte, eventBatch*msgSize)
 	if err := f.load(s.cfg.Images); err != nil {
 		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)

@@ -47,6 +47,8 @@ var (
 	// ErrReleased says that a page was placed and given back: the store no
 	// longer knows its content.
 	ErrReleased = errors.New("page was released")
+	// ErrLost says that a page with content is a hole now and nobody released it.
+	ErrLost = errors.New("page was lost")
 	// ErrNotTmpfs says that the directory is on another file system. Others
 	// end at 16 TiB, below the addresses of processes, or write pages to disk.
 	ErrNotTmpfs = errors.New("not on a tmpfs")
@@ -282,31 +284,28 @@ func (s *Store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
 	return nil
 }
 
-// Map maps n pages at addr of pid for reading, which must be data: to look at a
-// hole would allocate it. It neither sees nor refuses what is released. The
-// caller gives the mapping back to Unmap.
-func (s *Store) Map(pid checkpoint.PID, addr uint64, n checkpoint.Pages) ([]byte, error) {
-	if err := checkPages(pid, addr, n); err != nil {
-		return nil, err
+// ReadData is ReadPages for pages that Extents has shown: if one of them reads as
+// a hole by now, that is ErrLost and not a zero page.
+func (s *Store) ReadData(pid checkpoint.PID, addr uint64, dst []byte) error {
+	if err := s.ReadPages(pid, addr, dst); err != nil {
+		return err
 	}
 	f, err := s.file(pid, false)
-	if err == nil && f == nil {
-		err = fmt.Errorf("no pages of pid %d: %w", pid, fs.ErrNotExist)
-	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	mem, err := unix.Mmap(int(f.pages.Fd()), int64(addr), int(n.Bytes()), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("map %d pages at pid %d %#x: %w", n, pid, addr, err)
+	end := addr
+	if f != nil {
+		start, hole, err := f.nextData(addr)
+		if err != nil {
+			return fmt.Errorf("check pages at pid %d %#x: %w", pid, addr, err)
+		}
+		if start == addr {
+			end = hole
+		}
 	}
-	return mem, nil
-}
-
-// Unmap gives back what Map returned.
-func (s *Store) Unmap(mem []byte) error {
-	if err := unix.Munmap(mem); err != nil {
-		return fmt.Errorf("unmap pages: %w", err)
+	if end < addr+uint64(len(dst)) {
+		return fmt.Errorf("read %d pages at pid %d %#x: %w", len(dst)/checkpoint.PageSize, pid, addr, ErrLost)
 	}
 	return nil
 }

@@ -254,28 +254,45 @@ func TestAStoreIsFoundAgainAfterItsWriterDied(t *testing.T) {
 	}
 }
 
-func TestAMappingShowsThePages(t *testing.T) {
+func TestDataThatVanishedIsNotAZeroPage(t *testing.T) {
 	s := newStore(t)
-	const addr = 0x7000_0000_0000
-	want := pattern(1, addr, 0, 3)
-	if err := s.PutPages(1, addr, want); err != nil {
+	const addr = 0x10000
+	if err := s.PutPages(1, addr, pattern(1, addr, 0, 4)); err != nil {
 		t.Fatal(err)
 	}
-	mem, err := s.Map(1, addr, 3)
-	if err != nil {
+	got := make([]byte, 4*page)
+	if err := s.ReadData(1, addr, got); err != nil || !bytes.Equal(got, pattern(1, addr, 0, 4)) {
+		t.Fatalf("what is there: %v", err)
+	}
+	if err := s.ZeroPages(1, addr+2*page, 1); err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(mem, want) {
-		t.Error("other content")
+	for _, tc := range []struct {
+		name        string
+		pid         checkpoint.PID
+		addr, pages uint64
+	}{
+		{"a hole inside", 1, addr, 4},
+		{"a hole at the end", 1, addr, 3},
+		{"a hole at the beginning", 1, addr + 2*page, 2},
+		{"past the end", 1, addr + 3*page, 2},
+		{"no data at all", 1, 0x40000, 1},
+		{"an unknown process", 2, addr, 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if err := s.ReadData(tc.pid, tc.addr, make([]byte, tc.pages*page)); !errors.Is(err, ErrLost) {
+				t.Fatalf("got %v", err)
+			}
+		})
 	}
-	if err := s.Unmap(mem); err != nil {
-		t.Error(err)
+	if err := s.ReadData(1, addr+3*page, make([]byte, page)); err != nil {
+		t.Fatalf("what is there beside it: %v", err)
 	}
-	if _, err := s.Map(2, addr, 1); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("process without pages: %v", err)
+	if err := s.Release(1, addr, 1); err != nil {
+		t.Fatal(err)
 	}
-	if _, err := s.Map(1, addr+1, 1); !errors.Is(err, ErrExtent) {
-		t.Errorf("inside a page: %v", err)
+	if err := s.ReadData(1, addr, make([]byte, page)); !errors.Is(err, ErrReleased) {
+		t.Fatalf("what was released: %v", err)
 	}
 }
 
