@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tranship/tranship/daemon/control"
+	"github.com/tranship/tranship/predict"
+	"github.com/tranship/tranship/predict/backtest"
+)
+
+// backtestDocument is what -o json prints.
+type backtestDocument struct {
+	control.Document
+	Series  []backtest.SeriesReport `json:"series"`
+	Summary []backtest.Summary      `json:"summary"`
+}
+
+func newBacktestCommand(g *globals) *cobra.Command {
+	var (
+		options  backtest.Options
+		horizons []string
+		group    string
+		jobs     int
+	)
+	cmd := &cobra.Command{
+		Use:   "backtest FILE…",
+		Short: "Measure forecasts on recorded loads, beside the standard methods",
+		Long: `Measure forecasts on recorded loads, beside the standard methods.
+
+A FILE is CSV: the first column is the time (unix seconds, RFC 3339 or
+YYYY-MM-DD HH:MM:SS), every other column one series, an empty cell a gap.
+The first half of a series trains, the second tests. Errors are divided by the
+training half's mean absolute error of "as a day ago" (of "as a step ago" below
+five days), so that 1 is as good as that; tables show medians over series.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usagef("backtest: which files?")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, files []string) error {
+			for _, text := range horizons {
+				h, err := time.ParseDuration(text)
+				if err != nil || h <= 0 {
+					return usagef("--horizons: %q is not a duration like 5m or 24h", text)
+				}
+				options.Horizons = append(options.Horizons, h)
+			}
+			if err := checkBacktest(&options, group, jobs); err != nil {
+				return err
+			}
+			var series []backtest.Series
+			for _, file := range files {
+				s, err := readSeries(file)
+				if err != nil {
+					return err
+				}
+				series = append(series, s...)
+			}
+			reports, err := backtestAll(cmd.Context(), series, options, jobs, newBacktestProgress(cmd, len(series)))
+			if err != nil {
+				return err
+			}
+			summary := backtest.Summarise(reports, func(r *backtest.SeriesReport) string { return backtestGroup(r, group) })
+			if g.output == outputJSON {
+				return printJSON(cmd.OutOrStdout(), backtestDocument{control.NewDocument(), reports, summary})
+			}
+			for i := range reports {
+				if reports[i].Skipped != "" {
+					fmt.Fprintf(cmd.ErrOrStderr(), "%s: column %s: skipped: %s\n", reports[i].File, reports[i].Column, reports[i].Skipped)
+				}
+			}
+			return printTable(cmd.OutOrStdout(),
+				[]string{"GROUP", "TARGET", "HORIZON", "MODEL", "SERIES", "MASE", "PINBALL .9", "PINBALL .95", "BELOW .9", "BELOW .95"},
+				summaryRows(summary))
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringSliceVar(&horizons, "horizons", nil, "how far ahead (default 5m,15m,1h,24h)")
+	flags.IntVar(&options.Stride, "stride", 1, "forecast from every so many-th cell")
+	flags.StringSliceVar(&options.Models, "models", nil, "which models (default all: "+strings.Join(backtest.Models(), ", ")+")")
+	flags.StringVar(&group, "group", "folder", "medians over the series of each folder, file or column")
+	flags.IntVar(&jobs, "jobs", runtime.GOMAXPROCS(0), "series at a time")
+	return cmd
+}
+
+func checkBacktest(o *backtest.Options, group string, jobs int) error {
+	for i := 1; i < len(o.Horizons); i++ {
+		if o.Horizons[i] <= o.Horizons[i-1] {
+			return usagef("--horizons must ascend")
+		}
+	}
+	known := map[string]bool{}
+	for _, m := range backtest.Models() {
+		known[m] = true
+	}
+	for _, m := range o.Models {
+		if !known[m] {
+			return usagef("--models: there is no %q, only %s", m, strings.Join(backtest.Models(), ", "))
+		}
+	}
+	switch {
+	case len(o.Horizons) > predict.MaxHorizons:
+		return usagef("--horizons: at most %d", predict.MaxHorizons)
+	case o.Stride < 1:
+		return usagef("--stride %d: want 1 or more", o.Stride)
+	case jobs < 1:
+		return usagef("--jobs %d: want 1 or more", jobs)
+	case group != "folder" && group != "file" && group != "column":
+		return usagef("--group %q: use folder, file or column", group)
+	}
+	return nil
+}
+
+func readSeries(file string) ([]backtest.Series, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // read only: nothing to lose
+	return backtest.Read(f, file)
+}
+
+// backtestAll keeps the order of series.
+func backtestAll(ctx context.Context, series []backtest.Series, o backtest.Options, jobs int, done func()) ([]backtest.SeriesReport, error) {
+	reports := make([]backtest.SeriesReport, len(series))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(jobs)
+	for i := range series {
+		group.Go(func() error {
+			r, err := backtest.Run(ctx, series[i], o)
+			reports[i] = r
+			done()
+			return err
+		})
+	}
+	err := group.Wait()
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, context.DeadlineExceeded) {
+		err = cause
+	}
+	return reports, err
+}
+
+// newBacktestProgress tells a tenth at a time on stderr.
+func newBacktestProgress(cmd *cobra.Command, total int) func() {
+	var mu sync.Mutex
+	n := 0
+	return func() {
+		mu.Lock()
+		defer mu.Unlock()
+		n++
+		if total >= 20 && n*10/total > (n-1)*10/total {
+			fmt.Fprintf(cmd.ErrOrStderr(), "%d of %d series\n", n, total)
+		}
+	}
+}
+
+func backtestGroup(r *backtest.SeriesReport, by string) string {
+	folder := filepath.Base(filepath.Dir(r.File))
+	switch by {
+	case "file":
+		return filepath.Join(folder, filepath.Base(r.File))
+	case "column":
+		return folder + ":" + r.Column
+	}
+	return folder
+}
+
+func summaryRows(summary []backtest.Summary) [][]string {
+	number := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
+	rows := make([][]string, 0, len(summary))
+	for _, s := range summary {
+		rows = append(rows, []string{s.Group, s.Target, (time.Duration(s.HorizonS) * time.Second).String(), s.Model, strconv.Itoa(s.Series),
+			number(s.MASE), number(s.Pinball["0.9"]), number(s.Pinball["0.95"]), number(s.Coverage["0.9"]), number(s.Coverage["0.95"])})
+	}
+	return rows
+}
