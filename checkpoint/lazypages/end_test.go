@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // ended waits for the task and says how it ended.
@@ -321,7 +322,7 @@ func TestWhatCannotBeServedIsKilledWithItsChildren(t *testing.T) {
 // A shard whose memory limit is below what it had is for the kernel to judge: it
 // kills, and the server neither hangs nor resumes.
 func TestATaskWithoutRoomForItsPagesIsKilled(t *testing.T) {
-	needRoot(t)
+	testenv.NeedRoot(t)
 	group := memoryCgroup(t, 48<<20)
 	r := newRig(t)
 	r.entered = func(pid int) {

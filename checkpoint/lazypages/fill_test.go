@@ -21,21 +21,11 @@ import (
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/pagestore"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // patience ends a test that hangs, long before the test binary's own limit.
 const patience = 2 * time.Minute
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-		t.Fatal("needs root")
-	}
-	t.Skip("needs root: make test runs it")
-}
 
 // rig is a destination: a store, images, a page server, and the part of CRIU.
 type rig struct {
@@ -59,7 +49,7 @@ type rig struct {
 
 func newRig(t testing.TB) *rig {
 	t.Helper()
-	needRoot(t)
+	testenv.NeedRoot(t)
 	shm, err := os.MkdirTemp("/dev/shm", "tranship-lazypages-")
 	if err != nil {
 		t.Fatal(err)

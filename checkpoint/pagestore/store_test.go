@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 const page = checkpoint.PageSize
@@ -503,7 +504,7 @@ func TestOtherFileSystemsAreRefused(t *testing.T) {
 }
 
 func TestAFullTmpfsIsSaidClearlyAndTakesPagesAgainWhenThereIsRoom(t *testing.T) {
-	needRoot(t)
+	testenv.NeedRoot(t)
 	mnt := t.TempDir()
 	if err := unix.Mount("tmpfs", mnt, "tmpfs", 0, "size=256k,mode=700"); err != nil {
 		t.Fatal(err)
@@ -546,15 +547,4 @@ func TestAFullTmpfsIsSaidClearlyAndTakesPagesAgainWhenThereIsRoom(t *testing.T) 
 	if err := s.ReadPages(1, last, got); err != nil || !bytes.Equal(got, pattern(1, last, 0, 1)) {
 		t.Fatalf("content after a full store: %v", err)
 	}
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("TRANSHIP_TEST_STRICT") == "1" {
-		t.Fatal("needs root")
-	}
-	t.Skip("needs root: make test runs it")
 }
