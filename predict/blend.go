@@ -17,7 +17,7 @@ const blendMemory = 300
 
 func (b *blend) learn(m *[members]float64, z, scale float64) {
 	b.n++
-	rate := max(1/(b.n+1), 1.0/blendMemory)
+	rate := max(3/(b.n+3), 1.0/blendMemory)
 	for i, v := range m {
 		b.loss[i] += rate * (math.Abs(z-v)*scale - b.loss[i])
 	}

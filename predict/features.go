@@ -92,6 +92,9 @@ func (e *entry) middle(t Target) (mid, spread float64) {
 	return e.anchor + e.scale*float64(e.mid[t]), e.scale * float64(e.spread[t])
 }
 
+// rests says that the load did not change in the last cell.
+func (e *entry) rests() bool { return e.x[fPrev] == 0 }
+
 // feature is candidate v in z; an unknown one says "as now".
 func feature(v, anchor, inv float64) float32 {
 	z := (v - anchor) * inv

@@ -12,7 +12,7 @@ const (
 	pendingMax = 24
 	// guardHorizon: up to here "as now" is the forecast that a plain
 	// autoscaler makes, and being worse than it is inexcusable.
-	guardHorizon = 15 * time.Minute
+	guardHorizon = 5 * time.Minute
 	// shiftHorizon: up to here an interval recovers from a level shift at
 	// once, instead of when the residuals of the shift have left the window.
 	shiftHorizon = time.Hour
@@ -46,6 +46,7 @@ type half struct {
 	errHourN  [24]uint8
 	lossOwn   float64 // long-run absolute error of the forecast median
 	lossNaive float64 // and of "as now"
+	same      float64 // share of outcomes that equalled a resting load
 	cover90   float64 // share of outcomes below the quantile, recent
 	cover95   float64
 }
@@ -145,6 +146,9 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	var m [members]float64
 	e.membersOf(t, &m)
 	z := (y - e.anchor) / e.scale
+	if e.rests() {
+		h.same += max(1.0/300, 1/h.n) * (equal(y, e.anchor) - h.same)
+	}
 	h.members.learn(&m, z, e.scale)
 	naive := e.anchor + e.scale*m[0]
 	// The first forecasts are made from nothing and prove nothing.
@@ -171,6 +175,23 @@ func below(z float64, bound float32) float64 {
 		return 1
 	}
 	return 0
+}
+
+func equal(a, b float64) float64 {
+	if math.Abs(a-b) <= 1e-9*math.Abs(b) {
+		return 1
+	}
+	return 0
+}
+
+// median corrects a forecast median. If a load at rest is found unchanged more
+// often than not, its median is exactly what it is now, however members differ
+// by traces of old spikes.
+func (h *half) median(m float64, e *entry, near time.Duration, t Target) float64 {
+	if h.guarded(near, t) || t == Value && h.n > 30 && h.same > 0.5 && e.rests() {
+		return e.anchor
+	}
+	return m
 }
 
 // guarded says that the forecast median has been worse than "as now" in the
@@ -215,9 +236,7 @@ func (l *lane) quantiles(hist *history, c int64, t Target) *[len(levels)]float64
 
 // publish makes the quantiles of e those of its cell.
 func (l *lane) publish(e *entry, t Target, least float64, q *[len(levels)]float64) {
-	if l.of[t].guarded(l.h, t) {
-		q[1] = e.anchor
-	}
+	q[1] = l.of[t].median(q[1], e, l.h, t)
 	q[0] = min(q[0], q[1])
 	for i := 2; i < len(q); i++ {
 		q[i] = max(q[i], q[i-1])

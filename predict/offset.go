@@ -31,10 +31,12 @@ type offset struct {
 	n      float64
 	due    int
 
-	every  int     // once full, the long windows take every so many-th
-	skip   int     // until the next
-	dof    float64 // windows hold so many times fewer independent outcomes
-	nearby bool    // the short ways take part
+	every   int     // once full, the long windows take every so many-th
+	skip    int     // until the next
+	daily   bool    // peaks of which a day has one or fewer
+	overlap float64 // settled forecasts whose outcomes overlap
+	dof     float64 // windows hold so many times fewer independent outcomes
+	nearby  bool    // the short ways take part
 }
 
 const (
@@ -51,6 +53,11 @@ const (
 	// offsetMemory settled forecasts decide between the ways: their losses
 	// differ in the tail, which is seen ten times more rarely than the middle.
 	offsetMemory = 500
+	// medianDoubt independent residuals are the belief in the members' median.
+	medianDoubt = 10
+	// tailShare of an exponential tail: loads have a ceiling, but nobody knows
+	// whether it was seen.
+	tailShare = 0.5
 	// offsetStart residuals are the fewest to take quantiles of.
 	offsetStart = 5
 )
@@ -77,6 +84,8 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 		o.dof = math.Sqrt(overlap)
 	}
 	span := max(spanDays*day, int64(horizons)*int64(l.h))
+	o.overlap = overlap
+	o.daily = t == Peak && l.h > shiftHorizon
 	o.every = max(1, int(math.Round(float64(span)/float64(cap(o.win[wayScaled].ring))/float64(step*l.stride))))
 	o.nearby = overlap <= nearOverlap
 	return o
@@ -149,10 +158,20 @@ func (o *offset) refresh() {
 			up = 1
 		}
 		for k, q := range levels {
+			rank := q
 			if q > 0.5 {
-				q *= up
+				rank *= up
 			}
-			o.q[k][j] = w.quantile(q)
+			o.q[k][j] = w.quantile(rank)
+			if o.daily && q >= 0.95 {
+				o.q[k][j] += o.beyond(w, q)
+			}
+		}
+		// Few independent residuals do not say that the median forecast is
+		// off: its correction starts from none.
+		if j != wayOutcome && j != wayShortOutcome {
+			n := float64(len(w.ring))
+			o.q[1][j] *= n / (n + medianDoubt*o.overlap)
 		}
 	}
 	for i, k := range judged {
@@ -165,6 +184,20 @@ func (o *offset) refresh() {
 		}
 		weigh(loss[:], o.weight[i][:])
 	}
+}
+
+// beyond is how far the q-quantile lies above everything in w. Of d
+// independent outcomes the largest is exceeded by the next with probability
+// 1/(d+1); each e-fold rarer excess lies one mean excess further up, if the
+// tail is exponential, and the mean excess follows from the distance of the
+// largest to the middle.
+func (o *offset) beyond(w *window, q float64) float64 {
+	d := 1 + float64(len(w.ring))/o.overlap
+	rarer := 1 / (d * (1 - q))
+	if rarer <= 1 || len(w.ring) == 0 {
+		return 0
+	}
+	return tailShare * (w.quantile(1) - w.quantile(0.5)) / math.Log(2*d) * math.Log(rarer)
 }
 
 // quantiles of levels around mid, which is expected to err by spread.

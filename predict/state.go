@@ -333,7 +333,7 @@ func (s *state) half(h *half) {
 	s.offset(&h.tails)
 	s.count(&h.n)
 	s.bool(&h.borrowed)
-	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.cover90, &h.cover95)
+	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.same, &h.cover90, &h.cover95)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
 }
