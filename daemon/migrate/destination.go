@@ -474,13 +474,17 @@ func (in *incoming) fill(ctx context.Context) {
 		return
 	}
 	if in.pages != nil {
-		if err := in.pages.awaitDone(ctx); err != nil {
-			if ctx.Err() == nil {
-				log.Error("filling in pages", "err", err)
-			}
-			return
+		err := in.pages.awaitDone(ctx)
+		if ctx.Err() != nil {
+			return // the next daemon goes on waiting
 		}
 		in.pages.reap()
+		if err != nil {
+			// Its missing pages read as zeros from now on: a shard that runs on wrong
+			// memory is worse than none.
+			log.Error("pages of a shard are lost; it is stopped", "err", err)
+			in.stopForGood(ctx, err)
+		}
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -501,6 +505,20 @@ func (in *incoming) fill(ctx context.Context) {
 	}
 	in.m.forgetIncoming(in)
 	log.Info("shard arrived", "peer", in.entry.Peer)
+}
+
+// stopForGood kills a shard whose pages can no longer be served.
+func (in *incoming) stopForGood(ctx context.Context, cause error) {
+	cg, err := in.m.rt.Cgroup(ctx, in.entry.Namespace, in.entry.Shard)
+	if err == nil {
+		err = cg.Kill(ctx)
+	}
+	if err != nil && !errors.Is(err, runtime.ErrNotRunning) {
+		in.m.log.Error("stop a shard", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.entry.Code, in.entry.Reason = CodePagesLost, "stopped after the move: "+cause.Error()
 }
 
 func (in *incoming) step(name string, since time.Time) {

@@ -42,6 +42,7 @@ const (
 	CodeFailed    = "failed"
 	CodeRestarted = "daemon-restarted"
 	CodeInDoubt   = "in-doubt"
+	CodePagesLost = "pages-lost"
 )
 
 // report collects what a migration did, and tells whoever follows it. Safe for
