@@ -22,21 +22,27 @@ import (
 // reported. New mappings carry the bit as a whole until it is cleared.
 type softDirtyMethod struct{ log *slog.Logger }
 
+// The bit alone does not suffice. It stays clear when whole page tables move to
+// another address (mremap since Linux 5.11), and it is cleared in mappings that
+// are not reported at the time, as locked ones are. So the frame, or the place in
+// swap, of each page is remembered as well, and a page counts as written unless
+// it is the same as the last time.
+type identities map[uint64]*[chunkPages]uint64
+
 // softState is what softDirtyMethod knows of a process.
 type softState struct {
 	// cleared says that the bits were cleared, and everything reported, before.
 	cleared bool
-	// dirty is the last reading of the bits.
+	// pages are those seen by the last reading: 4 KiB for 2 MiB.
+	pages identities
+	// dirty is what the last reading found to be written.
 	dirty pageSet
 }
 
 func newSoftDirtyMethod(log *slog.Logger) (*softDirtyMethod, error) {
-	// A page that was zapped and then read maps the zero page without the bit; it
-	// can be told from one with content only by its frame.
-	if !hasPagemapScan() {
-		if _, err := zeroPageFrame(); err != nil {
-			return nil, fmt.Errorf("soft-dirty tracking: %w", err)
-		}
+	// Frames are shown to the privileged only.
+	if _, err := zeroPageFrame(); err != nil {
+		return nil, fmt.Errorf("soft-dirty tracking: %w", err)
 	}
 	return &softDirtyMethod{log: log}, nil
 }
@@ -71,7 +77,10 @@ func (m *softDirtyMethod) prepare(c *collection) ([]region, error) {
 			return nil, err
 		}
 		state.cleared = true
-		regions, err := c.untracked()
+		regions, err := m.snapshot(c)
+		for i := range regions {
+			regions[i].full = true
+		}
 		c.stats.Registered += len(regions)
 		return regions, err
 	}
@@ -100,29 +109,47 @@ func (m *softDirtyMethod) prepare(c *collection) ([]region, error) {
 	return regions, nil
 }
 
-// snapshot reads the bits of all pages.
+// snapshot reads the bits of all pages, and what the pages are. It forgets the
+// snapshot before, except for a frozen process, which may be looked at again.
 func (m *softDirtyMethod) snapshot(c *collection) ([]region, error) {
 	regions, err := c.untracked()
 	if err != nil {
 		return nil, err
 	}
-	dirty := pageSet{}
+	before, now, dirty := c.p.soft.pages, identities{}, pageSet{}
+	note := func(addr, entry uint64) {
+		if entry&(entryPresent|entrySwap) == 0 {
+			return
+		}
+		base := chunkFloor(addr)
+		seen := now[base]
+		if seen == nil {
+			seen = new([chunkPages]uint64)
+			now[base] = seen
+		}
+		i := pageIndex(base, addr)
+		seen[i] = entry & (entryPresent | entrySwap | entryPFN)
+		same := before[base] != nil && before[base][i] == seen[i]
+		// A file's page in anonymous memory is the huge zero page, which takes the
+		// place of zapped memory without the bit.
+		zero := entry&(entryPresent|entryFile) == entryPresent|entryFile
+		if entry&entrySoftDirty != 0 || !same || zero {
+			dirty.add(addr, addr+checkpoint.PageSize)
+		}
+	}
 	for i := range regions {
 		regions[i].full = false
 		err := c.pages.chunks(regions[i].start, regions[i].end, func(start, end uint64) error {
-			return c.pages.entries(start, end, func(addr, entry uint64) {
-				// A file's page in anonymous memory is the huge zero page, which
-				// takes the place of zapped memory without the bit.
-				if entry&entrySoftDirty != 0 || entry&(entryPresent|entryFile) == entryPresent|entryFile {
-					dirty.add(addr, addr+checkpoint.PageSize)
-				}
-			})
+			return c.pages.entries(start, end, note)
 		})
 		if err != nil {
 			return nil, err
 		}
 	}
 	c.p.soft.dirty = dirty
+	if !c.frozen {
+		c.p.soft.pages = now
+	}
 	return regions, nil
 }
 

@@ -331,11 +331,12 @@ func (s *stress) stop() {
 func (s *stress) mutate(rng *rand.Rand) {
 	const pages, page, rw = 2048, 4096, unix.PROT_READ | unix.PROT_WRITE
 	const anonymous = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
-	sys := func(nr uintptr, args ...uintptr) {
+	sys := func(nr uintptr, args ...uintptr) bool {
 		var a [6]uintptr
 		copy(a[:], args)
 		// Some of the random operations are refused.
-		_, _, _ = syscall.Syscall6(nr, a[0], a[1], a[2], a[3], a[4], a[5])
+		_, _, errno := syscall.Syscall6(nr, a[0], a[1], a[2], a[3], a[4], a[5])
+		return errno == 0
 	}
 	base, _, errno := syscall.Syscall6(unix.SYS_MMAP, 0, pages*page, rw, anonymous|unix.MAP_NORESERVE, ^uintptr(0), 0)
 	if errno != 0 {
@@ -352,17 +353,23 @@ func (s *stress) mutate(rng *rand.Rand) {
 			sys(unix.SYS_MADVISE, addr, length, unix.MADV_DONTNEED)
 		case 1:
 			sys(unix.SYS_MMAP, addr, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
-		case 2: // a move over other memory, whose place is then mapped anew
-			to := base + uintptr(rng.IntN(pages-64))*page
-			if to+length <= addr || addr+length <= to {
-				sys(unix.SYS_MREMAP, addr, length, length, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, to)
-				sys(unix.SYS_MMAP, addr, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
+		case 2, 3: // a move over other memory, which leaves its mapping behind or none
+			flags := uintptr(unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED)
+			if stamp%2 == 0 {
+				flags |= unix.MREMAP_DONTUNMAP
 			}
-		case 3:
 			to := base + uintptr(rng.IntN(pages-64))*page
-			if to+length <= addr || addr+length <= to {
-				sys(unix.SYS_MREMAP, addr, length, length, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED|unix.MREMAP_DONTUNMAP, to)
+			if to+length > addr && addr+length > to {
+				break
 			}
+			hole := addr
+			if !sys(unix.SYS_MREMAP, addr, length, length, flags, to) {
+				// Older kernels have unmapped the destination by then.
+				hole = to
+			} else if flags&unix.MREMAP_DONTUNMAP != 0 {
+				break
+			}
+			sys(unix.SYS_MMAP, hole, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
 		case 4:
 			sys(unix.SYS_MPROTECT, addr, length, unix.PROT_NONE)
 			sys(unix.SYS_MPROTECT, addr, length, rw)
