@@ -23,6 +23,7 @@ type lane struct {
 	h      time.Duration
 	steps  int64 // cells
 	stride int64 // every stride-th cell is an origin to learn from
+	skips  bool  // settles every other forecast, see settle
 	wait   []entry
 	now    entry                   // of the newest cell, for Forecast, unless it waits already
 	ready  [2][len(levels)]float64 // quantiles of the newest cell
@@ -33,12 +34,14 @@ type lane struct {
 
 // half is what a lane has learnt about one target.
 type half struct {
-	stack   ridge  // z of the outcome from the features
-	width   ridge  // its absolute error from the scales
-	members blend  // which member to believe
-	tails   offset // residuals to quantiles
+	stack     ridge  // z of the outcome from the features
+	width     ridge  // its absolute error from the scales
+	alternate bool   // which of two settled forecasts the stack learns from
+	members   blend  // which member to believe
+	tails     offset // residuals to quantiles
 
 	n         float64 // settled forecasts
+	pace      float64 // one of them stands for so many
 	borrowed  bool    // members and tails began with a prior's
 	errFast   float64 // mean absolute error, over 12 and 300 settled forecasts
 	errSlow   float64
@@ -54,6 +57,8 @@ type half struct {
 func newLane(h time.Duration, step int64, lanes int) *lane {
 	steps := max(1, (int64(h)+step/2)/step)
 	l := &lane{h: h, steps: steps, stride: (steps + pendingMax - 1) / pendingMax}
+	// A stride saves more than skipping could.
+	l.skips = l.stride == 1 && steps >= mostlyShared
 	l.at = -1
 	l.wait = make([]entry, steps/l.stride+1)
 	l.peaks = newRollingMax(steps, l.stride)
@@ -63,6 +68,10 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 			n = peakFeatures
 		}
 		l.of[k] = half{stack: newRidge(n), width: newRidge(scales)}
+		l.of[k].pace = 1
+		if l.skips {
+			l.of[k].pace = 2
+		}
 		l.of[k].tails = newOffset(l, Target(k), step, lanes)
 	}
 	return l
@@ -98,6 +107,11 @@ func (l *lane) settle(hist *history, c int64, v float64, work []float64) {
 		return
 	}
 	e.ok = false
+	// Once it knows the series, a lane takes every other forecast whose
+	// outcome is mostly its neighbour's.
+	if l.skips && l.of[Value].n > youth && o%2 == 1 {
+		return
+	}
 	hour := hist.hourOf(c)
 	l.of[Value].learn(e, Value, v, hour, work)
 	if l.steps > 1 {
@@ -112,6 +126,13 @@ const (
 	// at 5 min, in which the daily rhythm has been seen on weekdays and a
 	// weekend.
 	forget = 1 - 1.0/3000
+	// youth settled forecasts long, nothing is left out for speed.
+	youth = 500
+	// mostlyShared: five sixths of the outcome's window.
+	mostlyShared = 6
+	// sharedFrom cells between origin and outcome, the stack learns from every
+	// other settled forecast: neighbours have nearly the same equation.
+	sharedFrom = 3
 	// shrink is the ridge term of the stack: ten samples' worth of belief
 	// that tomorrow is as now, since its features are deviations from now.
 	shrink = 10
@@ -128,7 +149,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 		h.settleUnit(spread)
 	}
 	h.n++
-	h.tails.learn(mid, spread, y)
+	h.tails.learn(mid, spread, y, h.pace)
 
 	// The error's size, for the width of the next forecasts. One beyond six
 	// times the expected is counted as six times: it comes from another
@@ -149,7 +170,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if e.rests() {
 		h.same += max(1.0/300, 1/h.n) * (equal(y, e.anchor) - h.same)
 	}
-	h.members.learn(&m, z, e.scale)
+	h.members.learn(&m, z, e.scale, h.pace)
 	naive := e.anchor + e.scale*m[0]
 	// The first forecasts are made from nothing and prove nothing.
 	long := max(1.0/5000, 1/max(h.n-30, 1))
@@ -158,6 +179,9 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	h.cover90 += max(1.0/300, 1/h.n) * (below(z, e.up90[t]) - h.cover90)
 	h.cover95 += max(1.0/300, 1/h.n) * (below(z, e.up95[t]) - h.cover95)
 
+	if h.alternate = !h.alternate; h.alternate && h.n > youth && h.tails.overlap >= sharedFrom {
+		return
+	}
 	// The stack, by least absolute deviations: its forecast is a median.
 	x = e.featuresOf(t)
 	z = max(-zMax, min(zMax, z))
@@ -188,7 +212,8 @@ func equal(a, b float64) float64 {
 // often than not, its median is exactly what it is now, however members differ
 // by traces of old spikes.
 func (h *half) median(m float64, e *entry, near time.Duration, t Target) float64 {
-	if h.guarded(near, t) || t == Value && h.n > 30 && h.same > 0.5 && e.rests() {
+	// One over √n is twice the error of a share found from n outcomes.
+	if h.guarded(near, t) || t == Value && h.same > 0.5+1/math.Sqrt(min(h.n, 300)) && e.rests() {
 		return e.anchor
 	}
 	return m

@@ -86,7 +86,7 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	span := max(spanDays*day, int64(horizons)*int64(l.h))
 	o.overlap = overlap
 	o.daily = t == Peak && l.h > shiftHorizon
-	o.every = max(1, int(math.Round(float64(span)/float64(cap(o.win[wayScaled].ring))/float64(step*l.stride))))
+	o.every = max(1, int(math.Round(float64(span)/float64(cap(o.win[wayScaled].ring))/(float64(step*l.stride)*l.of[t].pace))))
 	o.nearby = overlap <= nearOverlap
 	return o
 }
@@ -110,13 +110,18 @@ func (o *offset) competes(j, k int) bool {
 	return levels[k] != 0.5 || j != wayOutcome && j != wayShortOutcome
 }
 
-func (o *offset) learn(mid, spread, y float64) {
+func (o *offset) learn(mid, spread, y, pace float64) {
 	if o.n >= offsetStart {
-		rate := max(1/(o.n-offsetStart+3), 1.0/offsetMemory)
+		rate := max(1/(o.n-offsetStart+3), pace/offsetMemory)
+		n := ways
+		if !o.nearby {
+			n = wayShortRaw
+		}
 		for i, k := range judged {
-			for j := range ways {
+			q := levels[k]
+			for j := range n {
 				if o.competes(j, k) {
-					o.loss[i][j] += rate * (pinball(levels[k], y-o.way(j, k, mid, spread)) - o.loss[i][j])
+					o.loss[i][j] += rate * (pinball(q, y-o.way(j, k, mid, spread)) - o.loss[i][j])
 				}
 			}
 		}
@@ -210,12 +215,11 @@ func (o *offset) quantiles(mid, spread float64) (f [len(levels)]float64) {
 		return f
 	}
 	for k := range levels {
-		w := &o.weight[judgeOf[k]]
-		for j := range ways {
-			if w[j] > 0 {
-				f[k] += float64(w[j]) * o.way(j, k, mid, spread)
-			}
-		}
+		w, q := &o.weight[judgeOf[k]], &o.q[k]
+		// As deviations from mid, so that weights which sum to almost one
+		// leave a constant what it is.
+		f[k] = mid + float64(w[wayRaw])*q[wayRaw] + float64(w[wayScaled])*spread*q[wayScaled] +
+			float64(w[wayShortRaw])*q[wayShortRaw] + float64(w[wayOutcome])*(q[wayOutcome]-mid) + float64(w[wayShortOutcome])*(q[wayShortOutcome]-mid)
 	}
 	return f
 }

@@ -333,6 +333,7 @@ func (s *state) half(h *half) {
 	s.offset(&h.tails)
 	s.count(&h.n)
 	s.bool(&h.borrowed)
+	s.bool(&h.alternate)
 	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.same, &h.cover90, &h.cover95)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
@@ -344,7 +345,7 @@ func (s *state) ridge(r *ridge) {
 	s.floats(r.beta, false)
 	s.float(&r.unit)
 	s.int(&r.seen, 0, math.MaxInt32)
-	s.int(&r.due, 0, 16)
+	s.int(&r.due, 0, solveEvery)
 	if s.reading && s.err == nil && !(r.unit >= 1 && r.unit <= 1e7) {
 		s.fail("a regression's unit is %g", r.unit)
 	}

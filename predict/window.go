@@ -45,13 +45,14 @@ func (w *window) add(v float32) {
 
 // find is the first place in the order whose value is not below v.
 func (w *window) find(v float32) int {
-	lo, hi := 0, len(w.order)
-	for lo < hi {
-		m := int(uint(lo+hi) >> 1)
-		if w.ring[w.order[m]] < v {
-			lo = m + 1
+	lo, n := 0, len(w.order)
+	for n > 0 {
+		half := n >> 1
+		if w.ring[w.order[lo+half]] < v {
+			lo += half + 1
+			n -= half + 1
 		} else {
-			hi = m
+			n = half
 		}
 	}
 	return lo
