@@ -28,6 +28,9 @@ var theLab *lab.Lab
 // slow machine, far below the test's own time-out.
 const limit = 60 * time.Second
 
+// moveLimit is the limit of a migration, which may be one of gigabytes.
+const moveLimit = 5 * time.Minute
+
 func TestMain(m *testing.M) {
 	leak.ServeHelper()
 	os.Exit(run(m))
@@ -69,6 +72,12 @@ func run(m *testing.M) int {
 
 // on runs a command on a host and returns its standard output.
 func on(t *testing.T, host string, args ...string) (string, error) {
+	t.Helper()
+	return onWithin(t, limit, host, args...)
+}
+
+// onWithin is on for what may take longer.
+func onWithin(t *testing.T, limit time.Duration, host string, args ...string) (string, error) {
 	t.Helper()
 	// Clean-up runs when the test's own context has ended.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), limit)
@@ -128,7 +137,11 @@ type result struct {
 	Tracker       string  `json:"tracker"`
 	TotalMs       float64 `json:"total_ms"`
 	BlackoutMs    float64 `json:"blackout_ms"`
-	Rounds        []struct {
+	Phases        []struct {
+		Name string
+		Ms   float64
+	} `json:"phases"`
+	Rounds []struct {
 		N, Pages int64
 	} `json:"rounds"`
 	BytesRaw  int64 `json:"bytes_raw"`
@@ -140,7 +153,7 @@ type result struct {
 func migrate(t *testing.T, shard, from, to string, flags ...string) (result, int, error) {
 	t.Helper()
 	args := append([]string{"tranship", "migrate", "-o", "json", shard, to}, flags...)
-	out, err := on(t, from, args...)
+	out, err := onWithin(t, moveLimit, from, args...)
 	var r result
 	if strings.TrimSpace(out) != "" {
 		if jerr := json.Unmarshal([]byte(out), &r); jerr != nil {
@@ -160,7 +173,7 @@ func mustMigrate(t *testing.T, shard, from, to string, flags ...string) result {
 	if r.Outcome != "done" || r.From != from || r.To != to {
 		t.Fatalf("migrate %s to %s: %+v", shard, to, r)
 	}
-	t.Logf("%s → %s: blackout %.0f ms, total %.0f ms, %d rounds, %d pages", from, to, r.BlackoutMs, r.TotalMs, len(r.Rounds), r.Pages)
+	t.Logf("%s → %s: blackout %.0f ms, total %.0f ms, %d rounds, %d pages; %v", from, to, r.BlackoutMs, r.TotalMs, len(r.Rounds), r.Pages, r.Phases)
 	return r
 }
 
