@@ -62,6 +62,12 @@ func TestExternalsOfMirrorsWhatRuncRestores(t *testing.T) {
 	if len(external) != 1 || !strings.HasPrefix(external[0], "net[") || !strings.HasSuffix(external[0], "]:extRootNetNS") {
 		t.Errorf("external %v", external)
 	}
+	// A namespace of runc's own is that of the init process.
+	spec.Linux.Namespaces[2].Path = ""
+	spec.Linux.MaskedPaths = nil
+	if _, own, err := ExternalsOf(spec, "/proc/self/root"); err != nil || !slices.Equal(own, external) {
+		t.Errorf("without a path: external %v, %v; want %v", own, err, external)
+	}
 	spec.Linux.Namespaces[2].Path = "/proc/self/ns/none"
 	if _, _, err := ExternalsOf(spec, root); err == nil {
 		t.Error("a network namespace that does not exist was accepted")

@@ -28,8 +28,13 @@ func ExternalsOf(spec *specs.Spec, root string) (mounts []ExternalMount, externa
 			case specs.CgroupNamespace:
 				cgroupns = true
 			case specs.NetworkNamespace, specs.PIDNamespace:
-				if ns.Path == "" {
+				if ns.Path == "" && ns.Type == specs.PIDNamespace {
 					continue
+				}
+				if ns.Path == "" {
+					// runc never lets CRIU restore a network namespace's
+					// content, loopback included: it is always made beforehand.
+					ns.Path = filepath.Join(filepath.Dir(root), "ns/net")
 				}
 				key, err := externalNamespace(ns)
 				if err != nil {

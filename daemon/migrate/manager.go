@@ -191,7 +191,7 @@ func shardNet(rec *runtime.Record) (runtime.ShardNet, bool) {
 	switch rec.Network.Kind {
 	case runtime.NetworkShard:
 		return runtime.ShardNet{Namespace: rec.Namespace, Name: rec.Name, IP: rec.Network.IP, MAC: rec.Network.MAC}, true
-	case runtime.NetworkNone:
+	case runtime.NetworkNone, runtime.NetworkPrivate:
 		return runtime.ShardNet{Namespace: rec.Namespace, Name: rec.Name}, true
 	}
 	return runtime.ShardNet{}, false

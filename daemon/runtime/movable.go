@@ -130,7 +130,7 @@ func (f *findings) ofNetwork(rec *Record, spec *specs.Spec) {
 		f.warn("external-netns", "make the same namespace on the destination, or run it with --net shard",
 			"network namespace %s is somebody else's: it must exist on the destination too", rec.Network.Path)
 	}
-	if rec.Network.Kind != NetworkShard && rec.Network.Kind != NetworkNone {
+	if rec.Network.Kind == NetworkHost || rec.Network.Kind == NetworkNetns {
 		return
 	}
 	for key := range spec.Linux.Sysctl {

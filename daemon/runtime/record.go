@@ -98,7 +98,8 @@ const (
 	NetworkNone NetworkKind = "none"
 	// NetworkHost is the host's.
 	NetworkHost NetworkKind = "host"
-	// NetworkPrivate is one that runc made: empty, and dumped by CRIU.
+	// NetworkPrivate is one that runc made, with loopback only. It arrives as
+	// NetworkNone, for runc's restore would leave loopback down.
 	NetworkPrivate NetworkKind = "private"
 	// NetworkNetns is one that somebody else made, by path.
 	NetworkNetns NetworkKind = "netns"

@@ -62,6 +62,9 @@ func (r *Runtime) CreateForRestore(ctx context.Context, rec *Record, image, migr
 		delete(labels, labelRestartStatus)
 	}
 	labels[LabelIncoming] = migration
+	if rec.Network.Kind == NetworkPrivate {
+		labels[LabelNetwork] = string(NetworkNone)
+	}
 	c := containers.Container{
 		ID: rec.Name, Labels: labels, Image: image, Spec: spec,
 		Snapshotter: rec.Snapshot.Snapshotter, SnapshotKey: rec.Name,
@@ -126,7 +129,8 @@ func (r *Runtime) incomingSpec(rec *Record) (typeurl.Any, error) {
 	}
 	annotations[AnnotationCRIUConfig] = CRIUConfigPath(rec.Namespace, rec.Name)
 	spec["annotations"] = annotations
-	if rec.Network.Kind == NetworkShard || rec.Network.Kind == NetworkNone {
+	switch rec.Network.Kind {
+	case NetworkShard, NetworkNone, NetworkPrivate:
 		linux, _ := spec["linux"].(map[string]any)
 		list, _ := linux["namespaces"].([]any)
 		for _, entry := range list {
