@@ -120,6 +120,9 @@ func (b *blocked) disturb(times int) {
 		if errors.Is(err, errBusy) {
 			continue // a busy machine
 		}
+		if errors.Is(err, errGone) {
+			return // it is through, and says how it went
+		}
 		if err != nil {
 			b.t.Fatal(err)
 		}

@@ -187,6 +187,7 @@ func (m *pagemap) populatedRegions(start, end uint64) ([]scanRegion, uint64, err
 // zeros-by-default: present or swapped out, but neither the zero page nor a mere
 // marker.
 func (m *pagemap) populated(w *window) error {
+	clear(w.populated)
 	if !m.scan {
 		return m.entries(w.start, w.end, func(addr, entry uint64) {
 			if m.holdsPage(entry) {
@@ -246,9 +247,9 @@ func (m *pagemap) holdsPage(entry uint64) bool {
 var errNotTracked = errors.New("not write-protected")
 
 // written marks the pages of [start,end), within the window, written since they
-// were armed, and arms them again if rearm is set. Nothing is lost when it returns errNotTracked, as
-// long as the caller then takes the whole window for written: part of it may
-// have been armed.
+// were armed, and arms them again if rearm is set. Nothing is lost when it
+// returns errNotTracked, as long as the caller then takes the whole window for
+// written: part of it may have been armed.
 //
 // Only PAGE_IS_WRITTEN may be asked for. With any other mask, kernels without
 // commits 07b4377bdbe7 and 40de8160ca7f show pages that were zapped as clean.

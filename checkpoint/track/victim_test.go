@@ -273,6 +273,8 @@ func forkWriter(addr, length uint64) (uint64, error) {
 	if pid != 0 {
 		return uint64(pid), nil
 	}
+	// It holds the victim's output open, so it must not outlive it.
+	syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0)
 	for stamp := uint64(1); ; stamp++ {
 		at := addr + stamp*7%(length/4096)*4096
 		p := (*[512]uint64)(foreign(at))
@@ -362,14 +364,15 @@ func (s *stress) mutate(rng *rand.Rand) {
 			if to+length > addr && addr+length > to {
 				break
 			}
-			hole := addr
-			if !sys(unix.SYS_MREMAP, addr, length, length, flags, to) {
-				// Older kernels have unmapped the destination by then.
-				hole = to
-			} else if flags&unix.MREMAP_DONTUNMAP != 0 {
-				break
+			moved := sys(unix.SYS_MREMAP, addr, length, length, flags, to)
+			if !moved {
+				// The destination may have been unmapped by then, and since Linux 6.17
+				// a part of the source as well.
+				sys(unix.SYS_MMAP, to, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
 			}
-			sys(unix.SYS_MMAP, hole, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
+			if !moved || flags&unix.MREMAP_DONTUNMAP == 0 {
+				sys(unix.SYS_MMAP, addr, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
+			}
 		case 4:
 			sys(unix.SYS_MPROTECT, addr, length, unix.PROT_NONE)
 			sys(unix.SYS_MPROTECT, addr, length, rw)
