@@ -91,16 +91,6 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	return o
 }
 
-func (o *offset) way(j, k int, mid, spread float64) float64 {
-	switch j {
-	case wayRaw, wayShortRaw:
-		return mid + o.q[k][j]
-	case wayScaled:
-		return mid + spread*o.q[k][j]
-	}
-	return o.q[k][j]
-}
-
 // competes says whether way j may speak for level k. The median is the
 // members' business: outcomes alone are among them already.
 func (o *offset) competes(j, k int) bool {
@@ -113,16 +103,28 @@ func (o *offset) competes(j, k int) bool {
 func (o *offset) learn(mid, spread, y, pace float64) {
 	if o.n >= offsetStart {
 		rate := max(1/(o.n-offsetStart+3), pace/offsetMemory)
-		n := ways
-		if !o.nearby {
-			n = wayShortRaw
-		}
+		known := len(o.win[wayOutcome].ring) >= offsetStart
 		for i, k := range judged {
-			q := levels[k]
-			for j := range n {
-				if o.competes(j, k) {
-					o.loss[i][j] += rate * (pinball(q, y-o.way(j, k, mid, spread)) - o.loss[i][j])
-				}
+			q, at, loss := levels[k], &o.q[k], &o.loss[i]
+			charge := func(j int, forecast float64) {
+				loss[j] += rate * (pinball(q, y-forecast) - loss[j])
+			}
+			// A borrowed start has scaled residuals alone, see competes.
+			if len(o.win[wayRaw].ring) >= offsetStart {
+				charge(wayRaw, mid+at[wayRaw])
+			}
+			charge(wayScaled, mid+spread*at[wayScaled])
+			if known && q != 0.5 {
+				charge(wayOutcome, at[wayOutcome])
+			}
+			if !o.nearby {
+				continue
+			}
+			if len(o.win[wayShortRaw].ring) >= offsetStart {
+				charge(wayShortRaw, mid+at[wayShortRaw])
+			}
+			if len(o.win[wayShortOutcome].ring) >= offsetStart && q != 0.5 {
+				charge(wayShortOutcome, at[wayShortOutcome])
 			}
 		}
 	}

@@ -45,15 +45,19 @@ func (w *window) add(v float32) {
 
 // find is the first place in the order whose value is not below v.
 func (w *window) find(v float32) int {
+	// One conditional move a step: the outcome of a comparison is a coin toss,
+	// and a mispredicted branch costs more than the rest of the step.
 	lo, n := 0, len(w.order)
-	for n > 0 {
+	for n > 1 {
 		half := n >> 1
-		if w.ring[w.order[lo+half]] < v {
-			lo += half + 1
-			n -= half + 1
-		} else {
-			n = half
+		at := lo + half
+		if w.ring[w.order[at-1]] < v {
+			lo = at
 		}
+		n -= half
+	}
+	if n == 1 && w.ring[w.order[lo]] < v {
+		lo++
 	}
 	return lo
 }
