@@ -202,7 +202,7 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 	}
 	o.report.finish(outcome, code, reason)
 	if outcome == OutcomeDone {
-		o.closeAfterDone(log)
+		o.letGo(log)
 	}
 	var jerr error
 	if o.entry.Report, jerr = o.report.encode(); jerr == nil {
@@ -219,7 +219,11 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 	delete(m.outgoing, o.entry.ID)
 	m.mu.Unlock()
 	if unsettled {
-		m.work.Go(func() { m.settle(m.life, o.entry) })
+		m.work.Go(func() {
+			m.settle(m.life, o.entry)
+			// Whoever keeps the shard, nothing here tracks it any more.
+			o.letGo(log)
+		})
 	} else {
 		m.release(shardKey{o.entry.Namespace, o.entry.Shard}, o.entry.ID)
 	}

@@ -203,8 +203,8 @@ func (o *outgoing) maxBlackout() time.Duration {
 	return time.Duration(o.req.GetMaxBlackoutMs()) * time.Millisecond
 }
 
-// closeAfterDone lets go of what only an undo would have closed.
-func (o *outgoing) closeAfterDone(log *slog.Logger) {
+// letGo closes what only an undo would have closed. May run twice.
+func (o *outgoing) letGo(log *slog.Logger) {
 	if o.tracker != nil {
 		if err := o.tracker.Close(); err != nil {
 			log.Warn("dirty tracking", "err", err)

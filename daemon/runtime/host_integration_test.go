@@ -98,6 +98,8 @@ type host struct {
 	client *containerd.Client
 	dir    string
 	bridge string
+	// before are the interfaces that were there before the host.
+	before []string
 }
 
 func newHost(t *testing.T, name string) *host {
@@ -109,7 +111,7 @@ func newHost(t *testing.T, name string) *host {
 		}
 	}
 	dir := t.TempDir()
-	h := &host{dir: dir, bridge: "br-" + name}
+	h := &host{dir: dir, bridge: "br-" + name, before: veths(t)}
 	path := os.Getenv("PATH")
 	bin := filepath.Join(dir, "bin")
 	must(t, os.Mkdir(bin, 0o755))

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -94,6 +95,20 @@ func TestAShardRunsAnswersAndGoes(t *testing.T) {
 	h.empty(t)
 }
 
+// veths lists the host ends of shards' interfaces.
+func veths(t *testing.T) []string {
+	t.Helper()
+	links, err := netlink.LinkList()
+	must(t, err)
+	var names []string
+	for _, l := range links {
+		if l.Type() == "veth" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names
+}
+
 // empty fails when the host still holds anything of a shard's.
 func (h *host) empty(t *testing.T) {
 	t.Helper()
@@ -108,13 +123,12 @@ func (h *host) empty(t *testing.T) {
 	if len(held) != 0 {
 		t.Errorf("network namespaces are left: %v", held)
 	}
-	links, err := netlink.LinkList()
-	must(t, err)
-	for _, l := range links {
-		if l.Type() == "veth" {
-			t.Errorf("interface %s is left", l.Attrs().Name)
-		}
-	}
+	// The kernel takes a namespace apart in the background.
+	patience, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	await(t, patience, "the end of the shard's interfaces", func() bool {
+		return !slices.ContainsFunc(veths(t), func(name string) bool { return !slices.Contains(h.before, name) })
+	})
 	active := 0
 	must(t, h.client.SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, info snapshots.Info) error {
 		if info.Kind != snapshots.KindCommitted {
