@@ -18,14 +18,7 @@ type span struct{ from, to uint64 }
 func (s extentSet) add(e checkpoint.Extent) {
 	spans := s[e.PID]
 	n := span{e.Addr, e.End()}
-	// The first span that ends at or behind the new one's start touches it or
-	// lies beyond it.
-	i, _ := slices.BinarySearchFunc(spans, n.from, func(sp span, from uint64) int {
-		if sp.to < from {
-			return -1
-		}
-		return 1
-	})
+	i := endsBehind(spans, n.from) // touches it, or lies beyond it
 	j := i
 	for j < len(spans) && spans[j].from <= n.to {
 		n.from, n.to = min(n.from, spans[j].from), max(n.to, spans[j].to)
@@ -43,10 +36,10 @@ func (s extentSet) missing(e checkpoint.Extent) []checkpoint.Extent {
 			out = append(out, checkpoint.Extent{PID: e.PID, Addr: at, Pages: checkpoint.Pages(to-at) / checkpoint.PageSize})
 		}
 	}
-	for _, sp := range s[e.PID] {
-		if sp.to <= at {
-			continue
-		}
+	spans := s[e.PID]
+	// Searched, because this runs while the shard is frozen, for each of the many
+	// small extents of a memory with holes.
+	for _, sp := range spans[endsBehind(spans, at):] {
 		if sp.from >= end {
 			break
 		}
@@ -55,4 +48,15 @@ func (s extentSet) missing(e checkpoint.Extent) []checkpoint.Extent {
 	}
 	emit(end)
 	return out
+}
+
+// endsBehind is the index of the first span that ends at or behind an address.
+func endsBehind(spans []span, at uint64) int {
+	i, _ := slices.BinarySearchFunc(spans, at, func(sp span, at uint64) int {
+		if sp.to < at {
+			return -1
+		}
+		return 1
+	})
+	return i
 }
