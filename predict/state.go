@@ -334,7 +334,7 @@ func (s *state) half(h *half) {
 	s.count(&h.n)
 	s.bool(&h.borrowed)
 	s.bool(&h.alternate)
-	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.same, &h.cover90, &h.cover95)
+	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.same, &h.cover90, &h.cover95)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
 }
