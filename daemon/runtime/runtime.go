@@ -127,7 +127,7 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %s: %w", cfg.Address, err)
 	}
-	if _, err := client.Version(ctx); err != nil {
+	if err := awaitAnswer(ctx, client); err != nil {
 		client.Close()
 		return nil, fmt.Errorf("containerd at %s: %w", cfg.Address, err)
 	}
@@ -238,4 +238,24 @@ func (r *Runtime) task(ctx context.Context, namespace, name string) (context.Con
 		return ctx, c, nil, fmt.Errorf("task %s: %w", name, err)
 	}
 	return ctx, c, t, nil
+}
+
+// answerPoll paces the question whether containerd answers yet: its socket is
+// there a moment before anybody listens on it.
+const answerPoll = 50 * time.Millisecond
+
+func awaitAnswer(ctx context.Context, client *containerd.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	for {
+		_, err := client.Version(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(answerPoll):
+		}
+	}
 }
