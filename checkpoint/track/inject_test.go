@@ -32,7 +32,11 @@ type blocked struct {
 	out *bufio.Reader
 }
 
+// builtBlocked says that buildBlocked has left a directory to remove.
+var builtBlocked bool
+
 var buildBlocked = sync.OnceValues(func() (string, error) {
+	builtBlocked = true
 	dir, err := os.MkdirTemp("", "tranship-track-")
 	if err != nil {
 		return "", err
@@ -66,7 +70,7 @@ func startBlocked(t *testing.T, mode string) *blocked {
 		t.Fatal(err)
 	}
 	b.out = bufio.NewReader(out)
-	if err := b.cmd.Start(); err != nil {
+	if err := start(b.cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

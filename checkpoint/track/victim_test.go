@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -33,7 +34,34 @@ func TestMain(m *testing.M) {
 		runVictim()
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	go keepStarting()
+	code := m.Run()
+	if builtBlocked {
+		if path, err := buildBlocked(); err == nil {
+			_ = os.RemoveAll(filepath.Dir(path))
+		}
+	}
+	os.Exit(code)
+}
+
+// starts are the processes that tests start. They die with the thread that
+// started them, even if they are stopped, so that nothing outlives a test that
+// breaks off; so that thread has to last as long as the tests.
+var starts = make(chan func())
+
+func keepStarting() {
+	runtime.LockOSThread()
+	for start := range starts {
+		start()
+	}
+}
+
+// start starts a process that ends with the tests.
+func start(cmd *exec.Cmd) error {
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	done := make(chan error, 1)
+	starts <- func() { done <- cmd.Start() }
+	return <-done
 }
 
 type victim struct {
@@ -65,7 +93,7 @@ func startVictim(t *testing.T, attr *syscall.SysProcAttr) *victim {
 		t.Fatal(err)
 	}
 	v.out = bufio.NewReader(out)
-	if err := v.cmd.Start(); err != nil {
+	if err := start(v.cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
