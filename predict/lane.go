@@ -10,6 +10,8 @@ const (
 	// closer together than a 24th of the horizon share nearly all of their
 	// outcome's noise and teach little that is new.
 	pendingMax = 24
+	// pendingFew, where a fifth lane has to fit into MaxState.
+	pendingFew = 16
 	// guardHorizon: up to here "as now" is the forecast that a plain
 	// autoscaler makes, and being worse than it is inexcusable.
 	guardHorizon = 5 * time.Minute
@@ -58,7 +60,11 @@ type half struct {
 
 func newLane(h time.Duration, step int64, lanes int) *lane {
 	steps := max(1, (int64(h)+step/2)/step)
-	l := &lane{h: h, steps: steps, stride: (steps + pendingMax - 1) / pendingMax}
+	pending := int64(pendingMax)
+	if lanes > 4 {
+		pending = pendingFew
+	}
+	l := &lane{h: h, steps: steps, stride: (steps + pending - 1) / pending}
 	// A stride saves more than skipping could.
 	l.skips = l.stride == 1 && steps >= mostlyShared
 	l.at = -1

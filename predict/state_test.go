@@ -88,6 +88,39 @@ func TestStateTravels(t *testing.T) {
 	}
 }
 
+func TestFullestStateFits(t *testing.T) {
+	hours := func(hs ...int) (out []time.Duration) {
+		for _, h := range hs {
+			out = append(out, time.Duration(h)*time.Hour)
+		}
+		return out
+	}
+	for name, cfg := range map[string]Config{
+		"four long horizons": {Horizons: hours(6, 12, 24, 168)},
+		"five long horizons": {Horizons: hours(6, 12, 24, 48, 168)},
+		"five from a minute": {Step: time.Minute, Horizons: append([]time.Duration{time.Minute, 3 * time.Minute}, hours(1, 24, 168)...)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := seasoned(t, cfg, 1000)
+			for _, l := range f.lanes {
+				for i := range l.wait {
+					l.fill(&f.hist, f.open-1, &l.wait[i])
+				}
+				for k := range l.of {
+					for j := range l.of[k].tails.win {
+						w := &l.of[k].tails.win[j]
+						w.ring = w.ring[:cap(w.ring)]
+						w.sort()
+					}
+				}
+			}
+			if n := len(mustMarshal(t, f)); n > MaxState || n < MaxState/2 {
+				t.Errorf("%d bytes, at most %d", n, MaxState)
+			}
+		})
+	}
+}
+
 func TestStateCutAnywhereIsRefused(t *testing.T) {
 	data := mustMarshal(t, seasoned(t, fiveMin, 2000))
 	f := mustNew(t, Config{})
