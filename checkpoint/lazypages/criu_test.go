@@ -21,7 +21,7 @@ import (
 )
 
 // criuPaths are where a CRIU of version 4.1 or later may be.
-var criuPaths = []string{"/usr/local/lib/tranship/criu/criu.bin", "/usr/local/sbin/criu", "/usr/sbin/criu"}
+var criuPaths = []string{"/usr/local/lib/tranship/criu/criu", "/usr/local/sbin/criu", "/usr/sbin/criu"}
 
 // findCRIU returns a CRIU that runs on this kernel.
 func findCRIU(t *testing.T) string {

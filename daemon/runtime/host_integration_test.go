@@ -115,8 +115,8 @@ func newHost(t *testing.T, name string) *host {
 	path := os.Getenv("PATH")
 	bin := filepath.Join(dir, "bin")
 	must(t, os.Mkdir(bin, 0o755))
-	if _, err := os.Stat(filepath.Join(criuDir, "criu.bin")); err == nil {
-		must(t, os.Symlink(filepath.Join(criuDir, "criu.bin"), filepath.Join(bin, "criu")))
+	if _, err := os.Stat(filepath.Join(criuDir, "criu")); err == nil {
+		must(t, os.Symlink(filepath.Join(criuDir, "criu"), filepath.Join(bin, "criu")))
 	}
 	config := fmt.Sprintf(`version = 2
 root = %q

@@ -417,7 +417,7 @@ func TestAnAbortedArrivalLeavesNothing(t *testing.T) {
 }
 
 func TestAShardMovesByCheckpointAndRestore(t *testing.T) {
-	if _, err := os.Stat(filepath.Join(criuDir, "criu.bin")); err != nil {
+	if _, err := os.Stat(filepath.Join(criuDir, "criu")); err != nil {
 		testenv.Missing(t, criuDir)
 	}
 	src, dst := newHost(t, "a"), newHost(t, "b")
