@@ -7,11 +7,11 @@ import (
 
 const (
 	// pendingMax origins of a lane wait for their outcome at a time. Origins
-	// closer together than a 24th of the horizon share nearly all of their
+	// closer together than a 20th of the horizon share nearly all of their
 	// outcome's noise and teach little that is new.
-	pendingMax = 24
+	pendingMax = 20
 	// pendingFew, where a fifth lane has to fit into MaxState.
-	pendingFew = 16
+	pendingFew = 14
 	// guardHorizon: up to here "as now" is the forecast that a plain
 	// autoscaler makes, and being worse than it is inexcusable.
 	guardHorizon = 5 * time.Minute

@@ -64,7 +64,7 @@ const (
 
 // windowSizes leave the state of four lanes below MaxState; with a fifth they
 // halve.
-var windowSizes = [ways]int{192, 256, 160, 64, 64}
+var windowSizes = [ways]int{160, 256, 128, 64, 64}
 
 func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	o := offset{}
