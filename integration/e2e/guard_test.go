@@ -146,7 +146,7 @@ func importImage(t *testing.T, spec lab.ImageSpec) {
 	images.imported[spec.Name] = true
 }
 
-// workDir holds what the tests build for all of them; "" before the first.
+// workDir holds what the tests build for all of them; run removes it.
 var workDir = sync.OnceValues(func() (string, error) { return os.MkdirTemp("", "tranship-e2e-") })
 
 // built makes a program once for all tests and returns its path, the same in
