@@ -12,6 +12,8 @@ import (
 
 	"github.com/klauspost/compress/s2"
 	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // script writes frames as a sender does, or as one should not.
@@ -236,9 +238,7 @@ func FuzzApply(f *testing.F) {
 
 // TestHostileStreams are those that a frame alone does not give away.
 func TestHostileStreams(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: make test runs it")
-	}
+	testenv.NeedRoot(t)
 	symlink := entry{Path: "out", Fresh: true, Mode: unix.S_IFLNK | 0o777, Target: "../outside"}
 	fileIn := func(path string) entry { e := aFile; e.Path, e.Size = path, 1; return e }
 	patch := func(path string) entry { e := fileIn(path); e.Fresh = false; return e }

@@ -68,7 +68,7 @@ func TestCRIURestoresFromThePageServer(t *testing.T) {
 	criu := findCRIU(t)
 	python, err := exec.LookPath("python3")
 	if err != nil {
-		t.Skip("needs python3")
+		testenv.Missing(t, "python3")
 	}
 	work := r.cfg.Images
 	result := filepath.Join(work, "result")

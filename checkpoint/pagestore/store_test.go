@@ -25,7 +25,7 @@ func newStore(t *testing.T) *Store {
 	t.Helper()
 	base, err := os.MkdirTemp("/dev/shm", "tranship-pagestore-")
 	if err != nil {
-		t.Skipf("needs a writable tmpfs at /dev/shm: %v", err)
+		testenv.Missing(t, "a writable tmpfs at /dev/shm: "+err.Error())
 	}
 	t.Cleanup(func() {
 		if err := os.RemoveAll(base); err != nil {
@@ -34,7 +34,7 @@ func newStore(t *testing.T) *Store {
 	})
 	s, err := Create(filepath.Join(base, "store"))
 	if errors.Is(err, ErrNotTmpfs) {
-		t.Skip("needs a tmpfs at /dev/shm")
+		testenv.Missing(t, "a tmpfs at /dev/shm")
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -63,7 +63,6 @@ type outgoing struct {
 
 	frozenAt time.Time
 	sealedAt time.Time
-	steps    []*v1.Phase
 }
 
 // undoList is what gives the shard back, newest first. It is emptied by yield.

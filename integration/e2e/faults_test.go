@@ -309,11 +309,6 @@ func TestKillingTheDestinationsShimLeavesOneWholeCopy(t *testing.T) {
 // killNamed sends SIGKILL to every process of a host whose name begins so.
 func killNamed(t *testing.T, host, name string) int {
 	t.Helper()
-	pids, err := hostOf(t, host).PIDs(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = pids
 	out := must(t, host, "sh", "-c", `for p in /proc/[0-9]*; do read -r n < $p/comm 2>/dev/null && case "$n" in `+name+`*) echo ${p#/proc/};; esac; done; true`)
 	n := 0
 	for _, pid := range strings.Fields(out) {
