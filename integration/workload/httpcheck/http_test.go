@@ -133,11 +133,23 @@ func TestBothServersPassTheCheck(t *testing.T) {
 	}
 }
 
+// flipValues changes one bit of each value that passes: nothing else is that
+// long. A bit at a fixed place would now and then meet a header that nobody
+// reads, or a value that is written anew before it is read.
+func flipValues(d faulty.Direction) faulty.Fault {
+	return func(dir faulty.Direction, _ int64, piece []byte) error {
+		if dir == d && len(piece) > 4000 {
+			piece[len(piece)-1] ^= 0x20
+		}
+		return nil
+	}
+}
+
 func TestDamageOnTheWayIsFound(t *testing.T) {
 	addr := startGo(t)
 	for name, fault := range map[string]faulty.Fault{
-		"a byte of a request":       faulty.FlipAt(faulty.ToServer, 60_000),
-		"a byte of an answer":       faulty.FlipAt(faulty.ToClient, 60_000),
+		"the values of requests":    flipValues(faulty.ToServer),
+		"the values of answers":     flipValues(faulty.ToClient),
 		"a connection that is cut":  faulty.CutAfter(faulty.ToClient, 60_000),
 		"a request that never ends": faulty.CutAfter(faulty.ToServer, 60_000),
 	} {
