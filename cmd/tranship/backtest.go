@@ -32,6 +32,7 @@ func newBacktestCommand(g *globals) *cobra.Command {
 		options  backtest.Options
 		horizons []string
 		group    string
+		sample   string
 		jobs     int
 	)
 	cmd := &cobra.Command{
@@ -43,7 +44,11 @@ A FILE is CSV: the first column is the time (unix seconds, RFC 3339 or
 YYYY-MM-DD HH:MM:SS), every other column one series, an empty cell a gap.
 The first half of a series trains, the second tests. Errors are divided by the
 training half's mean absolute error of "as a day ago" (of "as a step ago" below
-five days), so that 1 is as good as that; tables show medians over series.`,
+five days), so that 1 is as good as that; tables show medians over series.
+
+A model that was changed until it did well on some series is judged on others:
+--sample development and --sample holdout are two halves of all series, split
+by a hash of their names.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usagef("backtest: which files?")
@@ -58,7 +63,7 @@ five days), so that 1 is as good as that; tables show medians over series.`,
 				}
 				options.Horizons = append(options.Horizons, h)
 			}
-			if err := checkBacktest(&options, group, jobs); err != nil {
+			if err := checkBacktest(&options, group, sample, jobs); err != nil {
 				return err
 			}
 			var series []backtest.Series
@@ -67,7 +72,11 @@ five days), so that 1 is as good as that; tables show medians over series.`,
 				if err != nil {
 					return err
 				}
-				series = append(series, s...)
+				for i := range s {
+					if backtest.Sample(sample).Includes(&s[i]) {
+						series = append(series, s[i])
+					}
+				}
 			}
 			reports, err := backtestAll(cmd.Context(), series, options, jobs, newBacktestProgress(cmd, len(series)))
 			if err != nil {
@@ -92,11 +101,12 @@ five days), so that 1 is as good as that; tables show medians over series.`,
 	flags.IntVar(&options.Stride, "stride", 1, "forecast from every so many-th cell")
 	flags.StringSliceVar(&options.Models, "models", nil, "which models (default all: "+strings.Join(backtest.Models(), ", ")+")")
 	flags.StringVar(&group, "group", "folder", "medians over the series of each folder, file or column")
+	flags.StringVar(&sample, "sample", string(backtest.Everything), "which series: all, development or holdout")
 	flags.IntVar(&jobs, "jobs", runtime.GOMAXPROCS(0), "series at a time")
 	return cmd
 }
 
-func checkBacktest(o *backtest.Options, group string, jobs int) error {
+func checkBacktest(o *backtest.Options, group, sample string, jobs int) error {
 	for i := 1; i < len(o.Horizons); i++ {
 		if o.Horizons[i] <= o.Horizons[i-1] {
 			return usagef("--horizons must ascend")
@@ -120,6 +130,11 @@ func checkBacktest(o *backtest.Options, group string, jobs int) error {
 		return usagef("--jobs %d: want 1 or more", jobs)
 	case group != "folder" && group != "file" && group != "column":
 		return usagef("--group %q: use folder, file or column", group)
+	}
+	switch backtest.Sample(sample) {
+	case backtest.Everything, backtest.Development, backtest.Holdout:
+	default:
+		return usagef("--sample %q: use all, development or holdout", sample)
 	}
 	return nil
 }

@@ -104,6 +104,7 @@ func TestBacktestRefusesWhatItCannotDo(t *testing.T) {
 		"a stride of none":       {file, "--stride", "0"},
 		"no jobs":                {file, "--jobs", "0"},
 		"an unknown group":       {file, "--group", "moon"},
+		"an unknown sample":      {file, "--sample", "easy"},
 		"more horizons than fit": {file, "--horizons", "5m,10m,15m,20m,25m,30m"},
 	} {
 		t.Run(name, func(t *testing.T) {

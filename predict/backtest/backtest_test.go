@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -104,6 +105,26 @@ func FuzzRead(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestSamplesHalveTheSeriesByName(t *testing.T) {
+	held := 0
+	for i := range 1000 {
+		s := Series{File: "some/where/load.csv", Column: "vm" + strconv.Itoa(i)}
+		moved := Series{File: "load.csv", Column: s.Column, Values: []float64{1}}
+		if s.Sample() != moved.Sample() {
+			t.Fatalf("%s changed its sample with its folder or its values", s.Column)
+		}
+		if Development.Includes(&s) == Holdout.Includes(&s) || !Everything.Includes(&s) {
+			t.Fatalf("%s is in both samples or in neither", s.Column)
+		}
+		if Holdout.Includes(&s) {
+			held++
+		}
+	}
+	if held < 450 || held > 550 {
+		t.Errorf("%d of 1000 series are held out", held)
+	}
 }
 
 func TestGridAveragesCellsAndKeepsGaps(t *testing.T) {

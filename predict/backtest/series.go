@@ -1,11 +1,13 @@
 package backtest
 
 import (
+	"crypto/sha256"
 	"encoding/csv"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +21,28 @@ type Series struct {
 	Times  []time.Time
 	Values []float64
 }
+
+// Sample is one of two halves of all series that ever were, told apart by
+// their names alone: what is changed in a model is judged on the first, and
+// what is said of it, on the second.
+type Sample string
+
+const (
+	Everything  Sample = "all"
+	Development Sample = "development"
+	Holdout     Sample = "holdout"
+)
+
+// Sample says whether the series belongs to Development or Holdout.
+func (s *Series) Sample() Sample {
+	if sum := sha256.Sum256([]byte(filepath.Base(s.File) + "\x00" + s.Column)); sum[0]&1 == 1 {
+		return Holdout
+	}
+	return Development
+}
+
+// Includes says whether s belongs to the sample.
+func (p Sample) Includes(s *Series) bool { return p == Everything || p == s.Sample() }
 
 // maxColumns bounds what a hostile file can make Read allocate; the widest
 // public trace has about a thousand.
