@@ -180,11 +180,11 @@ func TestATracedProcessIsRefused(t *testing.T) {
 func TestDirectIOIsLookedForEverywhere(t *testing.T) {
 	dir := t.TempDir()
 	if surveyFiles(os.Getpid()).pinning {
-		t.Skip("this machine has a file system that may pin pages")
+		testenv.Missing(t, "a process without a file system that may pin pages")
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "direct"), os.O_CREATE|os.O_RDWR|unix.O_DIRECT, 0o600)
 	if err != nil {
-		t.Skipf("the file system has no direct I/O: %v", err)
+		testenv.Missing(t, "direct I/O on the temporary directory: "+err.Error())
 	}
 	defer f.Close()
 	if !surveyFiles(os.Getpid()).pinning {

@@ -42,6 +42,7 @@ const (
 	blobContent = "content" // name: digest
 	blobLayer   = "layer"
 	blobLog     = "log" // name: offset in the log file
+	blobFrames  = "frames"
 	blobImages  = "images"
 )
 
@@ -54,6 +55,7 @@ type incoming struct {
 	store  *pagestore.Store
 	pages  *pageServer
 	task   *runtime.RestoreTask
+	hold   *runtime.Hold // nil when no address moves
 	rootfs *runtime.Rootfs
 	upper  string
 	image  string
@@ -121,6 +123,11 @@ func (in *incoming) build(ctx context.Context) error {
 		net.Staged = true
 		if err := rt.Network().Create(ctx, net); err != nil {
 			return err
+		}
+		if net.IP.IsValid() {
+			if in.hold, err = rt.Network().Hold(net); err != nil {
+				return err
+			}
 		}
 	}
 	if err := rt.CreateForRestore(ctx, rec, in.image, in.entry.ID); err != nil {
@@ -217,6 +224,11 @@ func (in *incoming) Blob(ctx context.Context, kind, name string, size int64, r i
 		return in.takeMount(ctx, name, r)
 	case blobLog:
 		return in.takeLog(name, r)
+	case blobFrames:
+		if in.hold == nil {
+			return errors.New("frames for a shard without an address")
+		}
+		return in.hold.Add(r)
 	case blobImages:
 		sum, err := receiveImages(in.dir("images"), r)
 		if err != nil {
@@ -254,6 +266,18 @@ func (in *incoming) takeLog(name string, r io.Reader) error {
 	}
 	_, err = io.Copy(io.NewOffsetWriter(f, offset), r)
 	return errors.Join(err, f.Close())
+}
+
+// redirect makes the shard's address point here while the source stands still.
+func (in *incoming) redirect() error {
+	if err := in.enter(); err != nil {
+		return err
+	}
+	defer in.sinks.Done()
+	if in.hold == nil {
+		return errors.New("a shard without an address cannot be redirected")
+	}
+	return in.hold.Redirect()
 }
 
 // 4. seal
@@ -375,6 +399,11 @@ func (in *incoming) activate(ctx context.Context) {
 			in.m.log.Error("link of a moved shard", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
 		}
 	}
+	if in.hold != nil {
+		if err := in.hold.Deliver(); err != nil {
+			in.m.log.Warn("frames that came during the blackout", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+		}
+	}
 	in.step("link up", at)
 	in.m.work.Go(func() { in.fill(in.m.life) })
 }
@@ -427,11 +456,22 @@ func (in *incoming) abort(ctx context.Context, code, reason string) error {
 	return err
 }
 
+// dropHold lets go of frames that nobody waits for any more.
+func (in *incoming) dropHold() {
+	if in.hold == nil {
+		return
+	}
+	if err := in.hold.Close(); err != nil {
+		in.m.log.Warn("packet socket", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+	}
+}
+
 // destroy removes everything that the migration built here. May run twice.
 func (in *incoming) destroy(ctx context.Context) error {
 	// Data that is being written now would come back after its directory went.
 	in.entry.State = Aborted
 	in.sinks.Wait()
+	in.dropHold()
 	var errs []error
 	// The task first: while it may run, its pages must be served.
 	if err := in.m.rt.DestroyIncoming(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
@@ -459,6 +499,7 @@ func (in *incoming) destroy(ctx context.Context) error {
 // fill waits until every page is placed, then removes what only the migration
 // needed.
 func (in *incoming) fill(ctx context.Context) {
+	in.dropHold()
 	log := in.m.log.With("migration", in.entry.ID, "shard", in.entry.Shard)
 	if in.rec != nil {
 		if err := in.m.rt.LeaseHere(in.entry.Namespace, in.entry.Shard, in.rec.Network); err != nil {

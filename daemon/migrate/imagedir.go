@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/zeebo/xxh3"
@@ -133,22 +134,45 @@ func takeImage(root *os.Root, r io.Reader, hdr *tar.Header) error {
 	return errors.Join(err, f.Close())
 }
 
-// rearmTimers mends, in a dump, what CRIU would restore wrong.
-func rearmTimers(path string) error {
+// mendImages changes, in a dump, what CRIU would restore wrong or not at all.
+func mendImages(dir string) error {
+	files := filepath.Join(dir, "files.img")
+	raw, err := os.ReadFile(files)
+	if err != nil {
+		return fmt.Errorf("mend images: %w", err)
+	}
+	streams, err := image.LoopbackStreams(bytes.NewReader(raw))
+	if err != nil {
+		return fmt.Errorf("mend %s: %w", files, err)
+	}
+	for _, ino := range streams {
+		path := filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", ino))
+		if err := mend(path, image.MarkSent); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return mend(files, func(w io.Writer, r io.Reader) (bool, error) {
+		n, err := image.RearmTimers(w, r)
+		return n > 0, err
+	})
+}
+
+// mend replaces an image if change says that it changed it.
+func mend(path string, change func(io.Writer, io.Reader) (bool, error)) error {
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("timers: %w", err)
+		return fmt.Errorf("mend images: %w", err)
 	}
 	var mended bytes.Buffer
-	n, err := image.RearmTimers(&mended, bytes.NewReader(raw))
+	changed, err := change(&mended, bytes.NewReader(raw))
 	if err != nil {
-		return fmt.Errorf("timers in %s: %w", path, err)
+		return fmt.Errorf("mend %s: %w", path, err)
 	}
-	if n == 0 {
+	if !changed {
 		return nil
 	}
 	if err := os.WriteFile(path, mended.Bytes(), 0o600); err != nil {
-		return fmt.Errorf("timers: %w", err)
+		return fmt.Errorf("mend images: %w", err)
 	}
 	return nil
 }

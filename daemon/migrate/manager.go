@@ -210,6 +210,11 @@ func (o *outgoing) letGo(log *slog.Logger) {
 			log.Warn("dirty tracking", "err", err)
 		}
 	}
+	if o.hold != nil {
+		if err := o.hold.Close(); err != nil {
+			log.Warn("packet socket", "err", err)
+		}
+	}
 	if o.session != nil {
 		if err := ignoreClosed(o.session.Close()); err != nil {
 			log.Warn("page session", "err", err)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -84,7 +85,25 @@ func (m *Manager) checkHere(ctx context.Context, rec *runtime.Record) []*v1.Find
 	if err != nil {
 		return append(out, refuse("processes", "every process of a shard must be in its pid namespace", "%v", err))
 	}
+	out = append(out, checkLinks(rec)...)
 	return append(out, checkProcesses(rec.Name, procs, addressMoves(rec))...)
+}
+
+// checkLinks refuses a private network namespace that somebody, `ctr run --cni`
+// for one, gave interfaces: only its loopback is made anew at the destination.
+func checkLinks(rec *runtime.Record) []*v1.Finding {
+	if rec.Network.Kind != runtime.NetworkPrivate {
+		return nil
+	}
+	links, err := runtime.LinksOf(rec.PID)
+	if err != nil {
+		return []*v1.Finding{refuse("network", "try again when it is running", "%v", err)}
+	}
+	if len(links) == 0 {
+		return nil
+	}
+	return []*v1.Finding{refuse("private-links", "run it with tranship run --net shard, whose address moves with it",
+		"its network namespace has interfaces that tranship did not make and cannot move: %s", strings.Join(links, ", "))}
 }
 
 func (m *Manager) outgoingOf(id string) *outgoing {

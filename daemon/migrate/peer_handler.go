@@ -110,6 +110,18 @@ func (h *PeerHandler) Prepare(ctx context.Context, r *connect.Request[v1.Prepare
 	return connect.NewResponse(resp), nil
 }
 
+// Redirect makes the shard's address point here.
+func (h *PeerHandler) Redirect(ctx context.Context, r *connect.Request[v1.RedirectRequest]) (*connect.Response[v1.RedirectResponse], error) {
+	in, err := h.m.incomingOf(ctx, r.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	if err := in.redirect(); err != nil {
+		return nil, apiError(err)
+	}
+	return connect.NewResponse(&v1.RedirectResponse{}), nil
+}
+
 // Seal is the source's word that everything was sent.
 func (h *PeerHandler) Seal(ctx context.Context, r *connect.Request[v1.SealRequest]) (*connect.Response[v1.SealResponse], error) {
 	in, err := h.m.incomingOf(ctx, r.Msg.GetId())

@@ -60,6 +60,7 @@ type outgoing struct {
 	told       extentSet
 	offset     clockOffset
 	undo       undoList
+	hold       *runtime.Hold // nil when no address moves
 
 	frozenAt time.Time
 	sealedAt time.Time

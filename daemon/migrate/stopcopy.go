@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -32,6 +33,9 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	if o.entry.CRIUStart, err = startTime(dumper.PID()); err != nil {
 		return err
 	}
+	if err := o.openHold(); err != nil {
+		return err
+	}
 	freezer := o.cgroup.Freezer()
 	state, err := freezer.State()
 	if err != nil {
@@ -57,10 +61,8 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	if err := freezer.Freeze(ctx); err != nil {
 		return err
 	}
-	if net, ok := o.shardNet(); ok {
-		if err := o.m.rt.Network().Isolate(ctx, net); err != nil {
-			return err
-		}
+	if err := o.isolate(ctx); err != nil {
+		return err
 	}
 	o.step("freeze", o.frozenAt)
 	if err := failpoint.Hit(ctx, "source.frozen"); err != nil {
@@ -72,10 +74,59 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	return o.seal(ctx)
 }
 
+// openHold prepares to keep the frames that the shard will miss.
+func (o *outgoing) openHold() error {
+	net, ok := o.shardNet()
+	if !ok || !net.IP.IsValid() {
+		return nil
+	}
+	var err error
+	o.hold, err = o.m.rt.Network().Hold(net)
+	return err
+}
+
+// isolate takes the shard's link down; what comes for it from now on is kept.
+func (o *outgoing) isolate(ctx context.Context) error {
+	if o.hold != nil {
+		if err := o.hold.Take(); err != nil {
+			return err
+		}
+	}
+	if net, ok := o.shardNet(); ok {
+		return o.m.rt.Network().Isolate(ctx, net)
+	}
+	return nil
+}
+
+// redirect has the destination take the shard's address. The shard itself can
+// send nothing any more that would make a switch learn otherwise.
+func (o *outgoing) redirect(ctx context.Context) error {
+	if o.hold == nil {
+		return nil
+	}
+	if _, err := o.peer.Redirect(ctx, connect.NewRequest(&v1.RedirectRequest{Id: o.entry.ID})); err != nil {
+		return fmt.Errorf("redirect to %s: %w", o.entry.Peer, peerError(err))
+	}
+	return nil
+}
+
+// sendHeld sends the frames that came here until the redirection.
+func (o *outgoing) sendHeld(ctx context.Context) error {
+	if o.hold == nil {
+		return nil
+	}
+	_, err := o.stream(ctx, blobFrames, "", o.hold.Drain)
+	return err
+}
+
 // thaw is the undo of everything that stopAndCopy did to the shard. It does not
 // ask how far that came: every part may run on a shard that was not touched.
 func (o *outgoing) thaw(ctx context.Context) error {
-	return o.m.giveBack(ctx, o.entry, o.rec)
+	err := o.m.giveBack(ctx, o.entry, o.rec)
+	if o.hold == nil {
+		return err
+	}
+	return errors.Join(err, o.hold.Deliver())
 }
 
 // dumpAndSend reads the last pages while CRIU dumps; both only look.
@@ -84,6 +135,7 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 	images := filepath.Join(dir, "images")
 	began := time.Now()
 	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return o.redirect(gctx) })
 	g.Go(func() error {
 		res, err := o.round(gctx, o.nextRound(), track.Options{Frozen: true})
 		if err != nil {
@@ -123,6 +175,7 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 	g.Go(func() error { return o.sendLayer(gctx, true) })
 	g.Go(func() error { return o.sendMounts(gctx, true) })
 	g.Go(func() error { return o.sendLog(gctx) })
+	g.Go(func() error { return o.sendHeld(gctx) })
 	g.Go(func() error { return o.sendImages(gctx, images) })
 	if err := g.Wait(); err != nil {
 		return err
@@ -190,7 +243,7 @@ func (o *outgoing) nextRound() int {
 }
 
 func (o *outgoing) sendImages(ctx context.Context, images string) error {
-	if err := rearmTimers(filepath.Join(images, "files.img")); err != nil {
+	if err := mendImages(images); err != nil {
 		return err
 	}
 	var sum imageDigest

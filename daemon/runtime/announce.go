@@ -33,21 +33,14 @@ func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netl
 		return fmt.Errorf("forwarding entry: %w", err)
 	}
 	ip := s.IP.Addr()
-	frames := [][]byte{neighbourAdvertisement(mac, ip)}
-	if ip.Is4() {
-		frames = [][]byte{
-			arpFrame(broadcast, arpReply, mac, ip, broadcast, ip),
-			arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), ip),
-		}
-	}
-	if err := n.send(bridge, frames); err != nil {
+	if err := n.send(bridge, announcement(mac, ip)); err != nil {
 		return err
 	}
 	awaited, err := n.awaited(s)
 	if err != nil {
 		return fmt.Errorf("neighbours that it waits for: %w", err)
 	}
-	frames = nil
+	var frames [][]byte
 	for _, neighbour := range awaited {
 		if neighbour.Is4() && ip.Is4() {
 			frames = append(frames, arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), neighbour))
@@ -56,6 +49,17 @@ func (n *Network) announce(ctx context.Context, s ShardNet, hostEnd, bridge netl
 		}
 	}
 	return n.send(bridge, frames)
+}
+
+// announcement is what tells neighbours and switches who has the address.
+func announcement(mac net.HardwareAddr, ip netip.Addr) [][]byte {
+	if !ip.Is4() {
+		return [][]byte{neighbourAdvertisement(mac, ip)}
+	}
+	return [][]byte{
+		arpFrame(broadcast, arpReply, mac, ip, broadcast, ip),
+		arpFrame(broadcast, arpRequest, mac, ip, make(net.HardwareAddr, 6), ip),
+	}
 }
 
 // send puts frames on a bridge, from the host's side.

@@ -231,13 +231,8 @@ func (n *Network) connect(s ShardNet) (hostEnd, bridge netlink.Link, err error) 
 	if hostEnd, err = n.hostEnd(s); err != nil {
 		return nil, nil, err
 	}
-	bridge, err = netlink.LinkByName(n.cfg.Bridge)
-	var missing netlink.LinkNotFoundError
-	if errors.As(err, &missing) {
-		bridge, err = n.makeBridge()
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("bridge %s: %w", n.cfg.Bridge, err)
+	if bridge, err = n.bridge(); err != nil {
+		return nil, nil, err
 	}
 	if hostEnd.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := netlink.LinkSetMasterByIndex(hostEnd, bridge.Attrs().Index); err != nil {
@@ -253,6 +248,19 @@ func (n *Network) connect(s ShardNet) (hostEnd, bridge netlink.Link, err error) 
 		}
 	}
 	return hostEnd, bridge, nil
+}
+
+// bridge is the shards' bridge, made if need be.
+func (n *Network) bridge() (netlink.Link, error) {
+	bridge, err := netlink.LinkByName(n.cfg.Bridge)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		bridge, err = n.makeBridge()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("bridge %s: %w", n.cfg.Bridge, err)
+	}
+	return bridge, nil
 }
 
 // makeBridge makes the shards' bridge as the CNI plugin would: on a host whose
@@ -328,6 +336,33 @@ func (n *Network) inside(s ShardNet, f func(*netlink.Handle) error) error {
 	}
 	defer h.Close()
 	return f(h)
+}
+
+// LinksOf names the interfaces besides loopback that are up in a process's
+// network namespace. Those that are down, as the kernel makes them for loaded
+// tunnel modules, carry nothing.
+func LinksOf(pid uint32) ([]string, error) {
+	ns, err := netns.GetFromPid(int(pid))
+	if err != nil {
+		return nil, fmt.Errorf("network namespace of process %d: %w", pid, err)
+	}
+	defer ns.Close()
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("network namespace of process %d: %w", pid, err)
+	}
+	defer h.Close()
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("interfaces of process %d: %w", pid, err)
+	}
+	var up []string
+	for _, l := range links {
+		if a := l.Attrs(); a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 {
+			up = append(up, a.Name)
+		}
+	}
+	return up, nil
 }
 
 // makeNetns makes a network namespace with loopback up and mounts it at path.

@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"context"
-	"strconv"
 	"testing"
 )
 
@@ -62,13 +61,7 @@ func TestAContainerOfCtrWithoutANetworkMoves(t *testing.T) {
 	needChecks(t)
 	runCtr(t, "ctr-none", nil)
 	moveCtr(t, "ctr-none", "127.0.0.1:7070", func(t *testing.T, host string) []string {
-		for _, s := range shardsOn(t, host) {
-			if s.Name == "ctr-none" && s.Node == host {
-				return []string{"nsenter", "--net", "--target", strconv.Itoa(s.PID), "--"}
-			}
-		}
-		t.Fatalf("ctr-none is not on %s", host)
-		return nil
+		return []string{"nsenter", "--net", "--target", pidString(t, host, "ctr-none"), "--"}
 	})
 }
 

@@ -6,7 +6,7 @@
 // versions:
 // 	protoc-gen-go v1.36.12
 // 	protoc        v3.21.12
-// source: tranship.proto
+// source: daemon/control/tranship.proto
 
 package transhipv1
 
@@ -51,7 +51,7 @@ type Shard struct {
 
 func (x *Shard) Reset() {
 	*x = Shard{}
-	mi := &file_tranship_proto_msgTypes[0]
+	mi := &file_daemon_control_tranship_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -63,7 +63,7 @@ func (x *Shard) String() string {
 func (*Shard) ProtoMessage() {}
 
 func (x *Shard) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[0]
+	mi := &file_daemon_control_tranship_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -76,7 +76,7 @@ func (x *Shard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shard.ProtoReflect.Descriptor instead.
 func (*Shard) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{0}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *Shard) GetName() string {
@@ -217,7 +217,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_tranship_proto_msgTypes[1]
+	mi := &file_daemon_control_tranship_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -229,7 +229,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[1]
+	mi := &file_daemon_control_tranship_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -242,7 +242,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{1}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Mount) GetSource() string {
@@ -294,7 +294,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_tranship_proto_msgTypes[2]
+	mi := &file_daemon_control_tranship_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +306,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[2]
+	mi := &file_daemon_control_tranship_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +319,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{2}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *RunRequest) GetNamespace() string {
@@ -422,7 +422,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_tranship_proto_msgTypes[3]
+	mi := &file_daemon_control_tranship_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -434,7 +434,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[3]
+	mi := &file_daemon_control_tranship_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -447,7 +447,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{3}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RunResponse) GetShard() *Shard {
@@ -468,7 +468,7 @@ type ListShardsRequest struct {
 
 func (x *ListShardsRequest) Reset() {
 	*x = ListShardsRequest{}
-	mi := &file_tranship_proto_msgTypes[4]
+	mi := &file_daemon_control_tranship_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -480,7 +480,7 @@ func (x *ListShardsRequest) String() string {
 func (*ListShardsRequest) ProtoMessage() {}
 
 func (x *ListShardsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[4]
+	mi := &file_daemon_control_tranship_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -493,7 +493,7 @@ func (x *ListShardsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListShardsRequest.ProtoReflect.Descriptor instead.
 func (*ListShardsRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{4}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListShardsRequest) GetNamespace() string {
@@ -527,7 +527,7 @@ type ListShardsResponse struct {
 
 func (x *ListShardsResponse) Reset() {
 	*x = ListShardsResponse{}
-	mi := &file_tranship_proto_msgTypes[5]
+	mi := &file_daemon_control_tranship_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +539,7 @@ func (x *ListShardsResponse) String() string {
 func (*ListShardsResponse) ProtoMessage() {}
 
 func (x *ListShardsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[5]
+	mi := &file_daemon_control_tranship_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +552,7 @@ func (x *ListShardsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListShardsResponse.ProtoReflect.Descriptor instead.
 func (*ListShardsResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{5}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ListShardsResponse) GetShards() []*Shard {
@@ -579,7 +579,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_tranship_proto_msgTypes[6]
+	mi := &file_daemon_control_tranship_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -591,7 +591,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[6]
+	mi := &file_daemon_control_tranship_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -604,7 +604,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{6}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *InspectRequest) GetNamespace() string {
@@ -631,7 +631,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_tranship_proto_msgTypes[7]
+	mi := &file_daemon_control_tranship_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +643,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[7]
+	mi := &file_daemon_control_tranship_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +656,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{7}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *InspectResponse) GetShard() *Shard {
@@ -685,7 +685,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_tranship_proto_msgTypes[8]
+	mi := &file_daemon_control_tranship_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +697,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[8]
+	mi := &file_daemon_control_tranship_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +710,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{8}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LogsRequest) GetNamespace() string {
@@ -750,7 +750,7 @@ type LogsChunk struct {
 
 func (x *LogsChunk) Reset() {
 	*x = LogsChunk{}
-	mi := &file_tranship_proto_msgTypes[9]
+	mi := &file_daemon_control_tranship_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +762,7 @@ func (x *LogsChunk) String() string {
 func (*LogsChunk) ProtoMessage() {}
 
 func (x *LogsChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[9]
+	mi := &file_daemon_control_tranship_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +775,7 @@ func (x *LogsChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsChunk.ProtoReflect.Descriptor instead.
 func (*LogsChunk) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{9}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LogsChunk) GetData() []byte {
@@ -797,7 +797,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_tranship_proto_msgTypes[10]
+	mi := &file_daemon_control_tranship_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +809,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[10]
+	mi := &file_daemon_control_tranship_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +822,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{10}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StopRequest) GetNamespace() string {
@@ -861,7 +861,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_tranship_proto_msgTypes[11]
+	mi := &file_daemon_control_tranship_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +873,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[11]
+	mi := &file_daemon_control_tranship_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +886,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{11}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{11}
 }
 
 type RemoveRequest struct {
@@ -901,7 +901,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_tranship_proto_msgTypes[12]
+	mi := &file_daemon_control_tranship_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +913,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[12]
+	mi := &file_daemon_control_tranship_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +926,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{12}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RemoveRequest) GetNamespace() string {
@@ -965,7 +965,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_tranship_proto_msgTypes[13]
+	mi := &file_daemon_control_tranship_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +977,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[13]
+	mi := &file_daemon_control_tranship_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +990,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{13}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{13}
 }
 
 type Node struct {
@@ -1012,7 +1012,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_tranship_proto_msgTypes[14]
+	mi := &file_daemon_control_tranship_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1024,7 +1024,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[14]
+	mi := &file_daemon_control_tranship_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1037,7 +1037,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{14}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Node) GetName() string {
@@ -1132,7 +1132,7 @@ type Versions struct {
 
 func (x *Versions) Reset() {
 	*x = Versions{}
-	mi := &file_tranship_proto_msgTypes[15]
+	mi := &file_daemon_control_tranship_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1144,7 @@ func (x *Versions) String() string {
 func (*Versions) ProtoMessage() {}
 
 func (x *Versions) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[15]
+	mi := &file_daemon_control_tranship_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1157,7 @@ func (x *Versions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Versions.ProtoReflect.Descriptor instead.
 func (*Versions) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{15}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Versions) GetTranship() string {
@@ -1217,7 +1217,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_tranship_proto_msgTypes[16]
+	mi := &file_daemon_control_tranship_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +1229,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[16]
+	mi := &file_daemon_control_tranship_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +1242,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{16}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{16}
 }
 
 type ListNodesResponse struct {
@@ -1254,7 +1254,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_tranship_proto_msgTypes[17]
+	mi := &file_daemon_control_tranship_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1266,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[17]
+	mi := &file_daemon_control_tranship_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1279,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{17}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -1297,7 +1297,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_tranship_proto_msgTypes[18]
+	mi := &file_daemon_control_tranship_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1309,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[18]
+	mi := &file_daemon_control_tranship_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1322,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{18}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{18}
 }
 
 type VersionResponse struct {
@@ -1335,7 +1335,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_tranship_proto_msgTypes[19]
+	mi := &file_daemon_control_tranship_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1347,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[19]
+	mi := &file_daemon_control_tranship_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1360,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{19}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *VersionResponse) GetVersions() *Versions {
@@ -1390,7 +1390,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_tranship_proto_msgTypes[20]
+	mi := &file_daemon_control_tranship_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1402,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[20]
+	mi := &file_daemon_control_tranship_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1415,7 +1415,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{20}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CheckRequest) GetNamespace() string {
@@ -1465,7 +1465,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_tranship_proto_msgTypes[21]
+	mi := &file_daemon_control_tranship_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1477,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[21]
+	mi := &file_daemon_control_tranship_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1490,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{21}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Finding) GetCode() string {
@@ -1530,7 +1530,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_tranship_proto_msgTypes[22]
+	mi := &file_daemon_control_tranship_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +1542,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[22]
+	mi := &file_daemon_control_tranship_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +1555,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{22}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CheckResponse) GetFindings() []*Finding {
@@ -1582,7 +1582,7 @@ type MigrateRequest struct {
 
 func (x *MigrateRequest) Reset() {
 	*x = MigrateRequest{}
-	mi := &file_tranship_proto_msgTypes[23]
+	mi := &file_daemon_control_tranship_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1594,7 @@ func (x *MigrateRequest) String() string {
 func (*MigrateRequest) ProtoMessage() {}
 
 func (x *MigrateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[23]
+	mi := &file_daemon_control_tranship_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1607,7 @@ func (x *MigrateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrateRequest.ProtoReflect.Descriptor instead.
 func (*MigrateRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{23}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *MigrateRequest) GetNamespace() string {
@@ -1684,7 +1684,7 @@ type MigrateEvent struct {
 
 func (x *MigrateEvent) Reset() {
 	*x = MigrateEvent{}
-	mi := &file_tranship_proto_msgTypes[24]
+	mi := &file_daemon_control_tranship_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1696,7 +1696,7 @@ func (x *MigrateEvent) String() string {
 func (*MigrateEvent) ProtoMessage() {}
 
 func (x *MigrateEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[24]
+	mi := &file_daemon_control_tranship_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1709,7 +1709,7 @@ func (x *MigrateEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrateEvent.ProtoReflect.Descriptor instead.
 func (*MigrateEvent) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{24}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MigrateEvent) GetProgress() *Progress {
@@ -1750,7 +1750,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_tranship_proto_msgTypes[25]
+	mi := &file_daemon_control_tranship_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1762,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[25]
+	mi := &file_daemon_control_tranship_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1775,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{25}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Progress) GetId() string {
@@ -1851,7 +1851,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_tranship_proto_msgTypes[26]
+	mi := &file_daemon_control_tranship_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1863,7 +1863,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[26]
+	mi := &file_daemon_control_tranship_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1876,7 +1876,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{26}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Phase) GetName() string {
@@ -1906,7 +1906,7 @@ type Round struct {
 
 func (x *Round) Reset() {
 	*x = Round{}
-	mi := &file_tranship_proto_msgTypes[27]
+	mi := &file_daemon_control_tranship_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +1918,7 @@ func (x *Round) String() string {
 func (*Round) ProtoMessage() {}
 
 func (x *Round) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[27]
+	mi := &file_daemon_control_tranship_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +1931,7 @@ func (x *Round) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Round.ProtoReflect.Descriptor instead.
 func (*Round) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{27}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Round) GetN() uint32 {
@@ -1998,7 +1998,7 @@ type Migration struct {
 
 func (x *Migration) Reset() {
 	*x = Migration{}
-	mi := &file_tranship_proto_msgTypes[28]
+	mi := &file_daemon_control_tranship_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2010,7 @@ func (x *Migration) String() string {
 func (*Migration) ProtoMessage() {}
 
 func (x *Migration) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[28]
+	mi := &file_daemon_control_tranship_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2023,7 @@ func (x *Migration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Migration.ProtoReflect.Descriptor instead.
 func (*Migration) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{28}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Migration) GetId() string {
@@ -2182,7 +2182,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_tranship_proto_msgTypes[29]
+	mi := &file_daemon_control_tranship_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2194,7 +2194,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[29]
+	mi := &file_daemon_control_tranship_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2207,7 +2207,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{29}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -2226,7 +2226,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_tranship_proto_msgTypes[30]
+	mi := &file_daemon_control_tranship_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2238,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[30]
+	mi := &file_daemon_control_tranship_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2251,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{30}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -2270,7 +2270,7 @@ type ListMigrationsRequest struct {
 
 func (x *ListMigrationsRequest) Reset() {
 	*x = ListMigrationsRequest{}
-	mi := &file_tranship_proto_msgTypes[31]
+	mi := &file_daemon_control_tranship_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2282,7 @@ func (x *ListMigrationsRequest) String() string {
 func (*ListMigrationsRequest) ProtoMessage() {}
 
 func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[31]
+	mi := &file_daemon_control_tranship_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2295,7 @@ func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsRequest.ProtoReflect.Descriptor instead.
 func (*ListMigrationsRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{31}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListMigrationsRequest) GetId() string {
@@ -2314,7 +2314,7 @@ type ListMigrationsResponse struct {
 
 func (x *ListMigrationsResponse) Reset() {
 	*x = ListMigrationsResponse{}
-	mi := &file_tranship_proto_msgTypes[32]
+	mi := &file_daemon_control_tranship_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2326,7 @@ func (x *ListMigrationsResponse) String() string {
 func (*ListMigrationsResponse) ProtoMessage() {}
 
 func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[32]
+	mi := &file_daemon_control_tranship_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2339,7 @@ func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsResponse.ProtoReflect.Descriptor instead.
 func (*ListMigrationsResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{32}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListMigrationsResponse) GetMigrations() []*Migration {
@@ -2359,7 +2359,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_tranship_proto_msgTypes[33]
+	mi := &file_daemon_control_tranship_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2371,7 +2371,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[33]
+	mi := &file_daemon_control_tranship_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2384,7 +2384,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{33}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResolveRequest) GetId() string {
@@ -2410,7 +2410,7 @@ type ResolveResponse struct {
 
 func (x *ResolveResponse) Reset() {
 	*x = ResolveResponse{}
-	mi := &file_tranship_proto_msgTypes[34]
+	mi := &file_daemon_control_tranship_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2422,7 +2422,7 @@ func (x *ResolveResponse) String() string {
 func (*ResolveResponse) ProtoMessage() {}
 
 func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[34]
+	mi := &file_daemon_control_tranship_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2435,7 +2435,7 @@ func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResponse.ProtoReflect.Descriptor instead.
 func (*ResolveResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{34}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResolveResponse) GetMigration() *Migration {
@@ -2453,7 +2453,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_tranship_proto_msgTypes[35]
+	mi := &file_daemon_control_tranship_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2465,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[35]
+	mi := &file_daemon_control_tranship_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2478,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{35}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{35}
 }
 
 type ClockResponse struct {
@@ -2490,7 +2490,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2502,7 +2502,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2515,7 +2515,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{36}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -2533,7 +2533,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2545,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2558,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{37}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{37}
 }
 
 type StatusResponse struct {
@@ -2572,7 +2572,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +2584,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +2597,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{38}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -2641,7 +2641,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2653,7 +2653,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2666,7 +2666,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{39}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -2763,7 +2763,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2775,7 +2775,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2788,7 +2788,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{40}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -2816,7 +2816,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +2828,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +2841,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{41}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -2875,7 +2875,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2887,7 +2887,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2900,7 +2900,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{42}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -2917,6 +2917,86 @@ func (x *PrepareResponse) GetReady() bool {
 	return false
 }
 
+type RedirectRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RedirectRequest) Reset() {
+	*x = RedirectRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RedirectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RedirectRequest) ProtoMessage() {}
+
+func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
+func (*RedirectRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *RedirectRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RedirectResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RedirectResponse) Reset() {
+	*x = RedirectResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RedirectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RedirectResponse) ProtoMessage() {}
+
+func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
+func (*RedirectResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{44}
+}
+
 type SealRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2928,7 +3008,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2940,7 +3020,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2953,7 +3033,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{43}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *SealRequest) GetId() string {
@@ -2986,7 +3066,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2998,7 +3078,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3011,7 +3091,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{44}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -3030,7 +3110,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3042,7 +3122,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3055,7 +3135,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{45}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -3077,7 +3157,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3089,7 +3169,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3102,7 +3182,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{46}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -3143,7 +3223,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3155,7 +3235,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3168,7 +3248,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{47}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3193,7 +3273,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3205,7 +3285,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3218,7 +3298,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{48}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
 }
 
 type DecisionRequest struct {
@@ -3230,7 +3310,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3242,7 +3322,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3255,7 +3335,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{49}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -3274,7 +3354,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3286,7 +3366,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3299,7 +3379,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_tranship_proto_rawDescGZIP(), []int{50}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -3309,11 +3389,11 @@ func (x *DecisionResponse) GetDecision() string {
 	return ""
 }
 
-var File_tranship_proto protoreflect.FileDescriptor
+var File_daemon_control_tranship_proto protoreflect.FileDescriptor
 
-const file_tranship_proto_rawDesc = "" +
+const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
-	"\x0etranship.proto\x12\vtranship.v1\"\xd0\x04\n" +
+	"\x1ddaemon/control/tranship.proto\x12\vtranship.v1\"\xd0\x04\n" +
 	"\x05Shard\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
@@ -3548,7 +3628,10 @@ const file_tranship_proto_rawDesc = "" +
 	"missing_ok\x18\x03 \x03(\tR\tmissingOk\"L\n" +
 	"\x0fPrepareResponse\x12#\n" +
 	"\rmissing_blobs\x18\x01 \x03(\tR\fmissingBlobs\x12\x14\n" +
-	"\x05ready\x18\x02 \x01(\bR\x05ready\"V\n" +
+	"\x05ready\x18\x02 \x01(\bR\x05ready\"!\n" +
+	"\x0fRedirectRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x12\n" +
+	"\x10RedirectResponse\"V\n" +
 	"\vSealRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\fimage_digest\x18\x02 \x01(\x04R\vimageDigest\x12\x14\n" +
@@ -3586,12 +3669,13 @@ const file_tranship_proto_rawDesc = "" +
 	"\aMigrate\x12\x1b.tranship.v1.MigrateRequest\x1a\x19.tranship.v1.MigrateEvent0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.tranship.v1.CancelRequest\x1a\x1b.tranship.v1.CancelResponse\x12Y\n" +
 	"\x0eListMigrations\x12\".tranship.v1.ListMigrationsRequest\x1a#.tranship.v1.ListMigrationsResponse\x12D\n" +
-	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xd8\x04\n" +
+	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xa1\x05\n" +
 	"\x04Peer\x12A\n" +
 	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
 	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
 	"\aReserve\x12\x1b.tranship.v1.ReserveRequest\x1a\x1c.tranship.v1.ReserveResponse\x12D\n" +
-	"\aPrepare\x12\x1b.tranship.v1.PrepareRequest\x1a\x1c.tranship.v1.PrepareResponse\x12;\n" +
+	"\aPrepare\x12\x1b.tranship.v1.PrepareRequest\x1a\x1c.tranship.v1.PrepareResponse\x12G\n" +
+	"\bRedirect\x12\x1c.tranship.v1.RedirectRequest\x1a\x1d.tranship.v1.RedirectResponse\x12;\n" +
 	"\x04Seal\x12\x18.tranship.v1.SealRequest\x1a\x19.tranship.v1.SealResponse\x12A\n" +
 	"\x06Commit\x12\x1a.tranship.v1.CommitRequest\x1a\x1b.tranship.v1.CommitResponse\x12>\n" +
 	"\x05Abort\x12\x19.tranship.v1.AbortRequest\x1a\x1a.tranship.v1.AbortResponse\x128\n" +
@@ -3599,19 +3683,19 @@ const file_tranship_proto_rawDesc = "" +
 	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponseBCZAgithub.com/tranship/tranship/daemon/control/transhipv1;transhipv1b\x06proto3"
 
 var (
-	file_tranship_proto_rawDescOnce sync.Once
-	file_tranship_proto_rawDescData []byte
+	file_daemon_control_tranship_proto_rawDescOnce sync.Once
+	file_daemon_control_tranship_proto_rawDescData []byte
 )
 
-func file_tranship_proto_rawDescGZIP() []byte {
-	file_tranship_proto_rawDescOnce.Do(func() {
-		file_tranship_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_tranship_proto_rawDesc), len(file_tranship_proto_rawDesc)))
+func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
+	file_daemon_control_tranship_proto_rawDescOnce.Do(func() {
+		file_daemon_control_tranship_proto_rawDescData = protoimpl.X.CompressGZIP(unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)))
 	})
-	return file_tranship_proto_rawDescData
+	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
-var file_tranship_proto_goTypes = []any{
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                  // 0: tranship.v1.Shard
 	(*Mount)(nil),                  // 1: tranship.v1.Mount
 	(*RunRequest)(nil),             // 2: tranship.v1.RunRequest
@@ -3655,21 +3739,23 @@ var file_tranship_proto_goTypes = []any{
 	(*ReserveResponse)(nil),        // 40: tranship.v1.ReserveResponse
 	(*PrepareRequest)(nil),         // 41: tranship.v1.PrepareRequest
 	(*PrepareResponse)(nil),        // 42: tranship.v1.PrepareResponse
-	(*SealRequest)(nil),            // 43: tranship.v1.SealRequest
-	(*SealResponse)(nil),           // 44: tranship.v1.SealResponse
-	(*CommitRequest)(nil),          // 45: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),         // 46: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),           // 47: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),          // 48: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),        // 49: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),       // 50: tranship.v1.DecisionResponse
-	nil,                            // 51: tranship.v1.Shard.LabelsEntry
-	nil,                            // 52: tranship.v1.RunRequest.LabelsEntry
+	(*RedirectRequest)(nil),        // 43: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),       // 44: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),            // 45: tranship.v1.SealRequest
+	(*SealResponse)(nil),           // 46: tranship.v1.SealResponse
+	(*CommitRequest)(nil),          // 47: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),         // 48: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),           // 49: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),          // 50: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),        // 51: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),       // 52: tranship.v1.DecisionResponse
+	nil,                            // 53: tranship.v1.Shard.LabelsEntry
+	nil,                            // 54: tranship.v1.RunRequest.LabelsEntry
 }
-var file_tranship_proto_depIdxs = []int32{
-	51, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+var file_daemon_control_tranship_proto_depIdxs = []int32{
+	53, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,  // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	52, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	54, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,  // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,  // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,  // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -3710,60 +3796,62 @@ var file_tranship_proto_depIdxs = []int32{
 	35, // 40: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
 	39, // 41: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
 	41, // 42: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	43, // 43: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	45, // 44: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	47, // 45: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	2,  // 46: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	49, // 47: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,  // 48: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,  // 49: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,  // 50: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,  // 51: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11, // 52: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13, // 53: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	17, // 54: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	19, // 55: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	22, // 56: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	24, // 57: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	30, // 58: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	32, // 59: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	34, // 60: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	38, // 61: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	36, // 62: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	40, // 63: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	42, // 64: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	44, // 65: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	46, // 66: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	48, // 67: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	3,  // 68: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	50, // 69: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	48, // [48:70] is the sub-list for method output_type
-	26, // [26:48] is the sub-list for method input_type
+	43, // 43: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	45, // 44: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	47, // 45: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	49, // 46: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	2,  // 47: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	51, // 48: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	3,  // 49: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,  // 50: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,  // 51: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,  // 52: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11, // 53: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13, // 54: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	17, // 55: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	19, // 56: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	22, // 57: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	24, // 58: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	30, // 59: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	32, // 60: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	34, // 61: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	38, // 62: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	36, // 63: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	40, // 64: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	42, // 65: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	44, // 66: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	46, // 67: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	48, // 68: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	50, // 69: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	3,  // 70: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	52, // 71: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	49, // [49:72] is the sub-list for method output_type
+	26, // [26:49] is the sub-list for method input_type
 	26, // [26:26] is the sub-list for extension type_name
 	26, // [26:26] is the sub-list for extension extendee
 	0,  // [0:26] is the sub-list for field type_name
 }
 
-func init() { file_tranship_proto_init() }
-func file_tranship_proto_init() {
-	if File_tranship_proto != nil {
+func init() { file_daemon_control_tranship_proto_init() }
+func file_daemon_control_tranship_proto_init() {
+	if File_daemon_control_tranship_proto != nil {
 		return
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
-			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tranship_proto_rawDesc), len(file_tranship_proto_rawDesc)),
+			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   53,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
-		GoTypes:           file_tranship_proto_goTypes,
-		DependencyIndexes: file_tranship_proto_depIdxs,
-		MessageInfos:      file_tranship_proto_msgTypes,
+		GoTypes:           file_daemon_control_tranship_proto_goTypes,
+		DependencyIndexes: file_daemon_control_tranship_proto_depIdxs,
+		MessageInfos:      file_daemon_control_tranship_proto_msgTypes,
 	}.Build()
-	File_tranship_proto = out.File
-	file_tranship_proto_goTypes = nil
-	file_tranship_proto_depIdxs = nil
+	File_daemon_control_tranship_proto = out.File
+	file_daemon_control_tranship_proto_goTypes = nil
+	file_daemon_control_tranship_proto_depIdxs = nil
 }

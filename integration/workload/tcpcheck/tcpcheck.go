@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tranship/tranship/integration/workload/check"
 )
 
@@ -74,6 +76,18 @@ func Server(ctx context.Context, l net.Listener, o Options, rec *check.Recorder)
 		}
 		rec.Fact("clients", clients)
 	}
+}
+
+// Loop is a Client and a Server in one process, over loopback.
+func Loop(ctx context.Context, o Options, rec *check.Recorder) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return Server(gctx, l, o, check.NewRecorder("loop server")) })
+	g.Go(func() error { return Client(gctx, l.Addr().String(), o, rec) })
+	return g.Wait()
 }
 
 func serve(ctx context.Context, conn *net.TCPConn, o Options, rec *check.Recorder) error {

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tranship/tranship/integration/workload/check"
+	"github.com/tranship/tranship/integration/workload/holder"
 	"github.com/tranship/tranship/integration/workload/httpcheck"
 	"github.com/tranship/tranship/integration/workload/memcheck"
 	"github.com/tranship/tranship/integration/workload/pgcheck"
@@ -37,7 +38,7 @@ func main() {
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.AddCommand(redisCommand(), httpCommand(), tcpCommand(), pgCommand(), memcheckCommand())
+	root.AddCommand(redisCommand(), httpCommand(), tcpCommand(), pgCommand(), memcheckCommand(), holdCommand())
 	err := root.ExecuteContext(context.Background())
 	switch {
 	case errors.Is(err, check.ErrNotOK):
@@ -178,7 +179,11 @@ func tcpCommand() *cobra.Command {
 		return tcpcheck.Client(ctx, addr, o, rec)
 	}))
 	client.Flags().StringVar(&addr, "addr", "127.0.0.1:9000", "server")
-	return group("tcp", "A shard that is a TCP client, and the server for it", server, client)
+	loop := common(verb("loop", "Both in one process, over loopback", func(ctx context.Context, rec *check.Recorder) error {
+		o.Payload = int(payload)
+		return tcpcheck.Loop(ctx, o, rec)
+	}))
+	return group("tcp", "A shard that is a TCP client, and the server for it", server, client, loop)
 }
 
 func pgCommand() *cobra.Command {
@@ -289,4 +294,22 @@ func memcheckCommand() *cobra.Command {
 			return map[string]bool{"ok": true}, c.Reset(ctx)
 		}),
 	)
+}
+
+func holdCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:       "hold KIND",
+		Short:     "Keep something open that no checkpoint can carry",
+		Args:      cobra.ExactArgs(1),
+		ValidArgs: holder.Kinds(),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			return holder.Hold(ctx, args[0], func() error {
+				return check.Print(os.Stdout, struct {
+					Holds string `json:"holds"`
+				}{args[0]})
+			})
+		},
+	}
 }
