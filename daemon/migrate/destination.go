@@ -60,6 +60,7 @@ type incoming struct {
 	upper  string
 	image  string
 	heard  time.Time // when the source last showed that it lives
+	ended  chan struct{}
 	steps  []*v1.Phase
 
 	sinks    sync.WaitGroup // calls into the Sink that run now

@@ -154,11 +154,13 @@ func (m *Manager) newOutgoing(req *v1.MigrateRequest) *outgoing {
 // launch journals and starts a migration on a context of its own.
 func (m *Manager) launch(o *outgoing) error {
 	key := shardKey{o.entry.Namespace, o.entry.Shard}
-	if err := m.claim(key, o.entry.ID); err != nil {
-		o.findings = []*v1.Finding{refuse("migrating", "wait, or tranship cancel "+m.MigrationOf(key.namespace, key.name), "%v", err)}
-		o.report.finish(OutcomeAborted, CodeRefused, err.Error())
-		close(o.done)
-		return nil
+	if o.arriving = m.arriving(key); o.arriving == nil {
+		if err := m.claim(key, o.entry.ID); err != nil {
+			o.findings = m.refuseBusy(key, err)
+			o.report.finish(OutcomeAborted, CodeRefused, err.Error())
+			close(o.done)
+			return nil
+		}
 	}
 	if err := m.journal.Put(o.entry); err != nil {
 		m.release(key, o.entry.ID)
@@ -176,6 +178,10 @@ func (m *Manager) launch(o *outgoing) error {
 		m.conclude(dctx, o, o.run(dctx))
 	})
 	return nil
+}
+
+func (m *Manager) refuseBusy(key shardKey, err error) []*v1.Finding {
+	return []*v1.Finding{refuse("migrating", "wait, or tranship cancel "+m.MigrationOf(key.namespace, key.name), "%v", err)}
 }
 
 // conclude undoes what a failed migration did and writes the last word.

@@ -63,7 +63,7 @@ func (m *Manager) checkHere(ctx context.Context, rec *runtime.Record) []*v1.Find
 		out = append(out, &v1.Finding{Code: f.Code, Message: f.Message, Advice: f.Advice, Warning: f.Warning})
 	}
 	out = append(out, checkCopiedMounts(rec)...)
-	if other := m.MigrationOf(rec.Namespace, rec.Name); other != "" && m.outgoingOf(other) == nil {
+	if other := m.MigrationOf(rec.Namespace, rec.Name); other != "" && m.outgoingOf(other) == nil && m.arriving(shardKey{rec.Namespace, rec.Name}) == nil {
 		out = append(out, refuse("migrating", "wait until migration "+other+" has ended", "shard %s is part of migration %s", rec.Name, other))
 	}
 	if m.trackerKind() == track.None {

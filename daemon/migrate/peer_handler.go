@@ -89,7 +89,7 @@ func (h *PeerHandler) Reserve(ctx context.Context, r *connect.Request[v1.Reserve
 		h.m.release(shardKey{namespace, name}, entry.ID)
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
-	h.m.addIncoming(&incoming{m: h.m, entry: entry, heard: time.Now()})
+	h.m.addIncoming(h.m.newIncoming(entry))
 	return connect.NewResponse(resp), nil
 }
 

@@ -13,6 +13,10 @@ import (
 	"github.com/tranship/tranship/transfer"
 )
 
+func (m *Manager) newIncoming(e *Entry) *incoming {
+	return &incoming{m: m, entry: e, heard: time.Now(), ended: make(chan struct{})}
+}
+
 func (m *Manager) addIncoming(in *incoming) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -22,9 +26,30 @@ func (m *Manager) addIncoming(in *incoming) {
 // forgetIncoming drops a migration that has ended; the journal still knows it.
 func (m *Manager) forgetIncoming(in *incoming) {
 	m.mu.Lock()
+	known := m.incoming[in.entry.ID] == in
 	delete(m.incoming, in.entry.ID)
 	m.mu.Unlock()
 	m.release(shardKey{in.entry.Namespace, in.entry.Shard}, in.entry.ID)
+	if known {
+		close(in.ended)
+	}
+}
+
+// arriving is the migration that brought a shard here and still places its
+// memory, if there is one. To whoever moves the shard on it has arrived.
+func (m *Manager) arriving(key shardKey) *incoming {
+	m.mu.Lock()
+	in := m.incoming[m.busy[key]]
+	m.mu.Unlock()
+	if in == nil {
+		return nil
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.entry.State != Running {
+		return nil
+	}
+	return in
 }
 
 func (m *Manager) allIncoming() []*incoming {
@@ -51,7 +76,7 @@ func (m *Manager) incomingOf(ctx context.Context, id string) (*incoming, error) 
 		if err != nil {
 			return nil, connect.NewError(connect.CodeInternal, err)
 		}
-		in = &incoming{m: m, entry: e}
+		in = m.newIncoming(e)
 	}
 	if peer := transfer.PeerFrom(ctx); peer != in.entry.Peer {
 		return nil, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("migration %s was reserved by another host than %s", id, peer))
@@ -76,7 +101,7 @@ func (m *Manager) AcceptPages(_ context.Context, peer, migration string) (transf
 // reviveIncoming rebuilds what an earlier daemon knew of a migration from the
 // journal and the files that it left.
 func (m *Manager) reviveIncoming(e *Entry) (*incoming, error) {
-	in := &incoming{m: m, entry: e, heard: time.Now()}
+	in := m.newIncoming(e)
 	if len(e.Record) > 0 {
 		rec, err := runtime.DecodeRecord(e.Record)
 		if err != nil {

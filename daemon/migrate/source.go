@@ -42,7 +42,10 @@ type outgoing struct {
 	entry  *Entry
 	report *report
 	cancel context.CancelCauseFunc
-	done   chan struct{} // closed when run has returned
+	// arriving is an earlier migration of the shard, to this host, that must end
+	// first; nil if the shard was claimed at once.
+	arriving *incoming
+	done     chan struct{} // closed when run has returned
 	// findings are why pre-flight refused, valid after done.
 	findings []*v1.Finding
 
@@ -135,6 +138,9 @@ func (o *outgoing) run(ctx context.Context) error {
 
 func (o *outgoing) reserve(ctx context.Context) error {
 	o.report.enter(PhaseReserve)
+	if err := o.awaitArrival(ctx); err != nil {
+		return err
+	}
 	if err := failpoint.Hit(ctx, "source.reserve"); err != nil {
 		return err
 	}
@@ -147,6 +153,24 @@ func (o *outgoing) reserve(ctx context.Context) error {
 		return &errRefused{findings}
 	}
 	o.undo.push("reservation on "+o.entry.Peer, o.abortPeer)
+	return nil
+}
+
+// awaitArrival claims the shard once all of its memory is here.
+func (o *outgoing) awaitArrival(ctx context.Context) error {
+	if o.arriving == nil {
+		return nil
+	}
+	select {
+	case <-o.arriving.ended:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	key := shardKey{o.entry.Namespace, o.entry.Shard}
+	if err := o.m.claim(key, o.entry.ID); err != nil {
+		o.findings = o.m.refuseBusy(key, err)
+		return &errRefused{o.findings}
+	}
 	return nil
 }
 

@@ -80,9 +80,13 @@ func (o *outgoing) openHold() error {
 	if !ok || !net.IP.IsValid() {
 		return nil
 	}
-	var err error
-	o.hold, err = o.m.rt.Network().Hold(net)
-	return err
+	hold, err := o.m.rt.Network().Hold(net)
+	if err != nil {
+		return err
+	}
+	o.hold = hold
+	o.undo.push("held frames", func(context.Context) error { return hold.Close() })
+	return nil
 }
 
 // isolate takes the shard's link down; what comes for it from now on is kept.

@@ -39,3 +39,22 @@ func TestAShardKeepsItsStateItsFilesItsLogAndItsAddress(t *testing.T) {
 		t.Errorf("the shard is at %+v, and should be on %s alone", got, at)
 	}
 }
+
+// Who moves a shard on as soon as it has arrived need not know that the rest of
+// its memory is still being placed.
+func TestAShardMovesOnAtOnce(t *testing.T) {
+	needChecks(t)
+	ip := runShard(t, "host-1", "restless", checksImage, "redis-server", "--save", "", "--protected-mode", "no")
+	awaitListening(t, ip, 6379)
+	must(t, "client", checker(t), "redis", "load", "--addr", ip+":6379", "--bytes", "64MiB")
+	hit, release := arm(t, "host-2", "destination.fill", "pause")
+	mustMigrate(t, "restless", "host-1", "host-2")
+	await(t, "its memory is being placed", hit)
+	// It waits for that, as long as it may.
+	if _, code, err := migrate(t, "restless", "host-2", "host-1", "--timeout", "300ms"); code == 0 || code == 3 {
+		t.Errorf("exit code %d, %v", code, err)
+	}
+	release()
+	mustMigrate(t, "restless", "host-2", "host-1")
+	mustMigrate(t, "restless", "host-1", "host-2")
+}
