@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+ *
+ * What the programs share: which shard a cgroup or a network namespace belongs
+ * to, and where its counters are.
+ *
+ * Every shard has a slot. Slot 0 is the host: whatever lies below the host's own
+ * root cgroup and in no shard. User space fills `cgroups` and `netns`, and raises
+ * control.generation after each change. Counters of a slot are one `usage` per
+ * possible CPU, written by that CPU alone, so that user space adds them up from a
+ * memory mapping without a system call.
+ *
+ *   cgroups  hash   u64 kind<<60 | kernfs id    -> u32 slot
+ *   netns    hash   u32 inode number            -> u32 slot
+ *   usage    array  slot * cpus + cpu           -> struct shard_usage   (mmap)
+ *   recent   array  cpu * RECENT + id % RECENT  -> u64            (mmap)
+ *   control  array  0                           -> struct shard_control (mmap)
+ *
+ * `recent` remembers, per CPU, which slot a cgroup resolved to: the answer for a
+ * nested cgroup takes a walk to the root otherwise. An entry is one word, so that
+ * an interrupt sees it whole: id (32 bits) | generation (20) | slot + 1 (12).
+ */
+#ifndef TRANSHIP_SHARDS_H
+#define TRANSHIP_SHARDS_H
+
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+
+#define MAX_SLOTS 1024
+#define NO_SLOT 0xffffffff
+#define BUCKETS 24
+#define RECENT 64
+#define MAX_DEPTH 24 /* of nested cgroups; deeper ones count to the host */
+
+/* Hierarchies number their cgroups each for itself. */
+enum kind { KIND_TASKS = 1, KIND_BLOCK = 2 };
+
+/* Durations are counted in powers of two of 2^-30 s (0.93 ns), the units in
+ * which the buckets of a Prometheus native histogram (schema 0) are powers of
+ * two of a second. Bucket b ends at 2^(b-20) s: 0.95 us … 8 s; the last one
+ * also takes what is longer. */
+struct shard_usage {
+	u64 cpu_ns;
+	u64 voluntary;
+	u64 forced;
+	u64 minor_faults;
+	u64 major_faults;
+	u64 wait_ns;
+	u64 read_bytes;
+	u64 write_bytes;
+	u64 read_ops;
+	u64 write_ops;
+	u64 read_ns;
+	u64 write_ns;
+	u64 retransmits;
+	u64 connects;
+	u64 spare[2];
+	u64 wait[BUCKETS];
+	u64 read[BUCKETS];
+	u64 write[BUCKETS];
+};
+
+struct shard_control {
+	u32 generation;
+	u32 connections_lost; /* `connections` was full */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4 * MAX_SLOTS);
+	__type(key, u64);
+	__type(value, u32);
+} cgroups SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2 * MAX_SLOTS);
+	__type(key, u32);
+	__type(value, u32);
+} netns SEC(".maps");
+
+/* The loader multiplies the entries of the next two by the number of CPUs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_SLOTS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, u32);
+	__type(value, struct shard_usage);
+} usage SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, RECENT);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, u32);
+	__type(value, u64);
+} recent SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, u32);
+	__type(value, struct shard_control);
+} control SEC(".maps");
+
+/* Set by the loader. */
+const volatile u32 cpus = 1;
+const volatile u32 unified = 0; /* cgroup v2 alone */
+
+static __always_inline struct shard_usage *usage_of(u32 slot, u32 cpu)
+{
+	u32 at = slot * cpus + cpu;
+
+	return slot == NO_SLOT ? 0 : bpf_map_lookup_elem(&usage, &at);
+}
+
+/* walk asks for each cgroup from cg up to the root. */
+static __always_inline u32 walk(struct cgroup *cg, u64 kind)
+{
+	for (int depth = 0; depth < MAX_DEPTH && cg; depth++) {
+		u64 key = kind << 60 | cg->kn->id;
+		u32 *slot = bpf_map_lookup_elem(&cgroups, &key);
+
+		if (slot)
+			return *slot;
+		struct cgroup_subsys_state *parent = cg->self.parent;
+		if (!parent)
+			break;
+		cg = parent->cgroup;
+	}
+	return NO_SLOT;
+}
+
+/* slot_of_cgroup is the shard of a cgroup, 0 for the host, NO_SLOT for what is
+ * outside (another host of the lab). */
+static __always_inline u32 slot_of_cgroup(struct cgroup *cg, u64 kind, u32 cpu)
+{
+	u32 zero = 0;
+	u64 id = cg->kn->id;
+	struct shard_control *c = bpf_map_lookup_elem(&control, &zero);
+	/* Kinds must not share an entry. */
+	u32 at = cpu * RECENT + ((id ^ kind << 5) & (RECENT - 1));
+	u64 *entry = bpf_map_lookup_elem(&recent, &at);
+
+	if (!c || !entry)
+		return NO_SLOT;
+	/* The kind is in the topmost bit of the 20 for the generation. */
+	u64 tag = id << 32 | (u64)((c->generation & 0x7ffff) | (kind == KIND_BLOCK) << 19) << 12;
+	u64 have = *(volatile u64 *)entry;
+	if ((have & ~0xfffULL) == tag && have & 0xfff)
+		return (u32)(have & 0xfff) - 2;
+	u32 slot = walk(cg, kind);
+	*(volatile u64 *)entry = tag | (((u64)slot + 2) & 0xfff);
+	return slot;
+}
+
+static __always_inline u32 bucket_of(u64 ns)
+{
+	u32 log = 0;
+
+	if (ns > 1ULL << 36)
+		ns = 1ULL << 36;
+	u64 v = ns + (ns * 77324 >> 20); /* 2^30 / 10^9 = 1 + 77324 / 2^20 */
+	if (v >> 32) { log += 32; v >>= 32; }
+	if (v >> 16) { log += 16; v >>= 16; }
+	if (v >> 8) { log += 8; v >>= 8; }
+	if (v >> 4) { log += 4; v >>= 4; }
+	if (v >> 2) { log += 2; v >>= 2; }
+	if (v >> 1) log += 1;
+	if (log < 9)
+		return 0;
+	log -= 9;
+	return log < BUCKETS ? log : BUCKETS - 1;
+}
+
+#endif

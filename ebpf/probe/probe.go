@@ -1,0 +1,409 @@
+// Package probe is tranship's only door to BPF (cilium/ebpf). It owns the
+// programs in bpf/, loads them one by one, so that a kernel that refuses one
+// still runs the others, and reads what they count.
+//
+//	Open (load, or find what an earlier daemon left) → Track a shard → each
+//	second Refresh, then Read every slot → Release
+//
+// Maps and links are pinned: while the daemon is down the kernel counts on.
+// It refuses to know what a shard is: it maps cgroup ids to slots. No program
+// touches a task's memory, and there are no uprobes, which CRIU refuses.
+package probe
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+)
+
+// HostSlot counts what belongs to the host and to no shard.
+const HostSlot = 0
+
+// MaxSlots is how many shards a host can have, plus the host.
+const MaxSlots = 1024
+
+// Sentinels for what callers branch on.
+var (
+	// ErrFull: every slot is taken.
+	ErrFull = errors.New("all slots are taken")
+	// ErrClosed: the probe was closed.
+	ErrClosed = errors.New("probe is closed")
+)
+
+// Identity is how the kernel knows a shard.
+type Identity struct {
+	// Tasks is the id of its cgroup in the hierarchy that schedules tasks (cpu
+	// under v1), Block in the one that accounts I/O (blkio). Under v2 they are
+	// equal. The id is the inode number of the cgroup's directory. 0 is none.
+	Tasks, Block uint64
+	// Netns is the inode number of its network namespace; 0 for a shard that
+	// shares the host's.
+	Netns uint32
+}
+
+// Config of a Probe.
+type Config struct {
+	// PinDir is a directory for this daemon alone, whose parent is a bpf file
+	// system. If that is none, or PinDir is "", nothing is counted while the
+	// daemon is down.
+	PinDir string
+	// Unified says that cgroup v2 is all there is.
+	Unified bool
+	// Host is the host's own root: what is below it and in no shard counts to
+	// the host.
+	Host Identity
+	// BTF is a file with the kernel's types; "" is the kernel's own.
+	BTF string
+}
+
+// Part is a program, or a pair of them, that loads or does not.
+type Part string
+
+// The parts.
+const (
+	PartSched Part = "sched" // CPU time, wait, switches, faults
+	PartBlock Part = "block" // block bytes, operations, latency
+	PartTCP   Part = "tcp"   // retransmits, connections, round-trip time
+)
+
+// Parts lists them all.
+var Parts = []Part{PartSched, PartBlock, PartTCP}
+
+// Usage is what a slot has counted since it was taken. Durations in
+// nanoseconds; histograms as in ebpf/profile.
+type Usage = schedShardUsage
+
+// Connections of a slot now.
+type Connections struct {
+	Open uint64
+	// Measured of them have a round-trip time, whose sum and maximum follow.
+	Measured       uint64
+	RTTSum, RTTMax uint64 // microseconds
+}
+
+// Probe counts. It is safe for concurrent use.
+type Probe struct {
+	cfg  Config
+	cpus int
+	pins *pinDir
+
+	mu     sync.Mutex
+	closed bool
+	maps   map[string]*ebpf.Map
+	links  map[string]link.Link
+	progs  map[string]*ebpf.Program
+	failed map[Part]error
+	usage  *ebpf.Memory
+	tcp    *ebpf.Memory
+	ctl    *ebpf.Memory
+	slots  [MaxSlots]slot
+	free   []uint32 // oldest first, so that a slot rests before it is reused
+}
+
+type slot struct {
+	taken bool
+	name  string
+	id    Identity
+}
+
+// Open loads what this kernel takes. An error means that nothing at all can be
+// counted; Failed says what is missing otherwise.
+func Open(cfg Config) (*Probe, error) {
+	// Before Linux 5.11 maps counted against the limit of locked memory; later
+	// this does nothing.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return nil, fmt.Errorf("limit of locked memory: %w", err)
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("number of CPUs: %w", err)
+	}
+	p := &Probe{
+		cfg: cfg, cpus: cpus,
+		maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}, progs: map[string]*ebpf.Program{}, failed: map[Part]error{},
+	}
+	if err := p.open(); err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	return p, nil
+}
+
+func (p *Probe) open() error {
+	var err error
+	if p.pins, err = openPins(p.cfg.PinDir, p.fingerprint()); err != nil {
+		return err
+	}
+	if err := p.load(); err != nil {
+		return err
+	}
+	for _, m := range []struct {
+		name string
+		at   **ebpf.Memory
+	}{{schedMapUsage, &p.usage}, {tcpMapTcp, &p.tcp}, {schedMapControl, &p.ctl}} {
+		if *m.at, err = p.maps[m.name].Memory(); err != nil {
+			return fmt.Errorf("memory of map %s: %w", m.name, err)
+		}
+	}
+	return p.adopt()
+}
+
+// Failed says why a part does not count; nil when it does.
+func (p *Probe) Failed(part Part) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failed[part]
+}
+
+// Pinned is nil when counting goes on while no daemon runs, else it says why not.
+func (p *Probe) Pinned() error {
+	if p.pins.dir == "" && p.pins.why == nil {
+		return errors.New("not asked for")
+	}
+	return p.pins.why
+}
+
+// Close releases this daemon's hold. What is pinned counts on.
+func (p *Probe) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	var errs []error
+	for name, l := range p.links {
+		if err := l.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("link %s: %w", name, err))
+		}
+	}
+	for name, prog := range p.progs {
+		if err := prog.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("program %s: %w", name, err))
+		}
+	}
+	for name, m := range p.maps {
+		if err := m.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("map %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Track gives a shard a slot, under a name that a later daemon finds again
+// (Tracked). Tracking a name that is tracked moves its slot to the new identity
+// and keeps the counts.
+func (p *Probe) Track(name string, id Identity) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return 0, ErrClosed
+	}
+	if len(name) == 0 || len(name) > maxName {
+		return 0, fmt.Errorf("track %q: the name has no place in an owner", name)
+	}
+	at := -1
+	for i := range p.slots {
+		if p.slots[i].taken && p.slots[i].name == name {
+			at = i
+		}
+	}
+	if at < 0 {
+		if len(p.free) == 0 {
+			return 0, fmt.Errorf("track %s: %w", name, ErrFull)
+		}
+		at = int(p.free[0])
+		p.free = p.free[1:]
+		if err := p.clear(at); err != nil {
+			return 0, fmt.Errorf("track %s: %w", name, err)
+		}
+	}
+	if err := p.assign(at, slot{taken: true, name: name, id: id}); err != nil {
+		return 0, fmt.Errorf("track %s: %w", name, err)
+	}
+	return at, nil
+}
+
+// Release gives a slot back. Its counts can be read until it is taken again.
+func (p *Probe) Release(at int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return ErrClosed
+	}
+	if at <= HostSlot || at >= MaxSlots || !p.slots[at].taken {
+		return nil
+	}
+	err := p.assign(at, slot{})
+	p.free = append(p.free, uint32(at))
+	if err != nil {
+		return fmt.Errorf("release slot %d: %w", at, err)
+	}
+	return nil
+}
+
+// Tracked lists the slots by name.
+func (p *Probe) Tracked() map[string]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := map[string]int{}
+	for i, s := range p.slots {
+		if s.taken && i != HostSlot {
+			out[s.name] = i
+		}
+	}
+	return out
+}
+
+// IdentityOf returns what a slot counts.
+func (p *Probe) IdentityOf(at int) Identity {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.slots[at].id
+}
+
+// Refresh brings all counts up to now: what running tasks have used since they
+// last came to a CPU, and the state of TCP connections.
+func (p *Probe) Refresh() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return ErrClosed
+	}
+	var errs []error
+	if flush := p.progs[schedProgFlush]; flush != nil {
+		for cpu := range p.cpus {
+			_, err := flush.Run(&ebpf.RunOptions{CPU: uint32(cpu), Flags: runOnCPU})
+			if err != nil && !offline(err) {
+				errs = append(errs, fmt.Errorf("flush CPU %d: %w", cpu, err))
+			}
+		}
+	}
+	if survey := p.progs[tcpProgSurvey]; survey != nil {
+		if _, err := p.tcp.WriteAt(make([]byte, p.tcp.Size()), 0); err != nil {
+			errs = append(errs, fmt.Errorf("survey of TCP: %w", err))
+		} else if _, err := survey.Run(nil); err != nil {
+			errs = append(errs, fmt.Errorf("survey of TCP: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Read adds up what a slot has counted on all CPUs, as of the last Refresh or
+// later.
+func (p *Probe) Read(at int) (Usage, Connections, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return Usage{}, Connections{}, ErrClosed
+	}
+	if at < 0 || at >= MaxSlots {
+		return Usage{}, Connections{}, fmt.Errorf("slot %d: there are %d", at, MaxSlots)
+	}
+	raw := make([]byte, usageSize*p.cpus)
+	if _, err := p.usage.ReadAt(raw, int64(at)*int64(len(raw))); err != nil {
+		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
+	}
+	// A Usage is an array of words; they are added up as such.
+	var sum [usageSize / 8]uint64
+	for cpu := range p.cpus {
+		for i := range sum {
+			sum[i] += binary.NativeEndian.Uint64(raw[cpu*usageSize+8*i:])
+		}
+	}
+	u := usageOf(&sum)
+	var now tcpTcpNow
+	raw = make([]byte, tcpSize)
+	if _, err := p.tcp.ReadAt(raw, int64(at)*tcpSize); err != nil {
+		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
+	}
+	if err := binary.Read(bytes.NewReader(raw), binary.NativeEndian, &now); err != nil {
+		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
+	}
+	return u, Connections{Open: now.Open, Measured: now.Measured, RTTSum: now.RttSumUs, RTTMax: now.RttMaxUs}, nil
+}
+
+// Stats are about the probe itself.
+type Stats struct {
+	// Missed events: a program was interrupted by itself.
+	Missed uint64
+	// ConnectionsLost is how many connections found no place in the map.
+	ConnectionsLost uint64
+	// Runs and RunTime of the programs, 0 unless somebody has turned on
+	// kernel.bpf_stats_enabled.
+	Runs    uint64
+	RunTime float64 // seconds
+	// Entries by map, of those that could leak.
+	Entries map[string]int
+}
+
+// Stats reads the kernel's statistics of the programs, and counts map entries.
+func (p *Probe) Stats() (Stats, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := Stats{Entries: map[string]int{}}
+	if p.closed {
+		return st, ErrClosed
+	}
+	for name, prog := range p.progs {
+		s, err := prog.Stats()
+		if err != nil {
+			return st, fmt.Errorf("statistics of %s: %w", name, err)
+		}
+		st.Missed += s.RecursionMisses
+		st.Runs += s.RunCount
+		st.RunTime += s.Runtime.Seconds()
+	}
+	raw := make([]byte, 8)
+	if _, err := p.ctl.ReadAt(raw, 0); err != nil {
+		return st, err
+	}
+	st.ConnectionsLost = uint64(binary.NativeEndian.Uint32(raw[4:]))
+	for _, name := range []string{schedMapCgroups, schedMapNetns, tcpMapConnections} {
+		n, err := count(p.maps[name])
+		if err != nil {
+			return st, fmt.Errorf("map %s: %w", name, err)
+		}
+		st.Entries[name] = n
+	}
+	return st, nil
+}
+
+// count walks a hash map. A walk that deletions keep sending back to the start
+// ends after as many steps as there could be entries.
+func count(m *ebpf.Map) (int, error) {
+	key := make([]byte, m.KeySize())
+	var at any
+	for n := 0; n < int(m.MaxEntries()); n++ {
+		err := m.NextKey(at, key)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+		at = bytes.Clone(key)
+	}
+	return int(m.MaxEntries()), nil
+}
+
+// CountRunTime has the kernel measure all BPF programs of the machine, which
+// costs some ten nanoseconds a run, until close is called.
+func CountRunTime() (close func() error, err error) {
+	c, err := ebpf.EnableStats(statsRunTime)
+	if err != nil {
+		return nil, fmt.Errorf("statistics of BPF programs: %w", err)
+	}
+	return c.Close, nil
+}
+
+// Remove ends all counting of the daemon with this directory, and forgets it.
+func Remove(pinDir string) error {
+	if err := os.RemoveAll(pinDir); err != nil {
+		return fmt.Errorf("pinned programs: %w", err)
+	}
+	return nil
+}
