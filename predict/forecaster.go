@@ -195,6 +195,11 @@ func (f *Forecaster) closeCell() {
 	c := f.open
 	if f.n > 0 {
 		v := f.sum / f.n
+		if f.hist.opens(v) {
+			for _, l := range f.lanes {
+				l.keep()
+			}
+		}
 		for _, l := range f.lanes {
 			l.peaks.push(c, v)
 			l.settle(&f.hist, c, v, f.work)

@@ -49,6 +49,7 @@ type history struct {
 	runUp     bool
 	runSum    float64
 	shiftCell int64
+	before    struct{ slow, q50, volFast, volSlow, scale float64 } // when the run began
 
 	cur    int64 // bin being filled, counted from the epoch
 	curSum float64
@@ -169,17 +170,37 @@ func (h *history) push(c int64, v float64) (shifted bool) {
 	return h.detect(c, v)
 }
 
-// detect finds a level shift: shiftRun cells in a row, all on one side of
-// everything of the last week by a quarter of its range. A daily batch job is
-// inside that range and is left to the profile.
-func (h *history) detect(c int64, v float64) bool {
+// outside says whether v lies beyond everything of the last week, by a quarter
+// of its range.
+func (h *history) outside(v float64) (up, down bool) {
+	// The first day's range is still growing: a rise there is no news.
+	if float64(h.cells)*float64(h.step) <= float64(day)/4 || h.cells <= 48 {
+		return false, false
+	}
 	margin := 0.25*(h.hi-h.lo) + 1e-9*math.Abs(h.hi)
-	up, down := v > h.hi+margin, v < h.lo-margin
+	return v > h.hi+margin, v < h.lo-margin
+}
+
+// opens says whether v would begin a run that may turn out to be a new level.
+// It keeps what that run is going to distort.
+func (h *history) opens(v float64) bool {
+	up, down := h.outside(v)
+	if !up && !down || h.run > 0 {
+		return false
+	}
+	b := &h.before
+	b.slow, b.q50, b.volFast, b.volSlow, b.scale = h.ew[ladder-1], h.q50, h.volFast, h.volSlow, h.scale
+	return true
+}
+
+// detect finds a level shift: shiftRun cells in a row, all on one side outside.
+// A daily batch job is inside the range and is left to the profile.
+func (h *history) detect(c int64, v float64) bool {
+	up, down := h.outside(v)
 	if !up && !down || h.run > 0 && up != h.runUp {
 		h.run, h.runSum = 0, 0
 	}
-	// The first day's range is still growing: a rise there is no news.
-	if (up || down) && float64(h.cells)*float64(h.step) > float64(day)/4 && h.cells > 48 {
+	if up || down {
 		if h.run == 0 {
 			h.shiftCell = c
 		}
@@ -190,13 +211,13 @@ func (h *history) detect(c int64, v float64) bool {
 			return false
 		}
 		level := h.runSum / shiftRun
-		delta := level - h.ew[ladder-1]
+		delta := level - h.before.slow
 		for i := range h.ew {
 			h.ew[i] = level
 		}
 		h.lift(float32(delta))
-		h.q50 = level
-		h.volFast = min(h.volFast, h.volSlow)
+		h.q50 = h.before.q50 + delta
+		h.volFast, h.volSlow, h.scale = h.before.volFast, h.before.volSlow, h.before.scale
 		h.run, h.runSum = 0, 0
 		h.lo, h.hi = level-(h.hi-h.lo)/2, level+(h.hi-h.lo)/2
 		return true

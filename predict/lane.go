@@ -42,6 +42,8 @@ type half struct {
 	members   blend  // which member to believe
 	tails     offset // residuals to quantiles
 
+	kept kept // of all these, when a run outside began
+
 	n         float64 // settled forecasts
 	pace      float64 // one of them stands for so many
 	borrowed  bool    // members and tails began with a prior's
@@ -190,6 +192,10 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	h.cover90 += max(1.0/300, 1/h.n) * (below(z, e.up90[t]) - h.cover90)
 	h.cover95 += max(1.0/300, 1/h.n) * (below(z, e.up95[t]) - h.cover95)
 
+	if h.n > bendStart && h.tails.bends {
+		h.tails.held(1, 0.9, below(z, e.up90[t]), h.pace)
+		h.tails.held(2, 0.95, below(z, e.up95[t]), h.pace)
+	}
 	if h.alternate = !h.alternate; h.alternate && h.n > youth && h.tails.overlap >= sharedFrom {
 		return
 	}
@@ -236,6 +242,22 @@ func (h *half) guarded(near time.Duration, t Target) bool {
 	return t == Value && near <= guardHorizon && h.n > 30 && (h.lossOwn > h.lossNaive || h.lateOwn > 1.05*h.lateNaive)
 }
 
+// kept is what a few outcomes on a new level distort before they are
+// recognised as one.
+type kept struct {
+	members                                                  [members]float64
+	tails                                                    [len(judged)][ways]float64
+	errFast, errSlow, lossOwn, lossNaive, lateOwn, lateNaive float64
+}
+
+// keep remembers it as it is now.
+func (l *lane) keep() {
+	for k := range l.of {
+		h := &l.of[k]
+		h.kept = kept{h.members.loss, h.tails.loss, h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive}
+	}
+}
+
 // shifted forgets what a level shift at cell c made meaningless: forecasts
 // from before it, and outcomes on the old level. Beyond shiftHorizon a shift
 // is an outcome like others, which the bounds of a day ahead must allow for.
@@ -250,9 +272,12 @@ func (l *lane) shifted(c int64) {
 	}
 	for k := range l.of {
 		h := &l.of[k]
-		h.tails.relevel(int((shiftRun + l.stride - 1) / l.stride))
 		// The errors of the run belong to the shift, not to the new level.
-		h.errFast = min(h.errFast, h.errSlow)
+		b := &h.kept
+		h.members.loss, h.tails.loss = b.members, b.tails
+		h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive = b.errFast, b.errSlow, b.lossOwn, b.lossNaive, b.lateOwn, b.lateNaive
+		weigh(h.members.loss[:], h.members.weight[:])
+		h.tails.relevel(int((shiftRun + l.stride - 1) / l.stride))
 		for i, e := range h.errHour {
 			h.errHour[i] = min(e, 2*float32(h.errSlow))
 		}

@@ -18,35 +18,42 @@ const (
 	wayShortRaw
 	wayShortOutcome
 	ways
+
+	longWays = wayShortRaw // of a digest; the others have a window
 )
 
 // offset turns a median and an expected error into quantiles, by the residuals
 // of settled forecasts alone. Several ways to do so compete by their recent
 // pinball loss.
 type offset struct {
-	win    [ways]window
+	long   [longWays]digest
+	brief  [ways - longWays]window
 	q      [len(levels)][ways]float64
 	loss   [len(judged)][ways]float64
 	weight [len(judged)][ways]float32
 	n      float64
 	due    int
+	bend   [len(judged)]float64 // added to the rank of each level's bound, see held
 
-	every   int     // once full, the long windows take every so many-th
-	skip    int     // until the next
 	daily   bool    // peaks of which a day has one or fewer
 	overlap float64 // settled forecasts whose outcomes overlap
-	dof     float64 // windows hold so many times fewer independent outcomes
+	dof     float64 // digests hold so many times fewer independent outcomes
 	nearby  bool    // the short ways take part
+	bends   bool    // outcomes come soon enough to correct bounds by them
 }
 
 const (
-	// spanDays that the long windows cover: the residuals of every hour of
-	// the day, more than twice.
-	spanDays = 3
+	// spanDays that the digests remember: a week, the longest rhythm that most
+	// loads have.
+	spanDays = 7
 	// And so many horizons: fewer outcomes that do not overlap say nothing
 	// about a 95 % quantile. A day's peak has one outcome a day.
 	spanValues = 10
 	spanPeaks  = 30
+	// briefSize residuals decide the short ways.
+	briefSize = 64
+	// briefEvery so many of them: a twentieth.
+	briefEvery = 3
 	// nearOverlap: with more cells than this between origin and outcome, the
 	// few outcomes of a short window are all the same one.
 	nearOverlap = 3
@@ -58,23 +65,21 @@ const (
 	// tailShare of an exponential tail: loads have a ceiling, but nobody knows
 	// whether it was seen.
 	tailShare = 0.5
+	// bendRate: a bound that always holds has moved by a tenth of its excess
+	// after 330 settled forecasts; outcomes that overlap tell less. Faster, it
+	// follows noise.
+	bendRate = 0.003
+	// bendRoom: at most by half of what lies beyond the bound, so that a long
+	// calm does not take away the warning of what is rare.
+	bendRoom = 0.5
+	// bendStart: the bounds of the first forecasts were made from nothing.
+	bendStart = 30
 	// offsetStart residuals are the fewest to take quantiles of.
 	offsetStart = 5
 )
 
-// windowSizes leave the state of four lanes below MaxState; with a fifth they
-// halve.
-var windowSizes = [ways]int{160, 256, 128, 64, 64}
-
 func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	o := offset{}
-	for i := range o.win {
-		n := windowSizes[i]
-		if lanes > 4 {
-			n /= 2
-		}
-		o.win[i] = newWindow(n)
-	}
 	horizons := spanValues
 	overlap := float64(l.steps) / float64(l.stride)
 	if t == Peak {
@@ -84,64 +89,89 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 		o.dof = math.Sqrt(overlap)
 	}
 	span := max(spanDays*day, int64(horizons)*int64(l.h))
+	memory := float64(span) / (float64(step*l.stride) * l.of[t].pace)
+	size := digestSize
+	if lanes > 4 {
+		size = digestFew
+	}
+	for j := range o.long {
+		o.long[j] = newDigest(size, memory)
+	}
 	o.overlap = overlap
 	o.daily = t == Peak && l.h > shiftHorizon
-	o.every = max(1, int(math.Round(float64(span)/float64(cap(o.win[wayScaled].ring))/(float64(step*l.stride)*l.of[t].pace))))
 	o.nearby = overlap <= nearOverlap
+	o.bends = l.h <= shiftHorizon
+	for j := range o.brief {
+		if o.nearby {
+			o.brief[j] = newWindow(briefSize)
+		}
+	}
 	return o
+}
+
+// known says whether way j has seen enough to speak.
+func (o *offset) known(j int) bool {
+	if j < longWays {
+		return len(o.long[j].mean)+len(o.long[j].fresh) >= offsetStart
+	}
+	return len(o.brief[j-longWays].ring) >= offsetStart
+}
+
+// held tells whether the bound of the i-th judged level, for quantile q, held
+// the outcome: a bound that holds too often is asked for a lower rank, one that
+// fails too often for a higher (adaptive conformal inference, Gibbs & Candès
+// 2021).
+func (o *offset) held(i int, q float64, held, pace float64) {
+	room := (1 - q) * bendRoom
+	o.bend[i] += bendRate * pace / math.Sqrt(max(1, o.overlap)) * (q - held)
+	o.bend[i] = max(-room, min(room, o.bend[i]))
 }
 
 // competes says whether way j may speak for level k. The median is the
 // members' business: outcomes alone are among them already.
 func (o *offset) competes(j, k int) bool {
-	if j >= wayShortRaw && !o.nearby || len(o.win[j].ring) < offsetStart {
-		return false
+	return o.known(j) && (levels[k] != 0.5 || j != wayOutcome && j != wayShortOutcome)
+}
+
+// by is the quantile that way j forecasts from what its residuals say.
+func by(j int, mid, spread, at float64) float64 {
+	switch j {
+	case wayScaled:
+		return mid + spread*at
+	case wayOutcome, wayShortOutcome:
+		return at
 	}
-	return levels[k] != 0.5 || j != wayOutcome && j != wayShortOutcome
+	return mid + at
 }
 
 func (o *offset) learn(mid, spread, y, pace float64) {
 	if o.n >= offsetStart {
 		rate := max(1/(o.n-offsetStart+3), pace/offsetMemory)
-		known := len(o.win[wayOutcome].ring) >= offsetStart
-		for i, k := range judged {
-			q, at, loss := levels[k], &o.q[k], &o.loss[i]
-			charge := func(j int, forecast float64) {
-				loss[j] += rate * (pinball(q, y-forecast) - loss[j])
-			}
-			// A borrowed start has scaled residuals alone, see competes.
-			if len(o.win[wayRaw].ring) >= offsetStart {
-				charge(wayRaw, mid+at[wayRaw])
-			}
-			charge(wayScaled, mid+spread*at[wayScaled])
-			if known && q != 0.5 {
-				charge(wayOutcome, at[wayOutcome])
-			}
-			if !o.nearby {
+		for j := range ways {
+			if !o.known(j) {
 				continue
 			}
-			if len(o.win[wayShortRaw].ring) >= offsetStart {
-				charge(wayShortRaw, mid+at[wayShortRaw])
-			}
-			if len(o.win[wayShortOutcome].ring) >= offsetStart && q != 0.5 {
-				charge(wayShortOutcome, at[wayShortOutcome])
+			for i, k := range judged {
+				if o.competes(j, k) {
+					o.loss[i][j] += rate * (pinball(levels[k], y-by(j, mid, spread, o.q[k][j])) - o.loss[i][j])
+				}
 			}
 		}
 	}
 	o.n++
+	o.long[wayRaw].add(float32(y - mid))
+	o.long[wayScaled].add(float32(max(-30, min(30, (y-mid)/spread))))
+	o.long[wayOutcome].add(float32(y))
 	if o.nearby {
-		o.win[wayShortRaw].add(float32(y - mid))
-		o.win[wayShortOutcome].add(float32(y))
-	}
-	if o.skip--; o.skip <= 0 || !o.win[wayScaled].full() {
-		o.skip = o.every
-		o.win[wayRaw].add(float32(y - mid))
-		o.win[wayScaled].add(float32(max(-30, min(30, (y-mid)/spread))))
-		o.win[wayOutcome].add(float32(y))
+		o.brief[wayShortRaw-longWays].add(float32(y - mid))
+		o.brief[wayShortOutcome-longWays].add(float32(y))
 	}
 	if o.due--; o.due <= 0 {
-		o.refresh()
-		o.due = min(1+int(o.n)/32, 6)
+		o.refresh(0, ways)
+		// A thirtieth more residuals hardly move the quantiles of many.
+		o.due = min(1+int(o.long[wayOutcome].size())/32, freshSize-freshKept)
+	} else if o.nearby && o.due%briefEvery == 0 {
+		o.refresh(longWays, ways)
 	}
 }
 
@@ -152,33 +182,55 @@ func pinball(q, miss float64) float64 {
 	return q * miss
 }
 
-func (o *offset) refresh() {
-	for j := range ways {
-		if j >= wayShortRaw && !o.nearby {
+// refresh finds the quantiles of the ways in [from, to) again.
+func (o *offset) refresh(from, to int) {
+	var at [len(levels)]float64
+	var rank [len(levels)]float64
+	for j := from; j < to; j++ {
+		if !o.known(j) {
 			continue
 		}
-		w := &o.win[j]
+		n := 0.0
+		if j < longWays {
+			n = o.long[j].size()
+		} else {
+			n = float64(len(o.brief[j-longWays].ring))
+		}
 		// With few independent outcomes the sample's quantile lies too low:
 		// the conformal rank is (n+1)q, in outcomes that count.
-		up := 1 + o.dof/(o.dof+float64(len(w.ring)))
+		up := 1 + o.dof/(o.dof+n)
 		if o.dof == 0 {
 			up = 1
 		}
 		for k, q := range levels {
-			rank := q
+			rank[k] = q
 			if q > 0.5 {
-				rank *= up
+				// In proportion to what lies beyond: P99 goes with P95.
+				b := o.bend[judgeOf[k]] * (1 - q) / (1 - levels[judged[judgeOf[k]]])
+				rank[k] = (q + b) * up
 			}
-			o.q[k][j] = w.quantile(rank)
-			if o.daily && q >= 0.95 {
-				o.q[k][j] += o.beyond(w, q)
+		}
+		if j < longWays {
+			o.long[j].quantiles(rank[:], at[:])
+		} else {
+			for k, q := range rank {
+				at[k] = o.brief[j-longWays].quantile(q)
+			}
+		}
+		if o.daily {
+			for k, q := range levels {
+				if q >= 0.95 {
+					at[k] += o.beyond(j, n, q)
+				}
 			}
 		}
 		// Few independent residuals do not say that the median forecast is
 		// off: its correction starts from none.
 		if j != wayOutcome && j != wayShortOutcome {
-			n := float64(len(w.ring))
-			o.q[1][j] *= n / (n + medianDoubt*o.overlap)
+			at[1] *= n / (n + medianDoubt*o.overlap)
+		}
+		for k := range at {
+			o.q[k][j] = at[k]
 		}
 	}
 	for i, k := range judged {
@@ -193,18 +245,20 @@ func (o *offset) refresh() {
 	}
 }
 
-// beyond is how far the q-quantile lies above everything in w. Of d
-// independent outcomes the largest is exceeded by the next with probability
-// 1/(d+1); each e-fold rarer excess lies one mean excess further up, if the
-// tail is exponential, and the mean excess follows from the distance of the
-// largest to the middle.
-func (o *offset) beyond(w *window, q float64) float64 {
-	d := 1 + float64(len(w.ring))/o.overlap
+// beyond is how far the q-quantile lies above everything that long way j has
+// seen. Of d independent outcomes the largest is exceeded by the next with
+// probability 1/(d+1); each e-fold rarer excess lies one mean excess further
+// up, if the tail is exponential, and the mean excess follows from the distance
+// of the largest to the middle.
+func (o *offset) beyond(j int, n, q float64) float64 {
+	d := 1 + n/o.overlap
 	rarer := 1 / (d * (1 - q))
-	if rarer <= 1 || len(w.ring) == 0 {
+	if rarer <= 1 || j >= longWays {
 		return 0
 	}
-	return tailShare * (w.quantile(1) - w.quantile(0.5)) / math.Log(2*d) * math.Log(rarer)
+	ends := [2]float64{0.5, 1}
+	o.long[j].quantiles(ends[:], ends[:])
+	return tailShare * (ends[1] - ends[0]) / math.Log(2*d) * math.Log(rarer)
 }
 
 // quantiles of levels around mid, which is expected to err by spread.
@@ -220,15 +274,19 @@ func (o *offset) quantiles(mid, spread float64) (f [len(levels)]float64) {
 		w, q := &o.weight[judgeOf[k]], &o.q[k]
 		// As deviations from mid, so that weights which sum to almost one
 		// leave a constant what it is.
-		f[k] = mid + float64(w[wayRaw])*q[wayRaw] + float64(w[wayScaled])*spread*q[wayScaled] +
-			float64(w[wayShortRaw])*q[wayShortRaw] + float64(w[wayOutcome])*(q[wayOutcome]-mid) + float64(w[wayShortOutcome])*(q[wayShortOutcome]-mid)
+		f[k] = mid
+		for j, wj := range w {
+			if wj != 0 {
+				f[k] += float64(wj) * (by(j, mid, spread, q[j]) - mid)
+			}
+		}
 	}
 	return f
 }
 
 // short is the median of the latest outcomes, or d where they are all one.
 func (o *offset) short(d float64) float64 {
-	if !o.nearby || len(o.win[wayShortOutcome].ring) == 0 {
+	if !o.nearby || !o.known(wayShortOutcome) {
 		return d
 	}
 	return o.q[1][wayShortOutcome]
@@ -236,7 +294,7 @@ func (o *offset) short(d float64) float64 {
 
 // median of the outcomes.
 func (o *offset) median(d float64) float64 {
-	if len(o.win[wayOutcome].ring) == 0 {
+	if !o.known(wayOutcome) {
 		return d
 	}
 	return o.q[1][wayOutcome]
@@ -245,14 +303,14 @@ func (o *offset) median(d float64) float64 {
 // relevel drops outcomes on a level that is gone, and the residuals of the
 // latest k forecasts, which missed the shift.
 func (o *offset) relevel(k int) {
-	for _, j := range []int{wayOutcome, wayShortOutcome} {
-		o.win[j].ring, o.win[j].order, o.win[j].next = o.win[j].ring[:0], o.win[j].order[:0], 0
+	o.long[wayOutcome].clear()
+	o.due = 1
+	o.long[wayRaw].drop(k)
+	o.long[wayScaled].drop(k)
+	if o.nearby {
+		w := &o.brief[wayShortOutcome-longWays]
+		w.ring, w.order, w.next = w.ring[:0], w.order[:0], 0
+		o.brief[wayShortRaw-longWays].neutralise(k)
 	}
-	o.win[wayShortRaw].neutralise(k)
-	if o.win[wayScaled].full() {
-		k = (k + o.every - 1) / o.every
-	}
-	o.win[wayRaw].neutralise(k)
-	o.win[wayScaled].neutralise(k)
-	o.refresh()
+	o.refresh(0, ways)
 }

@@ -72,8 +72,9 @@ func (f *Forecaster) Prior() Prior {
 				}
 			}
 			for j := range q.shape {
-				q.shape[j] = h.tails.win[wayScaled].quantile((float64(j) + 0.5) / priorShape)
+				q.shape[j] = (float64(j) + 0.5) / priorShape
 			}
+			h.tails.long[wayScaled].quantiles(q.shape[:], q.shape[:])
 			for k := range q.ways {
 				best := math.Inf(1)
 				for _, v := range h.tails.loss[k] {
@@ -245,11 +246,11 @@ func (h *half) borrow(q *priorHalf, work []float64) {
 	h.members.loss = q.loss
 	weigh(h.members.loss[:], h.members.weight[:])
 	for _, v := range q.shape {
-		h.tails.win[wayScaled].add(float32(v))
+		h.tails.long[wayScaled].add(float32(v))
 	}
 	h.tails.n = offsetStart
 	h.tails.loss = q.ways
-	h.tails.refresh()
+	h.tails.refresh(0, ways)
 }
 
 // settleUnit turns borrowed losses, which are relative, into the unit of the

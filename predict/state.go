@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 1
+const stateVersion = 2
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
@@ -245,7 +245,7 @@ func (s *state) history(h *history) {
 	s.int64(&h.origin, -anyTime, anyTime)
 	s.int64(&h.cells, 0, anyTime)
 	s.int64(&h.lastCell, 0, anyTime)
-	s.float(&h.last, &h.prev, &h.median, &h.q50, &h.volFast, &h.volSlow, &h.scale, &h.least, &h.lentScale, &h.lentVol, &h.lentN, &h.lo, &h.hi, &h.runSum, &h.curSum, &h.weekSum)
+	s.float(&h.last, &h.prev, &h.median, &h.q50, &h.volFast, &h.volSlow, &h.scale, &h.least, &h.lentScale, &h.lentVol, &h.lentN, &h.lo, &h.hi, &h.before.slow, &h.before.q50, &h.before.volFast, &h.before.volSlow, &h.before.scale, &h.runSum, &h.curSum, &h.weekSum)
 	for i := range h.ew {
 		s.float(&h.ew[i])
 	}
@@ -335,6 +335,16 @@ func (s *state) half(h *half) {
 	s.bool(&h.borrowed)
 	s.bool(&h.alternate)
 	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.same, &h.cover90, &h.cover95)
+	b := &h.kept
+	for i := range b.members {
+		s.float(&b.members[i])
+	}
+	for i := range b.tails {
+		for j := range b.tails[i] {
+			s.float(&b.tails[i][j])
+		}
+	}
+	s.float(&b.errFast, &b.errSlow, &b.lossOwn, &b.lossNaive, &b.lateOwn, &b.lateNaive)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
 }
@@ -352,20 +362,27 @@ func (s *state) ridge(r *ridge) {
 }
 
 func (s *state) offset(o *offset) {
-	for j := range o.win {
-		if j >= wayShortRaw && !o.nearby {
-			continue
+	for j := range o.long {
+		s.digest(&o.long[j])
+	}
+	for j := range o.brief {
+		if o.nearby {
+			s.window(&o.brief[j])
 		}
-		s.window(&o.win[j])
 	}
 	for i := range judged {
 		for j := range o.loss[i] {
 			s.float(&o.loss[i][j])
 		}
 	}
+	for i := range o.bend {
+		s.float(&o.bend[i])
+		if s.reading && s.err == nil && math.Abs(o.bend[i]) > 0.1 {
+			s.fail("a rank is off by %g", o.bend[i])
+		}
+	}
 	s.count(&o.n)
-	s.int(&o.due, 0, 6)
-	s.int(&o.skip, math.MinInt32, math.MaxInt32)
+	s.int(&o.due, 0, freshSize)
 	for k := range o.q {
 		for j := range o.q[k] {
 			s.float(&o.q[k][j])
@@ -374,6 +391,31 @@ func (s *state) offset(o *offset) {
 	for i := range o.weight {
 		s.floats(o.weight[i][:], false)
 	}
+}
+
+func (s *state) digest(d *digest) {
+	n, fresh := len(d.mean), len(d.fresh)
+	s.int(&n, 0, cap(d.mean))
+	s.int(&fresh, 0, freshSize)
+	if s.err != nil {
+		return
+	}
+	if s.reading {
+		d.mean, d.weight, d.fresh = d.mean[:n], d.weight[:n], d.fresh[:fresh]
+	}
+	s.floats(d.mean, false)
+	s.floats(d.weight, false)
+	s.floats(d.fresh, false)
+	if !s.reading || s.err != nil {
+		return
+	}
+	for i, w := range d.weight {
+		if !(w >= 0 && w < 1e9) || i > 0 && d.mean[i] < d.mean[i-1] {
+			s.fail("a digest is out of order")
+			return
+		}
+	}
+	d.weigh()
 }
 
 func (s *state) window(w *window) {

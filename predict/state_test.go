@@ -107,8 +107,16 @@ func TestFullestStateFits(t *testing.T) {
 					l.fill(&f.hist, f.open-1, &l.wait[i])
 				}
 				for k := range l.of {
-					for j := range l.of[k].tails.win {
-						w := &l.of[k].tails.win[j]
+					o := &l.of[k].tails
+					for j := range o.long {
+						d := &o.long[j]
+						d.mean, d.weight, d.fresh = d.mean[:0], d.weight[:cap(d.weight)], d.fresh[:cap(d.fresh)]
+						for range cap(d.mean) {
+							d.mean = append(d.mean, 1)
+						}
+					}
+					for j := range o.brief {
+						w := &o.brief[j]
 						w.ring = w.ring[:cap(w.ring)]
 						w.sort()
 					}

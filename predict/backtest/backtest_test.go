@@ -169,12 +169,12 @@ func TestScaleIsSeasonalFromFiveDays(t *testing.T) {
 		"four days: as a step ago": {4, 1.497},
 	} {
 		t.Run(name, func(t *testing.T) {
-			g, err := (&Series{}).grid()
-			if err == nil {
+			if _, err := (&Series{}).grid(); err == nil {
 				t.Fatal("an empty series has a grid")
 			}
 			s := series(288*c.days, saw)
-			if g, err = s.grid(); err != nil {
+			g, err := s.grid()
+			if err != nil {
 				t.Fatal(err)
 			}
 			r := &run{g: g, half: len(g.v) / 2}

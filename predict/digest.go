@@ -1,0 +1,196 @@
+package predict
+
+import "math"
+
+const (
+	// digestSize centroids at most: they are most of the state.
+	digestSize = 68
+	// digestFew, where a fifth lane has to fit into MaxState.
+	digestFew = 46
+	// digestGrain: a centroid at quantile q may hold 4·digestGrain·q(1-q)/size
+	// of everything, and 2/size at most: about size/2 of them lie in the middle
+	// and size/24·ln n on each side, the outermost holding single values.
+	digestGrain = 6
+	// digestRipe values on, those not yet merged are too few to matter.
+	digestRipe = 10 * freshSize
+	// freshSize values wait to be merged together, which costs as much as
+	// merging one.
+	freshSize = 32
+	// freshKept of them stay apart: a level shift may take back shiftRun.
+	freshKept = 8
+)
+
+// digest is a distribution that forgets: values in order, merged into
+// centroids where they lie dense (Dunning & Ertl 2019, with fading weights). A
+// value that keeps coming stays exactly that value.
+type digest struct {
+	mean   []float32 // ascending
+	weight []float32 // of each, in units of a value that comes now
+	fresh  []float32 // not yet merged, in order of arrival
+	merged float32   // sum of weight
+	keep   float32   // share of an old value's weight that the next leaves it
+}
+
+func newDigest(size int, memory float64) digest {
+	return digest{
+		mean:   make([]float32, 0, size),
+		weight: make([]float32, 0, size),
+		fresh:  make([]float32, 0, freshSize),
+		keep:   float32(1 - 1/max(memory, 2)),
+	}
+}
+
+// size is how many values of now it weighs.
+func (d *digest) size() float64 {
+	return float64(d.merged) + float64(len(d.fresh))
+}
+
+func (d *digest) weigh() {
+	d.merged = 0
+	for _, w := range d.weight {
+		d.merged += w
+	}
+}
+
+func (d *digest) add(v float32) {
+	if len(d.fresh) == freshSize {
+		d.merge(freshSize - freshKept)
+	}
+	d.fresh = append(d.fresh, v)
+}
+
+// drop takes back the latest k values.
+func (d *digest) drop(k int) {
+	d.fresh = d.fresh[:len(d.fresh)-min(k, len(d.fresh))]
+}
+
+func (d *digest) clear() {
+	d.mean, d.weight, d.fresh, d.merged = d.mean[:0], d.weight[:0], d.fresh[:0], 0
+}
+
+// centroids are what a merge or a quantile walks over.
+type centroids struct {
+	fresh        [freshSize]float32
+	mean, weight [digestSize + freshSize]float32
+	n            int
+	total        float32
+}
+
+// gather puts the centroids and the n oldest fresh values in order.
+func (d *digest) gather(c *centroids, n int) {
+	fresh := c.fresh[:copy(c.fresh[:], d.fresh[:n])]
+	for i := 1; i < len(fresh); i++ { // few, and faster than slices.Sort
+		v, j := fresh[i], i
+		for ; j > 0 && fresh[j-1] > v; j-- {
+			fresh[j] = fresh[j-1]
+		}
+		fresh[j] = v
+	}
+	i, k, total := 0, 0, float32(0)
+	mean, weight := d.mean, d.weight[:len(d.mean)]
+	for _, v := range fresh {
+		for i < len(mean) && mean[i] <= v {
+			c.mean[k], c.weight[k] = mean[i], weight[i]
+			total += weight[i]
+			i++
+			k++
+		}
+		c.mean[k], c.weight[k] = v, 1
+		total++
+		k++
+	}
+	for ; i < len(mean); i++ {
+		c.mean[k], c.weight[k] = mean[i], weight[i]
+		total += weight[i]
+		k++
+	}
+	c.n, c.total = k, total
+}
+
+// merge turns the n oldest fresh values into centroids.
+func (d *digest) merge(n int) {
+	fade := float32(math.Pow(float64(d.keep), float64(n)))
+	for i := range d.weight {
+		d.weight[i] *= fade
+	}
+	var c centroids
+	d.gather(&c, n)
+	for coarse := 1 / float32(cap(d.mean)); !d.compress(&c, coarse); coarse *= 1.25 {
+	}
+	d.weigh()
+	d.fresh = d.fresh[:copy(d.fresh, d.fresh[n:])]
+}
+
+// compress writes c into d, coarse times as coarsely as digestGrain says; false
+// if that does not fit.
+func (d *digest) compress(c *centroids, coarse float32) bool {
+	d.mean, d.weight = d.mean[:0], d.weight[:0]
+	steep, flat := 4*digestGrain*coarse/c.total, 2*coarse*c.total
+	done := float32(0)
+	mean, weight := c.mean[0], c.weight[0]
+	for i := 1; i < c.n; i++ {
+		m, w := c.mean[i], c.weight[i]
+		both := weight + w
+		if m == mean {
+			weight = both
+			continue
+		}
+		middle := done + both/2
+		if both <= min(steep*middle*(c.total-middle), flat) {
+			mean += (m - mean) * w / both
+			weight = both
+			continue
+		}
+		if len(d.mean) == cap(d.mean)-1 {
+			return false
+		}
+		d.mean, d.weight = append(d.mean, mean), append(d.weight, weight)
+		done += weight
+		mean, weight = m, w
+	}
+	d.mean, d.weight = append(d.mean, mean), append(d.weight, weight)
+	return true
+}
+
+// quantiles sets at to those of q, which ascends. They are conformal (Vovk et
+// al. 2005): of n exchangeable values the ⌈(n+1)q⌉-th smallest bounds the next
+// with probability q; between two values it interpolates.
+func (d *digest) quantiles(q []float64, at []float64) {
+	mean, weight, total := d.mean, d.weight, d.merged
+	if total < digestRipe {
+		var c centroids
+		d.gather(&c, len(d.fresh))
+		mean, weight, total = c.mean[:c.n], c.weight[:c.n], c.total
+	}
+	if len(mean) == 0 {
+		clear(at)
+		return
+	}
+	// A centroid heavier than compress lets different values become is one
+	// value, again and again: it stands for all of its ranks.
+	single := 2.01 * total / float32(cap(d.mean))
+	ranks := func(w float32) (first, last float32) {
+		if w > single {
+			return min(w, 1), w
+		}
+		return (w + 1) / 2, (w + 1) / 2
+	}
+	i, done, before := 0, float32(0), float32(0) // before: the last rank of the centroid before i
+	first, last := ranks(weight[0])
+	for k := range q {
+		want := float32(q[k]) * (total + 1)
+		for last < want && i+1 < len(mean) {
+			before = last
+			done += weight[i]
+			i++
+			first, last = ranks(weight[i])
+			first, last = done+first, done+last
+		}
+		if i == 0 || first <= want {
+			at[k] = float64(mean[i])
+			continue
+		}
+		f := (want - before) / (first - before)
+		at[k] = float64(mean[i-1] + f*(mean[i]-mean[i-1]))
+	}
+}
