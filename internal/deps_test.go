@@ -47,7 +47,6 @@ var forbidden = []struct{ from, to, why string }{
 	{"ebpf/profile", "ext:github.com/cilium/ebpf", "ebpf/probe is the only door to cilium/ebpf"},
 	{"checkpoint", "ext:github.com/cilium/ebpf", "ebpf/probe is the only door to cilium/ebpf"},
 	{"transfer", "ext:github.com/cilium/ebpf", "ebpf/probe is the only door to cilium/ebpf"},
-	{"cmd/tranship", "ebpf/probe", "the command line speaks to the daemon through daemon/control"},
 	{"transfer/wire", "ext:github.com/quic-go/quic-go", "frames are pure"},
 	{"transfer/encoding", "ext:github.com/quic-go/quic-go", "encoding is pure"},
 }

@@ -13,10 +13,19 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-type blockShardControl struct {
+type blockCpuState struct {
 	_               structs.HostLayout
+	Pid             uint32
+	Slot            uint32
+	SumExec         uint64
+	Nvcsw           uint64
+	Nivcsw          uint64
+	MinFlt          uint64
+	MajFlt          uint64
 	Generation      uint32
 	ConnectionsLost uint32
+	Spare           uint64
+	Recent          [64]uint64
 }
 
 type blockShardUsage struct {
@@ -46,9 +55,8 @@ type blockShardUsage struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	blockMapCgroups          = "cgroups"
-	blockMapControl          = "control"
 	blockMapNetns            = "netns"
-	blockMapRecent           = "recent"
+	blockMapPercpu           = "percpu"
 	blockMapUsage            = "usage"
 	blockProgBlockRqComplete = "block_rq_complete"
 	blockVarCpus             = "cpus"
@@ -105,9 +113,8 @@ type blockProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockMapSpecs struct {
 	Cgroups *ebpf.MapSpec `ebpf:"cgroups"`
-	Control *ebpf.MapSpec `ebpf:"control"`
 	Netns   *ebpf.MapSpec `ebpf:"netns"`
-	Recent  *ebpf.MapSpec `ebpf:"recent"`
+	Percpu  *ebpf.MapSpec `ebpf:"percpu"`
 	Usage   *ebpf.MapSpec `ebpf:"usage"`
 }
 
@@ -140,18 +147,16 @@ func (o *blockObjects) Close() error {
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockMaps struct {
 	Cgroups *ebpf.Map `ebpf:"cgroups"`
-	Control *ebpf.Map `ebpf:"control"`
 	Netns   *ebpf.Map `ebpf:"netns"`
-	Recent  *ebpf.Map `ebpf:"recent"`
+	Percpu  *ebpf.Map `ebpf:"percpu"`
 	Usage   *ebpf.Map `ebpf:"usage"`
 }
 
 func (m *blockMaps) Close() error {
 	return _BlockClose(
 		m.Cgroups,
-		m.Control,
 		m.Netns,
-		m.Recent,
+		m.Percpu,
 		m.Usage,
 	)
 }

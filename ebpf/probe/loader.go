@@ -22,6 +22,10 @@ import (
 const (
 	usageSize = int(unsafe.Sizeof(Usage{}))
 	tcpSize   = int64(unsafe.Sizeof(tcpTcpNow{}))
+	stateSize = int64(unsafe.Sizeof(schedCpuState{}))
+	// Where in a CPU's state these are.
+	generationAt = int64(unsafe.Offsetof(schedCpuState{}.Generation))
+	lostAt       = int64(unsafe.Offsetof(schedCpuState{}.ConnectionsLost))
 	// runOnCPU is BPF_F_TEST_RUN_ON_CPU: the program is run there, in the
 	// interrupt of another CPU's call.
 	runOnCPU = 1
@@ -97,7 +101,7 @@ func (p *Probe) makeMap(name string, spec *ebpf.MapSpec) error {
 	}
 	spec = spec.Copy()
 	switch name {
-	case schedMapUsage, schedMapRecent, schedMapRunning:
+	case schedMapUsage, schedMapPercpu:
 		spec.MaxEntries *= uint32(p.cpus)
 	}
 	var opts ebpf.MapOptions
@@ -264,6 +268,11 @@ func (p *Probe) adopt() error {
 		}
 	}
 	p.slots[HostSlot] = slot{true, "", p.cfg.Host}
+	raw := make([]byte, 4)
+	if _, err := p.state.ReadAt(raw, generationAt); err != nil {
+		return err
+	}
+	p.generation = binary.NativeEndian.Uint32(raw)
 	if err := sweep(p.maps[schedMapCgroups], make([]byte, 8), func(key []byte, at uint32) bool {
 		k := binary.NativeEndian.Uint64(key)
 		return at < MaxSlots && p.slots[at].taken && slices.Contains(cgroupKeys(p.slots[at].id), k)
@@ -386,13 +395,14 @@ func (p *Probe) leave(at int, old, id Identity) error {
 
 // changed makes the programs forget what cgroups resolved to.
 func (p *Probe) changed() error {
-	raw := make([]byte, 4)
-	if _, err := p.ctl.ReadAt(raw, 0); err != nil {
-		return err
+	p.generation++
+	raw := binary.NativeEndian.AppendUint32(nil, p.generation)
+	for cpu := range p.cpus {
+		if _, err := p.state.WriteAt(raw, int64(cpu)*stateSize+generationAt); err != nil {
+			return fmt.Errorf("generation of CPU %d: %w", cpu, err)
+		}
 	}
-	binary.NativeEndian.PutUint32(raw, binary.NativeEndian.Uint32(raw)+1)
-	_, err := p.ctl.WriteAt(raw, 0)
-	return err
+	return nil
 }
 
 // clear zeroes the counts of a slot that nobody has.

@@ -102,9 +102,11 @@ type Probe struct {
 	failed map[Part]error
 	usage  *ebpf.Memory
 	tcp    *ebpf.Memory
-	ctl    *ebpf.Memory
-	slots  [MaxSlots]slot
-	free   []uint32 // oldest first, so that a slot rests before it is reused
+	state  *ebpf.Memory
+	// generation of the programs' memory of which cgroup is whose.
+	generation uint32
+	slots      [MaxSlots]slot
+	free       []uint32 // oldest first, so that a slot rests before it is reused
 }
 
 type slot struct {
@@ -146,7 +148,7 @@ func (p *Probe) open() error {
 	for _, m := range []struct {
 		name string
 		at   **ebpf.Memory
-	}{{schedMapUsage, &p.usage}, {tcpMapTcp, &p.tcp}, {schedMapControl, &p.ctl}} {
+	}{{schedMapUsage, &p.usage}, {tcpMapTcp, &p.tcp}, {schedMapPercpu, &p.state}} {
 		if *m.at, err = p.maps[m.name].Memory(); err != nil {
 			return fmt.Errorf("memory of map %s: %w", m.name, err)
 		}
@@ -357,11 +359,13 @@ func (p *Probe) Stats() (Stats, error) {
 		st.Runs += s.RunCount
 		st.RunTime += s.Runtime.Seconds()
 	}
-	raw := make([]byte, 8)
-	if _, err := p.ctl.ReadAt(raw, 0); err != nil {
-		return st, err
+	raw := make([]byte, 4)
+	for cpu := range p.cpus {
+		if _, err := p.state.ReadAt(raw, int64(cpu)*stateSize+lostAt); err != nil {
+			return st, fmt.Errorf("state of CPU %d: %w", cpu, err)
+		}
+		st.ConnectionsLost += uint64(binary.NativeEndian.Uint32(raw))
 	}
-	st.ConnectionsLost = uint64(binary.NativeEndian.Uint32(raw[4:]))
 	for _, name := range []string{schedMapCgroups, schedMapNetns, tcpMapConnections} {
 		n, err := count(p.maps[name])
 		if err != nil {

@@ -13,22 +13,19 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-type schedCpuRunning struct {
-	_       structs.HostLayout
-	Pid     uint32
-	Slot    uint32
-	SumExec uint64
-	Nvcsw   uint64
-	Nivcsw  uint64
-	MinFlt  uint64
-	MajFlt  uint64
-	Spare   [2]uint64
-}
-
-type schedShardControl struct {
+type schedCpuState struct {
 	_               structs.HostLayout
+	Pid             uint32
+	Slot            uint32
+	SumExec         uint64
+	Nvcsw           uint64
+	Nivcsw          uint64
+	MinFlt          uint64
+	MajFlt          uint64
 	Generation      uint32
 	ConnectionsLost uint32
+	Spare           uint64
+	Recent          [64]uint64
 }
 
 type schedShardUsage struct {
@@ -58,11 +55,9 @@ type schedShardUsage struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	schedMapCgroups      = "cgroups"
-	schedMapControl      = "control"
 	schedMapDelays       = "delays"
 	schedMapNetns        = "netns"
-	schedMapRecent       = "recent"
-	schedMapRunning      = "running"
+	schedMapPercpu       = "percpu"
 	schedMapUsage        = "usage"
 	schedProgFlush       = "flush"
 	schedProgSchedSwitch = "sched_switch"
@@ -121,11 +116,9 @@ type schedProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedMapSpecs struct {
 	Cgroups *ebpf.MapSpec `ebpf:"cgroups"`
-	Control *ebpf.MapSpec `ebpf:"control"`
 	Delays  *ebpf.MapSpec `ebpf:"delays"`
 	Netns   *ebpf.MapSpec `ebpf:"netns"`
-	Recent  *ebpf.MapSpec `ebpf:"recent"`
-	Running *ebpf.MapSpec `ebpf:"running"`
+	Percpu  *ebpf.MapSpec `ebpf:"percpu"`
 	Usage   *ebpf.MapSpec `ebpf:"usage"`
 }
 
@@ -158,22 +151,18 @@ func (o *schedObjects) Close() error {
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedMaps struct {
 	Cgroups *ebpf.Map `ebpf:"cgroups"`
-	Control *ebpf.Map `ebpf:"control"`
 	Delays  *ebpf.Map `ebpf:"delays"`
 	Netns   *ebpf.Map `ebpf:"netns"`
-	Recent  *ebpf.Map `ebpf:"recent"`
-	Running *ebpf.Map `ebpf:"running"`
+	Percpu  *ebpf.Map `ebpf:"percpu"`
 	Usage   *ebpf.Map `ebpf:"usage"`
 }
 
 func (m *schedMaps) Close() error {
 	return _SchedClose(
 		m.Cgroups,
-		m.Control,
 		m.Delays,
 		m.Netns,
-		m.Recent,
-		m.Running,
+		m.Percpu,
 		m.Usage,
 	)
 }

@@ -13,10 +13,19 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-type tcpShardControl struct {
+type tcpCpuState struct {
 	_               structs.HostLayout
+	Pid             uint32
+	Slot            uint32
+	SumExec         uint64
+	Nvcsw           uint64
+	Nivcsw          uint64
+	MinFlt          uint64
+	MajFlt          uint64
 	Generation      uint32
 	ConnectionsLost uint32
+	Spare           uint64
+	Recent          [64]uint64
 }
 
 type tcpShardUsage struct {
@@ -55,9 +64,8 @@ type tcpTcpNow struct {
 const (
 	tcpMapCgroups     = "cgroups"
 	tcpMapConnections = "connections"
-	tcpMapControl     = "control"
 	tcpMapNetns       = "netns"
-	tcpMapRecent      = "recent"
+	tcpMapPercpu      = "percpu"
 	tcpMapTcp         = "tcp"
 	tcpMapUsage       = "usage"
 	tcpProgRetransmit = "retransmit"
@@ -120,9 +128,8 @@ type tcpProgramSpecs struct {
 type tcpMapSpecs struct {
 	Cgroups     *ebpf.MapSpec `ebpf:"cgroups"`
 	Connections *ebpf.MapSpec `ebpf:"connections"`
-	Control     *ebpf.MapSpec `ebpf:"control"`
 	Netns       *ebpf.MapSpec `ebpf:"netns"`
-	Recent      *ebpf.MapSpec `ebpf:"recent"`
+	Percpu      *ebpf.MapSpec `ebpf:"percpu"`
 	Tcp         *ebpf.MapSpec `ebpf:"tcp"`
 	Usage       *ebpf.MapSpec `ebpf:"usage"`
 }
@@ -157,9 +164,8 @@ func (o *tcpObjects) Close() error {
 type tcpMaps struct {
 	Cgroups     *ebpf.Map `ebpf:"cgroups"`
 	Connections *ebpf.Map `ebpf:"connections"`
-	Control     *ebpf.Map `ebpf:"control"`
 	Netns       *ebpf.Map `ebpf:"netns"`
-	Recent      *ebpf.Map `ebpf:"recent"`
+	Percpu      *ebpf.Map `ebpf:"percpu"`
 	Tcp         *ebpf.Map `ebpf:"tcp"`
 	Usage       *ebpf.Map `ebpf:"usage"`
 }
@@ -168,9 +174,8 @@ func (m *tcpMaps) Close() error {
 	return _TcpClose(
 		m.Cgroups,
 		m.Connections,
-		m.Control,
 		m.Netns,
-		m.Recent,
+		m.Percpu,
 		m.Tcp,
 		m.Usage,
 	)

@@ -30,7 +30,10 @@ int BPF_PROG(block_rq_complete, struct request *rq, int error, unsigned int byte
 	struct bio *bio = rq->bio;
 	if (!bio || !bio->bi_blkg)
 		return 0;
-	struct shard_usage *u = usage_of(slot_of_cgroup(bio->bi_blkg->blkcg->css.cgroup, KIND_BLOCK, cpu), cpu);
+	struct cpu_state *state = bpf_map_lookup_elem(&percpu, &cpu);
+	if (!state)
+		return 0;
+	struct shard_usage *u = usage_of(slot_of_cgroup(bio->bi_blkg->blkcg->css.cgroup, KIND_BLOCK, state), cpu);
 	if (!u)
 		return 0;
 	u64 start = rq->start_time_ns, ns = 0;

@@ -26,24 +26,6 @@
 #define DELAY_BITS 42
 #define DELAY_MASK ((1ULL << DELAY_BITS) - 1)
 
-struct cpu_running {
-	u32 pid;
-	u32 slot;
-	u64 sum_exec;
-	u64 nvcsw;
-	u64 nivcsw;
-	u64 min_flt;
-	u64 maj_flt;
-	u64 spare[2]; /* a cache line a CPU */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, struct cpu_running);
-} running SEC(".maps");
-
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, DELAYS);
@@ -51,15 +33,15 @@ struct {
 	__type(value, u64);
 } delays SEC(".maps");
 
-static __always_inline u32 slot_of_task(struct task_struct *task, u32 cpu)
+static __always_inline u32 slot_of_task(struct task_struct *task, struct cpu_state *state)
 {
 	if (unified)
-		return slot_of_cgroup(task->cgroups->dfl_cgrp, KIND_TASKS, cpu);
+		return slot_of_cgroup(task->cgroups->dfl_cgrp, KIND_TASKS, state);
 	return slot_of_cgroup(task->cgroups->subsys[bpf_core_enum_value(enum cgroup_subsys_id, cpu_cgrp_id)]->cgroup,
-			      KIND_TASKS, cpu);
+			      KIND_TASKS, state);
 }
 
-static __always_inline void remember(struct cpu_running *r, struct task_struct *task)
+static __always_inline void remember(struct cpu_state *r, struct task_struct *task)
 {
 	r->sum_exec = task->se.sum_exec_runtime;
 	r->nvcsw = task->nvcsw;
@@ -68,7 +50,7 @@ static __always_inline void remember(struct cpu_running *r, struct task_struct *
 	r->maj_flt = task->maj_flt;
 }
 
-static __always_inline void charge(struct cpu_running *r, struct task_struct *task, u32 cpu)
+static __always_inline void charge(struct cpu_state *r, struct task_struct *task, u32 cpu)
 {
 	struct shard_usage *u = usage_of(r->slot, cpu);
 
@@ -114,7 +96,7 @@ SEC("tp_btf/sched_switch")
 int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_struct *next)
 {
 	u32 cpu = bpf_get_smp_processor_id();
-	struct cpu_running *r = bpf_map_lookup_elem(&running, &cpu);
+	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
 
 	if (!r)
 		return 0;
@@ -123,7 +105,7 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 	r->pid = next->pid;
 	if (!r->pid) /* idle */
 		return 0;
-	r->slot = slot_of_task(next, cpu);
+	r->slot = slot_of_task(next, r);
 	remember(r, next);
 	arrive(next, r->slot, cpu);
 	return 0;
@@ -133,7 +115,7 @@ SEC("raw_tp")
 int flush(void *ctx)
 {
 	u32 cpu = bpf_get_smp_processor_id();
-	struct cpu_running *r = bpf_map_lookup_elem(&running, &cpu);
+	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
 	struct task_struct *task = bpf_get_current_task_btf();
 
 	if (!r || !r->pid || r->pid != (u32)task->pid)

@@ -61,9 +61,23 @@ struct shard_usage {
 	u64 write[BUCKETS];
 };
 
-struct shard_control {
+/* One map for all that a switch needs of its CPU: in a virtual machine a miss of
+ * the TLB costs more than the rest of the program. */
+struct cpu_state {
+	/* The task on the CPU, by pid; 0 is the idle task, or nothing known. */
+	u32 pid;
+	u32 slot;
+	/* Its counters when it came. */
+	u64 sum_exec;
+	u64 nvcsw;
+	u64 nivcsw;
+	u64 min_flt;
+	u64 maj_flt;
+	/* Written by user space. */
 	u32 generation;
 	u32 connections_lost; /* `connections` was full */
+	u64 spare;
+	u64 recent[RECENT];
 };
 
 struct {
@@ -91,19 +105,11 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, RECENT);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__type(key, u32);
-	__type(value, u64);
-} recent SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, u32);
-	__type(value, struct shard_control);
-} control SEC(".maps");
+	__type(value, struct cpu_state);
+} percpu SEC(".maps");
 
 /* Set by the loader. */
 const volatile u32 cpus = 1;
@@ -135,19 +141,11 @@ static __always_inline u32 walk(struct cgroup *cg, u64 kind)
 
 /* slot_of_cgroup is the shard of a cgroup, 0 for the host, NO_SLOT for what is
  * outside (another host of the lab). */
-static __always_inline u32 slot_of_cgroup(struct cgroup *cg, u64 kind, u32 cpu)
+static __always_inline u32 slot_of_cgroup(struct cgroup *cg, u64 kind, struct cpu_state *state)
 {
-	u32 zero = 0;
 	u64 id = cg->kn->id;
-	struct shard_control *c = bpf_map_lookup_elem(&control, &zero);
-	/* Kinds must not share an entry. */
-	u32 at = cpu * RECENT + ((id ^ kind << 5) & (RECENT - 1));
-	u64 *entry = bpf_map_lookup_elem(&recent, &at);
-
-	if (!c || !entry)
-		return NO_SLOT;
-	/* The kind is in the topmost bit of the 20 for the generation. */
-	u64 tag = id << 32 | (u64)((c->generation & 0x7ffff) | (kind == KIND_BLOCK) << 19) << 12;
+	u64 *entry = &state->recent[(id ^ kind << 5) & (RECENT - 1)];
+	u64 tag = id << 32 | (u64)((state->generation & 0x7ffff) | (kind == KIND_BLOCK) << 19) << 12;
 	u64 have = *(volatile u64 *)entry;
 	if ((have & ~0xfffULL) == tag && have & 0xfff)
 		return (u32)(have & 0xfff) - 2;

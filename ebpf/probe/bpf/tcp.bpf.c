@@ -63,14 +63,14 @@ int BPF_PROG(set_state, const struct sock *sk, int oldstate, int newstate)
 	u32 *slot = bpf_map_lookup_elem(&netns, &inum);
 	if (!slot)
 		return 0;
-	struct shard_usage *u = usage_of(*slot, bpf_get_smp_processor_id());
+	u32 cpu = bpf_get_smp_processor_id();
+	struct shard_usage *u = usage_of(*slot, cpu);
 	if (u)
 		__sync_fetch_and_add(&u->connects, 1);
 	if (bpf_map_update_elem(&connections, &key, &inum, BPF_ANY)) {
-		u32 zero = 0;
-		struct shard_control *c = bpf_map_lookup_elem(&control, &zero);
-		if (c)
-			__sync_fetch_and_add(&c->connections_lost, 1);
+		struct cpu_state *state = bpf_map_lookup_elem(&percpu, &cpu);
+		if (state)
+			__sync_fetch_and_add(&state->connections_lost, 1);
 	}
 	return 0;
 }
