@@ -383,23 +383,21 @@ func (s *stress) mutate(rng *rand.Rand) {
 			sys(unix.SYS_MADVISE, addr, length, unix.MADV_DONTNEED)
 		case 1:
 			sys(unix.SYS_MMAP, addr, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
-		case 2, 3: // a move over other memory, which leaves its mapping behind or none
-			flags := uintptr(unix.MREMAP_MAYMOVE | unix.MREMAP_FIXED)
+		case 2, 3:
+			// A move that leaves its mapping behind, and one back, over other memory,
+			// that leaves none. Never is there a hole in the arena: the Go runtime's
+			// next mapping would land in it, and be written over.
+			away, _, errno := syscall.Syscall6(unix.SYS_MREMAP, addr, length, length, unix.MREMAP_MAYMOVE|unix.MREMAP_DONTUNMAP, 0, 0)
+			if errno != 0 {
+				break // it spans mappings that differ
+			}
 			if stamp%2 == 0 {
-				flags |= unix.MREMAP_DONTUNMAP
+				writePages(uint64(away), uint64(length), stamp)
 			}
 			to := base + uintptr(rng.IntN(pages-64))*page
-			if to+length > addr && addr+length > to {
-				break
-			}
-			moved := sys(unix.SYS_MREMAP, addr, length, length, flags, to)
-			if !moved {
-				// The destination may have been unmapped by then, and since Linux 6.17
-				// a part of the source as well.
+			if !sys(unix.SYS_MREMAP, away, length, length, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED, to) {
 				sys(unix.SYS_MMAP, to, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
-			}
-			if !moved || flags&unix.MREMAP_DONTUNMAP == 0 {
-				sys(unix.SYS_MMAP, addr, length, rw, anonymous|unix.MAP_FIXED, ^uintptr(0), 0)
+				sys(unix.SYS_MUNMAP, away, length)
 			}
 		case 4:
 			sys(unix.SYS_MPROTECT, addr, length, unix.PROT_NONE)
