@@ -15,10 +15,9 @@ type blend struct {
 // blendMemory settled forecasts decide the weights: a day of 5-minute cells.
 const blendMemory = 300
 
-// learn counts the outcome as pace of them.
-func (b *blend) learn(m *[members]float64, z, scale, pace float64) {
+func (b *blend) learn(m *[members]float64, z, scale float64) {
 	b.n++
-	rate := max(3/(b.n+3), pace/blendMemory)
+	rate := max(3/(b.n+3), 1.0/blendMemory)
 	for i, v := range m {
 		b.loss[i] += rate * (math.Abs(z-v)*scale - b.loss[i])
 	}

@@ -38,7 +38,7 @@ type Weight struct {
 // seasonalMembers know the time of day.
 var seasonalMembers = [2][]int{{7, 8, 10, 11, 12, 13}, {7, 10, 11, 12, 13}}
 
-var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes", "short-residuals", "short-outcomes"}
+var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes"}
 
 // Explain describes the current state. It allocates.
 func (f *Forecaster) Explain() Explanation {

@@ -13,7 +13,7 @@ const (
 	fExactProfile
 	fExactYesterday
 	fExactYesterdayNow
-	fShort   // median of the latest outcomes
+	fShort   // median of the latest cells
 	fWeekNow // a week ago
 
 	fBias // shared
@@ -35,7 +35,6 @@ const (
 	fProfilePeak
 	fVolatility
 	fMedianPeak
-	fShortPeak
 	features
 
 	valueFeatures = fWeek + 1
@@ -117,6 +116,7 @@ func (h *history) common(c int64) *[features]float32 {
 	inv := 1 / h.unit
 	pd, now := int64(h.perDay), h.binOf(c)
 	x[fPrev] = feature(h.prev, a, inv)
+	x[fShort] = feature(h.short.quantile(0.5), a, inv)
 	x[fExactYesterdayNow] = feature(h.at(now-pd), a, inv)
 	x[fWeekNow] = feature(h.weekAt(h.timeOf(c)-7*day), a, inv)
 	x[fBias] = 1
@@ -149,7 +149,6 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 	x[fExactYesterday] = feature(hist.at(target-back), a, inv)
 	x[fProfile] = feature(hist.profileAround(target), a, inv)
 	x[fExactProfile] = feature(hist.profileAt(target), a, inv)
-	x[fShort] = feature(l.of[Value].tails.short(a), a, inv)
 	x[fWeek] = feature(hist.weekAt(at-7*day), a, inv)
 	if l.steps > 1 {
 		past, _ := l.peaks.over(c)
@@ -161,7 +160,6 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 		x[fYesterdayPeak] = feature(yesterday, a, inv)
 		x[fProfilePeak] = feature(hist.profileTop(now, target), a, inv)
 		x[fMedianPeak] = feature(l.of[Peak].tails.median(past), a, inv)
-		x[fShortPeak] = feature(l.of[Peak].tails.short(a), a, inv)
 	}
 
 	hour := hist.hourOf(c + l.steps)
@@ -241,11 +239,11 @@ func (e *entry) membersOf(t Target, m *[members]float64) {
 	m[11] = float64(x[fProfilePeak] - x[fProfileNow])
 	m[12] = float64(x[fProfilePeak] - x[fExactProfileNow])
 	m[13] = float64(x[fProfilePeak]-x[fProfileNow]) + level
-	m[14] = float64(x[fShortPeak])
+	m[14] = float64(x[fMedian5])
 }
 
 // memberNames are for Explain.
 var memberNames = [2][members]string{
 	{"as-now", "level-1", "level-2", "level-3", "level-4", "level-5", "median", "yesterday", "profile-swing-level", "stack", "profile", "profile-swing", "exact-profile-swing", "exact-profile-swing-level", "short-median"},
-	{"as-past", "level-1", "level-2", "level-3", "level-4", "level-5", "median-peak", "yesterday", "as-now", "stack", "profile", "profile-swing", "exact-profile-swing", "profile-swing-level", "short-median"},
+	{"as-past", "level-1", "level-2", "level-3", "level-4", "level-5", "median-peak", "yesterday", "as-now", "stack", "profile", "profile-swing", "exact-profile-swing", "profile-swing-level", "recent-median"},
 }

@@ -206,7 +206,7 @@ func (f *Forecaster) closeCell() {
 		}
 		if f.hist.push(c, v) {
 			for _, l := range f.lanes {
-				l.shifted(f.hist.shiftCell)
+				l.shifted()
 			}
 		}
 	}

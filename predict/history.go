@@ -11,6 +11,9 @@ const (
 	// finest bin of the day's profile: the interval of most monitoring
 	// systems, and 288 of them make a day's profile 1 KiB.
 	finestBin = int64(300e9)
+	// shortCells have a median of their own: too few to lag far behind, enough
+	// to be sure of the middle of a noisy load.
+	shortCells = 64
 	// weekBin is coarser, because a week is remembered for its shape alone.
 	weekBin = int64(1800e9)
 	// profileMemory days: a profile follows a new habit within a working week.
@@ -37,6 +40,7 @@ type history struct {
 	ew       [ladder]float64
 	recent   [5]float64
 	median   float64 // of recent
+	short    window
 	q50      float64 // slow median
 	volFast  float64 // mean absolute change, over the second and last rung
 	volSlow  float64
@@ -89,6 +93,7 @@ func (h *history) init(step int64) {
 	h.prof = make([]float32, h.perDay)
 	h.ptop = make([]float32, h.perDay)
 	h.profN = make([]uint8, h.perDay)
+	h.short = newWindow(shortCells)
 	h.week = make([]float32, 8*day/weekBin)
 	h.forgetDays()
 	tau := 3 * float64(step)
@@ -153,6 +158,7 @@ func (h *history) push(c int64, v float64) (shifted bool) {
 	}
 	h.recent[h.cells%5] = v
 	h.median = h.middle()
+	h.short.add(float32(v))
 	n += h.lentN
 	d := math.Abs(v - h.prev)
 	h.volFast += max(h.alpha[1], 1/n) * (d - h.volFast)
@@ -216,6 +222,7 @@ func (h *history) detect(c int64, v float64) bool {
 			h.ew[i] = level
 		}
 		h.lift(float32(delta))
+		h.short.latest(shiftRun)
 		h.q50 = h.before.q50 + delta
 		h.volFast, h.volSlow, h.scale = h.before.volFast, h.before.volSlow, h.before.scale
 		h.run, h.runSum = 0, 0

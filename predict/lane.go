@@ -25,7 +25,6 @@ type lane struct {
 	h      time.Duration
 	steps  int64 // cells
 	stride int64 // every stride-th cell is an origin to learn from
-	skips  bool  // settles every other forecast, see settle
 	wait   []entry
 	now    entry                   // of the newest cell, for Forecast, unless it waits already
 	ready  [2][len(levels)]float64 // quantiles of the newest cell
@@ -36,16 +35,14 @@ type lane struct {
 
 // half is what a lane has learnt about one target.
 type half struct {
-	stack     ridge  // z of the outcome from the features
-	width     ridge  // its absolute error from the scales
-	alternate bool   // which of two settled forecasts the stack learns from
-	members   blend  // which member to believe
-	tails     offset // residuals to quantiles
+	stack   ridge  // z of the outcome from the features
+	width   ridge  // its absolute error from the scales
+	members blend  // which member to believe
+	tails   offset // residuals to quantiles
 
 	kept kept // of all these, when a run outside began
 
 	n         float64 // settled forecasts
-	pace      float64 // one of them stands for so many
 	borrowed  bool    // members and tails began with a prior's
 	errFast   float64 // mean absolute error, over 12 and 300 settled forecasts
 	errSlow   float64
@@ -67,8 +64,6 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 		pending = pendingFew
 	}
 	l := &lane{h: h, steps: steps, stride: (steps + pending - 1) / pending}
-	// A stride saves more than skipping could.
-	l.skips = l.stride == 1 && steps >= mostlyShared
 	l.at = -1
 	l.wait = make([]entry, steps/l.stride+1)
 	l.peaks = newRollingMax(steps, l.stride)
@@ -78,10 +73,6 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 			n = peakFeatures
 		}
 		l.of[k] = half{stack: newRidge(n), width: newRidge(scales)}
-		l.of[k].pace = 1
-		if l.skips {
-			l.of[k].pace = 2
-		}
 		l.of[k].tails = newOffset(l, Target(k), step, lanes)
 	}
 	return l
@@ -117,11 +108,6 @@ func (l *lane) settle(hist *history, c int64, v float64, work []float64) {
 		return
 	}
 	e.ok = false
-	// Once it knows the series, a lane takes every other forecast whose
-	// outcome is mostly its neighbour's.
-	if l.skips && l.of[Value].n > youth && o%2 == 1 {
-		return
-	}
 	hour := hist.hourOf(c)
 	l.of[Value].learn(e, Value, v, hour, work)
 	if l.steps > 1 {
@@ -132,14 +118,14 @@ func (l *lane) settle(hist *history, c int64, v float64, work []float64) {
 }
 
 const (
-	// forget: a regression remembers about 3,000 settled forecasts, ten days
-	// at 5 min, in which the daily rhythm has been seen on weekdays and a
-	// weekend.
-	forget = 1 - 1.0/3000
+	// stackMemory settled forecasts: six days at 5 min. The stack has the level
+	// and the profile as features; how far to believe them changes sooner than
+	// they do.
+	stackMemory = 1750
+	// widthMemory is longer: sizes of errors are noisier than errors.
+	widthMemory = 3000
 	// youth settled forecasts long, nothing is left out for speed.
 	youth = 500
-	// mostlyShared: five sixths of the outcome's window.
-	mostlyShared = 6
 	// sharedFrom cells between origin and outcome, the stack learns from every
 	// other settled forecast: neighbours have nearly the same equation.
 	sharedFrom = 3
@@ -159,7 +145,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 		h.settleUnit(spread)
 	}
 	h.n++
-	h.tails.learn(mid, spread, y, h.pace)
+	h.tails.learn(e.cell, mid, spread, y)
 
 	// The error's size, for the width of the next forecasts. One beyond six
 	// times the expected is counted as six times: it comes from another
@@ -167,7 +153,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	x := e.scalesOf(t)
 	r := math.Abs(y - mid)
 	sz := float64(e.spread[t])
-	h.width.add(x, min(r/e.scale, 6*sz), 1/(sz*sz+0.01), forget, widthShrink, work)
+	h.width.add(x, min(r/e.scale, 6*sz), 1/(sz*sz+0.01), 1-1.0/widthMemory, widthShrink, work)
 	h.errFast += max(1.0/12, 1/h.n) * (r - h.errFast)
 	h.errSlow += max(1.0/300, 1/h.n) * (r - h.errSlow)
 	h.errHourN[hour] = min(h.errHourN[hour]+1, 50)
@@ -180,7 +166,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if e.rests() {
 		h.same += max(1.0/300, 1/h.n) * (equal(y, e.anchor) - h.same)
 	}
-	h.members.learn(&m, z, e.scale, h.pace)
+	h.members.learn(&m, z, e.scale)
 	naive := e.anchor + e.scale*m[0]
 	// The first forecasts are made from nothing and prove nothing.
 	long := max(1.0/5000, 1/max(h.n-30, 1))
@@ -193,11 +179,14 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	h.cover95 += max(1.0/300, 1/h.n) * (below(z, e.up95[t]) - h.cover95)
 
 	if h.n > bendStart && h.tails.bends {
-		h.tails.held(1, 0.9, below(z, e.up90[t]), h.pace)
-		h.tails.held(2, 0.95, below(z, e.up95[t]), h.pace)
+		h.tails.held(1, 0.9, below(z, e.up90[t]))
+		h.tails.held(2, 0.95, below(z, e.up95[t]))
 	}
-	if h.alternate = !h.alternate; h.alternate && h.n > youth && h.tails.overlap >= sharedFrom {
-		return
+	gap := 1.0
+	if h.n > youth && h.tails.overlap >= sharedFrom {
+		if gap = 2; !dice(e.cell, 2) {
+			return
+		}
 	}
 	// The stack, by least absolute deviations: its forecast is a median.
 	x = e.featuresOf(t)
@@ -207,8 +196,12 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if h.errSlow > 0 {
 		w = min(topWeight, h.errSlow/e.scale/max(miss, 1e-9))
 	}
-	h.stack.add(x, z, w, forget, shrink, work)
+	h.stack.add(x, z, w, 1-gap/stackMemory, shrink, work)
 }
+
+// dice says yes for one in n of all cells, in no rhythm: every other one would
+// meet loads that alternate always on the same foot.
+func dice(cell int64, n uint64) bool { return uint64(cell)*0x9E3779B97F4A7C15>>40%n == 0 }
 
 func below(z float64, bound float32) float64 {
 	// float32 rounding of the bound must not count as a miss.
@@ -245,8 +238,10 @@ func (h *half) guarded(near time.Duration, t Target) bool {
 // kept is what a few outcomes on a new level distort before they are
 // recognised as one.
 type kept struct {
-	members                                                  [members]float64
-	tails                                                    [len(judged)][ways]float64
+	members [members]float64
+	tails   [len(judged)][ways]float64
+	took    int
+
 	errFast, errSlow, lossOwn, lossNaive, lateOwn, lateNaive float64
 }
 
@@ -254,21 +249,19 @@ type kept struct {
 func (l *lane) keep() {
 	for k := range l.of {
 		h := &l.of[k]
-		h.kept = kept{h.members.loss, h.tails.loss, h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive}
+		h.kept = kept{h.members.loss, h.tails.loss, h.tails.took, h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive}
 	}
 }
 
-// shifted forgets what a level shift at cell c made meaningless: forecasts
-// from before it, and outcomes on the old level. Beyond shiftHorizon a shift
+// shifted forgets what a level shift made meaningless: forecasts from before it
+// was recognised, and outcomes on the old level. Beyond shiftHorizon a shift
 // is an outcome like others, which the bounds of a day ahead must allow for.
-func (l *lane) shifted(c int64) {
+func (l *lane) shifted() {
 	if l.h > shiftHorizon {
 		return
 	}
 	for i := range l.wait {
-		if l.wait[i].cell < c {
-			l.wait[i].ok = false
-		}
+		l.wait[i].ok = false
 	}
 	for k := range l.of {
 		h := &l.of[k]
@@ -277,7 +270,7 @@ func (l *lane) shifted(c int64) {
 		h.members.loss, h.tails.loss = b.members, b.tails
 		h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive = b.errFast, b.errSlow, b.lossOwn, b.lossNaive, b.lateOwn, b.lateNaive
 		weigh(h.members.loss[:], h.members.weight[:])
-		h.tails.relevel(int((shiftRun + l.stride - 1) / l.stride))
+		h.tails.relevel(mod(int64(h.tails.took-b.took), tookCycle))
 		for i, e := range h.errHour {
 			h.errHour[i] = min(e, 2*float32(h.errSlow))
 		}

@@ -15,30 +15,26 @@ const (
 	wayRaw     = iota // residuals as they are
 	wayScaled         // residuals in units of the expected error
 	wayOutcome        // outcomes, whatever was forecast
-	wayShortRaw
-	wayShortOutcome
 	ways
-
-	longWays = wayShortRaw // of a digest; the others have a window
 )
 
 // offset turns a median and an expected error into quantiles, by the residuals
 // of settled forecasts alone. Several ways to do so compete by their recent
 // pinball loss.
 type offset struct {
-	long   [longWays]digest
-	brief  [ways - longWays]window
+	seen   [ways]digest
 	q      [len(levels)][ways]float64
 	loss   [len(judged)][ways]float64
 	weight [len(judged)][ways]float32
 	n      float64
+	took   int // residuals, modulo tookCycle
 	due    int
 	bend   [len(judged)]float64 // added to the rank of each level's bound, see held
 
 	daily   bool    // peaks of which a day has one or fewer
+	thin    uint64  // once it knows the series, takes one residual in so many
 	overlap float64 // settled forecasts whose outcomes overlap
 	dof     float64 // digests hold so many times fewer independent outcomes
-	nearby  bool    // the short ways take part
 	bends   bool    // outcomes come soon enough to correct bounds by them
 }
 
@@ -50,13 +46,6 @@ const (
 	// about a 95 % quantile. A day's peak has one outcome a day.
 	spanValues = 10
 	spanPeaks  = 30
-	// briefSize residuals decide the short ways.
-	briefSize = 64
-	// briefEvery so many of them: a twentieth.
-	briefEvery = 3
-	// nearOverlap: with more cells than this between origin and outcome, the
-	// few outcomes of a short window are all the same one.
-	nearOverlap = 3
 	// offsetMemory settled forecasts decide between the ways: their losses
 	// differ in the tail, which is seen ten times more rarely than the middle.
 	offsetMemory = 500
@@ -65,6 +54,11 @@ const (
 	// tailShare of an exponential tail: loads have a ceiling, but nobody knows
 	// whether it was seen.
 	tailShare = 0.5
+	// thinFrom cells between origin and outcome, neighbours have nearly the same
+	// outcome, and half of the residuals tell as much as all.
+	thinFrom = 6
+	// tookCycle is far more than a run can take.
+	tookCycle = 1 << 20
 	// bendRate: a bound that always holds has moved by a tenth of its excess
 	// after 330 settled forecasts; outcomes that overlap tell less. Faster, it
 	// follows noise.
@@ -76,6 +70,9 @@ const (
 	bendStart = 30
 	// offsetStart residuals are the fewest to take quantiles of.
 	offsetStart = 5
+	// outcomeStart outcomes are the fewest of which one may lie beyond a 95 %
+	// bound. Outcomes alone, unlike residuals, begin anew after a level shift.
+	outcomeStart = 19
 )
 
 func newOffset(l *lane, t Target, step int64, lanes int) offset {
@@ -89,48 +86,46 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 		o.dof = math.Sqrt(overlap)
 	}
 	span := max(spanDays*day, int64(horizons)*int64(l.h))
-	memory := float64(span) / (float64(step*l.stride) * l.of[t].pace)
+	o.thin = 1
+	if l.stride == 1 && overlap >= thinFrom {
+		o.thin = 2
+	}
+	memory := float64(span) / (float64(step*l.stride) * float64(o.thin))
 	size := digestSize
 	if lanes > 4 {
 		size = digestFew
 	}
-	for j := range o.long {
-		o.long[j] = newDigest(size, memory)
+	for j := range o.seen {
+		o.seen[j] = newDigest(size, memory)
 	}
 	o.overlap = overlap
 	o.daily = t == Peak && l.h > shiftHorizon
-	o.nearby = overlap <= nearOverlap
 	o.bends = l.h <= shiftHorizon
-	for j := range o.brief {
-		if o.nearby {
-			o.brief[j] = newWindow(briefSize)
-		}
-	}
 	return o
 }
 
 // known says whether way j has seen enough to speak.
 func (o *offset) known(j int) bool {
-	if j < longWays {
-		return len(o.long[j].mean)+len(o.long[j].fresh) >= offsetStart
+	if j == wayOutcome {
+		return o.seen[j].size() >= outcomeStart
 	}
-	return len(o.brief[j-longWays].ring) >= offsetStart
+	return o.seen[j].size() >= offsetStart
 }
 
 // held tells whether the bound of the i-th judged level, for quantile q, held
 // the outcome: a bound that holds too often is asked for a lower rank, one that
 // fails too often for a higher (adaptive conformal inference, Gibbs & Candès
 // 2021).
-func (o *offset) held(i int, q float64, held, pace float64) {
+func (o *offset) held(i int, q, held float64) {
 	room := (1 - q) * bendRoom
-	o.bend[i] += bendRate * pace / math.Sqrt(max(1, o.overlap)) * (q - held)
+	o.bend[i] += bendRate / math.Sqrt(max(1, o.overlap)) * (q - held)
 	o.bend[i] = max(-room, min(room, o.bend[i]))
 }
 
 // competes says whether way j may speak for level k. The median is the
 // members' business: outcomes alone are among them already.
 func (o *offset) competes(j, k int) bool {
-	return o.known(j) && (levels[k] != 0.5 || j != wayOutcome && j != wayShortOutcome)
+	return o.known(j) && (levels[k] != 0.5 || j != wayOutcome)
 }
 
 // by is the quantile that way j forecasts from what its residuals say.
@@ -138,15 +133,15 @@ func by(j int, mid, spread, at float64) float64 {
 	switch j {
 	case wayScaled:
 		return mid + spread*at
-	case wayOutcome, wayShortOutcome:
+	case wayOutcome:
 		return at
 	}
 	return mid + at
 }
 
-func (o *offset) learn(mid, spread, y, pace float64) {
+func (o *offset) learn(cell int64, mid, spread, y float64) {
 	if o.n >= offsetStart {
-		rate := max(1/(o.n-offsetStart+3), pace/offsetMemory)
+		rate := max(1/(o.n-offsetStart+3), 1.0/offsetMemory)
 		for j := range ways {
 			if !o.known(j) {
 				continue
@@ -159,20 +154,21 @@ func (o *offset) learn(mid, spread, y, pace float64) {
 		}
 	}
 	o.n++
-	o.long[wayRaw].add(float32(y - mid))
-	o.long[wayScaled].add(float32(max(-30, min(30, (y-mid)/spread))))
-	o.long[wayOutcome].add(float32(y))
-	if o.nearby {
-		o.brief[wayShortRaw-longWays].add(float32(y - mid))
-		o.brief[wayShortOutcome-longWays].add(float32(y))
+	if o.n <= youth || dice(cell, o.thin) {
+		o.take(mid, spread, y)
 	}
 	if o.due--; o.due <= 0 {
-		o.refresh(0, ways)
+		o.refresh()
 		// A thirtieth more residuals hardly move the quantiles of many.
-		o.due = min(1+int(o.long[wayOutcome].size())/32, freshSize-freshKept)
-	} else if o.nearby && o.due%briefEvery == 0 {
-		o.refresh(longWays, ways)
+		o.due = min(1+int(o.seen[wayOutcome].size())/32, freshSize-freshKept)
 	}
+}
+
+func (o *offset) take(mid, spread, y float64) {
+	o.took = (o.took + 1) % tookCycle
+	o.seen[wayRaw].add(float32(y - mid))
+	o.seen[wayScaled].add(float32(max(-30, min(30, (y-mid)/spread))))
+	o.seen[wayOutcome].add(float32(y))
 }
 
 func pinball(q, miss float64) float64 {
@@ -182,20 +178,14 @@ func pinball(q, miss float64) float64 {
 	return q * miss
 }
 
-// refresh finds the quantiles of the ways in [from, to) again.
-func (o *offset) refresh(from, to int) {
+func (o *offset) refresh() {
 	var at [len(levels)]float64
 	var rank [len(levels)]float64
-	for j := from; j < to; j++ {
+	for j := range ways {
 		if !o.known(j) {
 			continue
 		}
-		n := 0.0
-		if j < longWays {
-			n = o.long[j].size()
-		} else {
-			n = float64(len(o.brief[j-longWays].ring))
-		}
+		n := o.seen[j].size()
 		// With few independent outcomes the sample's quantile lies too low:
 		// the conformal rank is (n+1)q, in outcomes that count.
 		up := 1 + o.dof/(o.dof+n)
@@ -210,13 +200,7 @@ func (o *offset) refresh(from, to int) {
 				rank[k] = (q + b) * up
 			}
 		}
-		if j < longWays {
-			o.long[j].quantiles(rank[:], at[:])
-		} else {
-			for k, q := range rank {
-				at[k] = o.brief[j-longWays].quantile(q)
-			}
-		}
+		o.seen[j].quantiles(rank[:], at[:])
 		if o.daily {
 			for k, q := range levels {
 				if q >= 0.95 {
@@ -226,7 +210,7 @@ func (o *offset) refresh(from, to int) {
 		}
 		// Few independent residuals do not say that the median forecast is
 		// off: its correction starts from none.
-		if j != wayOutcome && j != wayShortOutcome {
+		if j != wayOutcome {
 			at[1] *= n / (n + medianDoubt*o.overlap)
 		}
 		for k := range at {
@@ -245,7 +229,7 @@ func (o *offset) refresh(from, to int) {
 	}
 }
 
-// beyond is how far the q-quantile lies above everything that long way j has
+// beyond is how far the q-quantile lies above everything that way j has
 // seen. Of d independent outcomes the largest is exceeded by the next with
 // probability 1/(d+1); each e-fold rarer excess lies one mean excess further
 // up, if the tail is exponential, and the mean excess follows from the distance
@@ -253,11 +237,11 @@ func (o *offset) refresh(from, to int) {
 func (o *offset) beyond(j int, n, q float64) float64 {
 	d := 1 + n/o.overlap
 	rarer := 1 / (d * (1 - q))
-	if rarer <= 1 || j >= longWays {
+	if rarer <= 1 {
 		return 0
 	}
 	ends := [2]float64{0.5, 1}
-	o.long[j].quantiles(ends[:], ends[:])
+	o.seen[j].quantiles(ends[:], ends[:])
 	return tailShare * (ends[1] - ends[0]) / math.Log(2*d) * math.Log(rarer)
 }
 
@@ -284,14 +268,6 @@ func (o *offset) quantiles(mid, spread float64) (f [len(levels)]float64) {
 	return f
 }
 
-// short is the median of the latest outcomes, or d where they are all one.
-func (o *offset) short(d float64) float64 {
-	if !o.nearby || !o.known(wayShortOutcome) {
-		return d
-	}
-	return o.q[1][wayShortOutcome]
-}
-
 // median of the outcomes.
 func (o *offset) median(d float64) float64 {
 	if !o.known(wayOutcome) {
@@ -300,17 +276,12 @@ func (o *offset) median(d float64) float64 {
 	return o.q[1][wayOutcome]
 }
 
-// relevel drops outcomes on a level that is gone, and the residuals of the
-// latest k forecasts, which missed the shift.
+// relevel drops outcomes on a level that is gone, and the latest k residuals,
+// of forecasts that missed the shift.
 func (o *offset) relevel(k int) {
-	o.long[wayOutcome].clear()
+	o.seen[wayOutcome].clear()
 	o.due = 1
-	o.long[wayRaw].drop(k)
-	o.long[wayScaled].drop(k)
-	if o.nearby {
-		w := &o.brief[wayShortOutcome-longWays]
-		w.ring, w.order, w.next = w.ring[:0], w.order[:0], 0
-		o.brief[wayShortRaw-longWays].neutralise(k)
-	}
-	o.refresh(0, ways)
+	o.seen[wayRaw].drop(k)
+	o.seen[wayScaled].drop(k)
+	o.refresh()
 }

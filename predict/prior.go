@@ -59,8 +59,8 @@ func (f *Forecaster) Prior() Prior {
 				continue
 			}
 			q.evidence = h.n
-			q.stack, q.stackB = perSample(&h.stack)
-			q.width, q.widthB = perSample(&h.width)
+			q.stack, q.stackB = perSample(&h.stack, stackMemory)
+			q.width, q.widthB = perSample(&h.width, widthMemory)
 			best := math.Inf(1)
 			for _, v := range h.members.loss {
 				best = math.Min(best, v)
@@ -74,7 +74,7 @@ func (f *Forecaster) Prior() Prior {
 			for j := range q.shape {
 				q.shape[j] = (float64(j) + 0.5) / priorShape
 			}
-			h.tails.long[wayScaled].quantiles(q.shape[:], q.shape[:])
+			h.tails.seen[wayScaled].quantiles(q.shape[:], q.shape[:])
 			for k := range q.ways {
 				best := math.Inf(1)
 				for _, v := range h.tails.loss[k] {
@@ -95,9 +95,9 @@ func (f *Forecaster) Prior() Prior {
 }
 
 // perSample scales a regression's equations to one sample's weight.
-func perSample(r *ridge) (a, b []float64) {
+func perSample(r *ridge, memory float64) (a, b []float64) {
 	// The bias feature, or the number of samples a fading memory holds.
-	n := math.Min(float64(r.seen), 1/(1-forget)) * r.unit
+	n := math.Min(float64(r.seen), memory) * r.unit
 	a, b = make([]float64, len(r.a)), make([]float64, len(r.b))
 	for i, v := range r.a {
 		a[i] = float64(v) / n
@@ -246,11 +246,11 @@ func (h *half) borrow(q *priorHalf, work []float64) {
 	h.members.loss = q.loss
 	weigh(h.members.loss[:], h.members.weight[:])
 	for _, v := range q.shape {
-		h.tails.long[wayScaled].add(float32(v))
+		h.tails.seen[wayScaled].add(float32(v))
 	}
 	h.tails.n = offsetStart
 	h.tails.loss = q.ways
-	h.tails.refresh(0, ways)
+	h.tails.refresh()
 }
 
 // settleUnit turns borrowed losses, which are relative, into the unit of the

@@ -252,6 +252,7 @@ func (s *state) history(h *history) {
 	for i := range h.recent {
 		s.float(&h.recent[i])
 	}
+	s.window(&h.short)
 	s.int(&h.run, 0, shiftRun)
 	s.bool(&h.runUp)
 	s.int64(&h.shiftCell, 0, anyTime)
@@ -333,7 +334,6 @@ func (s *state) half(h *half) {
 	s.offset(&h.tails)
 	s.count(&h.n)
 	s.bool(&h.borrowed)
-	s.bool(&h.alternate)
 	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.same, &h.cover90, &h.cover95)
 	b := &h.kept
 	for i := range b.members {
@@ -344,6 +344,7 @@ func (s *state) half(h *half) {
 			s.float(&b.tails[i][j])
 		}
 	}
+	s.int(&b.took, 0, tookCycle-1)
 	s.float(&b.errFast, &b.errSlow, &b.lossOwn, &b.lossNaive, &b.lateOwn, &b.lateNaive)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
@@ -362,13 +363,8 @@ func (s *state) ridge(r *ridge) {
 }
 
 func (s *state) offset(o *offset) {
-	for j := range o.long {
-		s.digest(&o.long[j])
-	}
-	for j := range o.brief {
-		if o.nearby {
-			s.window(&o.brief[j])
-		}
+	for j := range o.seen {
+		s.digest(&o.seen[j])
 	}
 	for i := range judged {
 		for j := range o.loss[i] {
@@ -382,6 +378,7 @@ func (s *state) offset(o *offset) {
 		}
 	}
 	s.count(&o.n)
+	s.int(&o.took, 0, tookCycle-1)
 	s.int(&o.due, 0, freshSize)
 	for k := range o.q {
 		for j := range o.q[k] {

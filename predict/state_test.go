@@ -108,17 +108,12 @@ func TestFullestStateFits(t *testing.T) {
 				}
 				for k := range l.of {
 					o := &l.of[k].tails
-					for j := range o.long {
-						d := &o.long[j]
+					for j := range o.seen {
+						d := &o.seen[j]
 						d.mean, d.weight, d.fresh = d.mean[:0], d.weight[:cap(d.weight)], d.fresh[:cap(d.fresh)]
 						for range cap(d.mean) {
 							d.mean = append(d.mean, 1)
 						}
-					}
-					for j := range o.brief {
-						w := &o.brief[j]
-						w.ring = w.ring[:cap(w.ring)]
-						w.sort()
 					}
 				}
 			}

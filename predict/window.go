@@ -1,6 +1,8 @@
 package predict
 
-// window is the latest residuals: in order of arrival, and an order by size.
+import "slices"
+
+// window is the latest values: in order of arrival, and an order by size.
 // At most 256 fit, so that the order takes one byte each.
 type window struct {
 	ring  []float32
@@ -82,20 +84,17 @@ func (w *window) quantile(q float64) float64 {
 	return float64(w.ring[w.order[i]])*(1-f) + float64(w.ring[w.order[i+1]])*f
 }
 
-// neutralise gives the latest k residuals the size of the middle one.
-func (w *window) neutralise(k int) {
-	k = min(k, len(w.ring))
-	middle := float32(w.quantile(0.5))
-	i := w.next
-	if !w.full() {
-		i = len(w.ring)
+// latest forgets all but the latest k values.
+func (w *window) latest(k int) {
+	oldest := 0
+	if w.full() {
+		oldest = w.next
 	}
-	for range k {
-		if i--; i < 0 {
-			i = len(w.ring) - 1
-		}
-		w.ring[i] = middle
-	}
+	slices.Reverse(w.ring[:oldest])
+	slices.Reverse(w.ring[oldest:])
+	slices.Reverse(w.ring)
+	w.ring = w.ring[:copy(w.ring, w.ring[max(0, len(w.ring)-k):])]
+	w.next = 0
 	w.sort()
 }
 

@@ -45,16 +45,25 @@ func TestConformalRankIsOneInNPlusOne(t *testing.T) {
 	}
 }
 
-func TestNeutraliseTakesTheLatest(t *testing.T) {
-	w := newWindow(8)
-	for i := range 11 {
-		w.add(float32(i)) // 3 to 10 remain
-	}
-	w.neutralise(3)
-	got := slices.Clone(w.ring)
-	slices.Sort(got)
-	if want := []float32{3, 4, 5, 6, 6.5, 6.5, 6.5, 7}; !slices.Equal(got, want) {
-		t.Errorf("%v, want %v", got, want)
+func TestLatestForgetsTheOthers(t *testing.T) {
+	for n := 1; n < 30; n++ {
+		w := newWindow(8)
+		for i := range n {
+			w.add(float32(i))
+		}
+		w.latest(3)
+		for i := n; i < n+2; i++ {
+			w.add(float32(i))
+		}
+		var want []float32
+		for i := max(0, n-3); i < n+2; i++ {
+			want = append(want, float32(i))
+		}
+		got := slices.Clone(w.ring)
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("after %d: %v, want %v", n, got, want)
+		}
 	}
 }
 
@@ -87,7 +96,7 @@ func TestRidgeFindsTheCoefficients(t *testing.T) {
 		for i := range x {
 			z += float64(want[i] * x[i])
 		}
-		r.add(x, z, 1, forget, 1, work)
+		r.add(x, z, 1, 1-1.0/3000, 1, work)
 	}
 	for i := range want {
 		if d := r.beta[i] - want[i]; d < -0.02 || d > 0.02 {
