@@ -30,6 +30,7 @@ type Config struct {
 	PKI        PKIConfig        `toml:"pki"`
 	Network    NetworkConfig    `toml:"network"`
 	Metrics    MetricsConfig    `toml:"metrics"`
+	Profile    ProfileConfig    `toml:"profile"`
 	CRIU       CRIUConfig       `toml:"criu"`
 	Store      StoreConfig      `toml:"store"`
 	Log        LogConfig        `toml:"log"`
@@ -128,6 +129,7 @@ func DefaultConfig() Config {
 			CNIBin: []string{"/usr/lib/cni", "/opt/cni/bin"},
 		},
 		Metrics: MetricsConfig{Listen: "127.0.0.1:9464"},
+		Profile: defaultProfileConfig(),
 		CRIU:    CRIUConfig{LogLevel: 2},
 		Log:     LogConfig{Level: "info", Format: "text"},
 	}
@@ -189,6 +191,12 @@ func (c Config) validate() error {
 	}
 	if c.Store.SizeBytes < 0 {
 		bad("store.size_bytes: %d is negative", c.Store.SizeBytes)
+	}
+	if p := c.Profile; p.PinDir != "" && !filepath.IsAbs(p.PinDir) {
+		bad("profile.pin_dir: %q is not an absolute path", p.PinDir)
+	}
+	if d := c.Profile.HistoryDays; d < 1 || d > 31 {
+		bad("profile.history_days: %d is not between 1 and 31", d)
 	}
 	seen := map[string]bool{c.Node: true}
 	for i, p := range c.Peers {

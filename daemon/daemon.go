@@ -31,6 +31,7 @@ import (
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers"
 	"github.com/tranship/tranship/daemon/peers/pki"
+	"github.com/tranship/tranship/daemon/profiler"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/transfer"
 )
@@ -68,6 +69,8 @@ type host struct {
 	api     net.Listener
 	scrape  net.Listener
 	facts   hostFacts
+	// profiles is nil when they are off, or this machine has none.
+	profiles *profiler.Profiler
 
 	closers []func() error
 }
@@ -122,6 +125,7 @@ func (h *host) start(ctx context.Context) error {
 	if err := h.startMigrations(ctx, store); err != nil {
 		return err
 	}
+	h.startProfiles()
 	if h.peers != nil {
 		if err := h.listenForPeers(serverTLS); err != nil {
 			return err
@@ -187,7 +191,7 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 
 func (h *host) listenForPeers(conf *serverTLS) error {
 	mux := http.NewServeMux()
-	mux.Handle(transhipv1connect.NewPeerHandler(migrate.NewPeerHandler(h.moves, migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}), handlerOptions()...))
+	mux.Handle(transhipv1connect.NewPeerHandler(migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer})), handlerOptions()...))
 	var err error
 	if h.pages, err = transfer.Listen(h.cfg.Peer.Listen, conf, mux, h.moves.AcceptPages, h.log); err != nil {
 		return err
@@ -247,6 +251,9 @@ func (h *host) serve(ctx context.Context) error {
 		mux := http.NewServeMux()
 		mux.Handle("/metrics", promhttp.HandlerFor(h.metrics, promhttp.HandlerOpts{EnableOpenMetrics: true, Registry: h.metrics}))
 		serveHTTP(ctx, g, "metrics", &http.Server{Handler: mux, ReadHeaderTimeout: readHeaderTimeout}, h.scrape)
+	}
+	if h.profiles != nil {
+		g.Go(func() error { return h.profiles.Run(ctx) })
 	}
 	if h.pages != nil {
 		g.Go(func() error {

@@ -85,6 +85,7 @@ func (h *host) localAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(transhipv1connect.NewMigrationsHandler(h.moves, handlerOptions()...))
 	control.Mount(mux, h.services(), handlerOptions()...)
+	h.mountProfiles(mux)
 	return mux
 }
 

@@ -26,6 +26,7 @@ type Client struct {
 	Shards     transhipv1connect.ShardsClient
 	Nodes      transhipv1connect.NodesClient
 	Migrations transhipv1connect.MigrationsClient
+	Profiles   transhipv1connect.ProfilesClient
 	http       *http.Client
 }
 
@@ -56,6 +57,7 @@ func NewClient(address string) (*Client, error) {
 		Shards:     transhipv1connect.NewShardsClient(hc, base, opts...),
 		Nodes:      transhipv1connect.NewNodesClient(hc, base, opts...),
 		Migrations: transhipv1connect.NewMigrationsClient(hc, base, opts...),
+		Profiles:   transhipv1connect.NewProfilesClient(hc, base, opts...),
 		http:       hc,
 	}, nil
 }

@@ -79,6 +79,7 @@ type Manager struct {
 	outgoing map[string]*outgoing // by migration id
 	incoming map[string]*incoming
 	busy     map[shardKey]string // which migration has a shard
+	holds    map[shardKey]*hold  // measurements, which give way to migrations
 	fixed    time.Duration       // the last blackout's fixed part, for the stop rule
 }
 
@@ -119,6 +120,7 @@ func (m *Manager) Close() {
 func (m *Manager) claim(key shardKey, id string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.endHold(key)
 	if other, taken := m.busy[key]; taken && other != id {
 		return &busyError{shard: key.name, migration: other}
 	}

@@ -32,6 +32,9 @@ type Host struct {
 	Shards func(context.Context) []*v1.Shard
 	// Run starts a shard on it.
 	Run func(context.Context, *v1.RunRequest) (*v1.RunResponse, error)
+	// Load and History are of its profiles; nil when they are off.
+	Load    func(context.Context, *v1.LoadRequest) (*v1.LoadResponse, error)
+	History func(context.Context, *v1.HistoryRequest) (*v1.HistoryResponse, error)
 }
 
 var _ transhipv1connect.PeerHandler = (*PeerHandler)(nil)

@@ -338,15 +338,13 @@ type Stats struct {
 	// kernel.bpf_stats_enabled.
 	Runs    uint64
 	RunTime float64 // seconds
-	// Entries by map, of those that could leak.
-	Entries map[string]int
 }
 
-// Stats reads the kernel's statistics of the programs, and counts map entries.
+// Stats reads the kernel's statistics of the programs.
 func (p *Probe) Stats() (Stats, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := Stats{Entries: map[string]int{}}
+	var st Stats
 	if p.closed {
 		return st, ErrClosed
 	}
@@ -366,14 +364,26 @@ func (p *Probe) Stats() (Stats, error) {
 		}
 		st.ConnectionsLost += uint64(binary.NativeEndian.Uint32(raw))
 	}
+	return st, nil
+}
+
+// Entries counts the entries of the maps that could leak, by name. It is a
+// system call an entry.
+func (p *Probe) Entries() (map[string]int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, ErrClosed
+	}
+	out := map[string]int{}
 	for _, name := range []string{schedMapCgroups, schedMapNetns, tcpMapConnections} {
 		n, err := count(p.maps[name])
 		if err != nil {
-			return st, fmt.Errorf("map %s: %w", name, err)
+			return nil, fmt.Errorf("map %s: %w", name, err)
 		}
-		st.Entries[name] = n
+		out[name] = n
 	}
-	return st, nil
+	return out, nil
 }
 
 // count walks a hash map. A walk that deletions keep sending back to the start

@@ -221,7 +221,7 @@ func TestASlotIsCleanWhenItIsTakenAgain(t *testing.T) {
 func TestNothingIsLeftOfManyShards(t *testing.T) {
 	r := newRig(t)
 	p := r.open(bpffs(t))
-	before, err := p.Stats()
+	before, err := p.Entries()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,13 +235,13 @@ func TestNothingIsLeftOfManyShards(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	st, err := p.Stats()
+	entries, err := p.Entries()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, n := range st.Entries {
-		if name != tcpMapConnections && n != before.Entries[name] {
-			t.Errorf("map %s has %d entries, before %d", name, n, before.Entries[name])
+	for name, n := range entries {
+		if name != tcpMapConnections && n != before[name] {
+			t.Errorf("map %s has %d entries, before %d", name, n, before[name])
 		}
 	}
 	if len(p.Tracked()) != 0 {

@@ -79,6 +79,9 @@ func (s Signal) String() string {
 // rate a second; other signals are values of the moment.
 func (s Signal) Counter() bool { return s < Signals && signals[s].counter }
 
+// Peaked says that minutes keep the highest second beside the mean.
+func (s Signal) Peaked() bool { return s < Signals && signals[s].peaked }
+
 // SignalNamed finds a signal by its name.
 func SignalNamed(name string) (Signal, bool) {
 	for s := range Signals {

@@ -2445,6 +2445,776 @@ func (x *ResolveResponse) GetMigration() *Migration {
 	return nil
 }
 
+type LoadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AllNodes      bool                   `protobuf:"varint,1,opt,name=all_nodes,json=allNodes,proto3" json:"all_nodes,omitempty"`
+	Recent        uint32                 `protobuf:"varint,2,opt,name=recent,proto3" json:"recent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadRequest) Reset() {
+	*x = LoadRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadRequest) ProtoMessage() {}
+
+func (x *LoadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadRequest.ProtoReflect.Descriptor instead.
+func (*LoadRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *LoadRequest) GetAllNodes() bool {
+	if x != nil {
+		return x.AllNodes
+	}
+	return false
+}
+
+func (x *LoadRequest) GetRecent() uint32 {
+	if x != nil {
+		return x.Recent
+	}
+	return 0
+}
+
+type LoadResponse struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Hosts            []*HostLoad            `protobuf:"bytes,1,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	Shards           []*ShardLoad           `protobuf:"bytes,2,rep,name=shards,proto3" json:"shards,omitempty"`
+	UnreachableNodes []string               `protobuf:"bytes,3,rep,name=unreachable_nodes,json=unreachableNodes,proto3" json:"unreachable_nodes,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *LoadResponse) Reset() {
+	*x = LoadResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadResponse) ProtoMessage() {}
+
+func (x *LoadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
+func (*LoadResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *LoadResponse) GetHosts() []*HostLoad {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *LoadResponse) GetShards() []*ShardLoad {
+	if x != nil {
+		return x.Shards
+	}
+	return nil
+}
+
+func (x *LoadResponse) GetUnreachableNodes() []string {
+	if x != nil {
+		return x.UnreachableNodes
+	}
+	return nil
+}
+
+type SignalSource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Signal        string                 `protobuf:"bytes,1,opt,name=signal,proto3" json:"signal,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	Why           string                 `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalSource) Reset() {
+	*x = SignalSource{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalSource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalSource) ProtoMessage() {}
+
+func (x *SignalSource) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalSource.ProtoReflect.Descriptor instead.
+func (*SignalSource) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *SignalSource) GetSignal() string {
+	if x != nil {
+		return x.Signal
+	}
+	return ""
+}
+
+func (x *SignalSource) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *SignalSource) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+// Rates are by signal, the mean of the last ten seconds; what is not measured is
+// missing. Counters are a second; times are in seconds, sizes in bytes.
+type HostLoad struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Node               string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Cpus               uint32                 `protobuf:"varint,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	MemoryTotalBytes   int64                  `protobuf:"varint,3,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3" json:"memory_total_bytes,omitempty"`
+	LinkBytesPerSecond float64                `protobuf:"fixed64,4,opt,name=link_bytes_per_second,json=linkBytesPerSecond,proto3" json:"link_bytes_per_second,omitempty"` // 0 unknown
+	Rates              map[string]float64     `protobuf:"bytes,5,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	CpuRecent          []float64              `protobuf:"fixed64,6,rep,packed,name=cpu_recent,json=cpuRecent,proto3" json:"cpu_recent,omitempty"` // a second each, oldest first; NaN is a gap
+	Sources            []*SignalSource        `protobuf:"bytes,7,rep,name=sources,proto3" json:"sources,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *HostLoad) Reset() {
+	*x = HostLoad{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostLoad) ProtoMessage() {}
+
+func (x *HostLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
+func (*HostLoad) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *HostLoad) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *HostLoad) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *HostLoad) GetMemoryTotalBytes() int64 {
+	if x != nil {
+		return x.MemoryTotalBytes
+	}
+	return 0
+}
+
+func (x *HostLoad) GetLinkBytesPerSecond() float64 {
+	if x != nil {
+		return x.LinkBytesPerSecond
+	}
+	return 0
+}
+
+func (x *HostLoad) GetRates() map[string]float64 {
+	if x != nil {
+		return x.Rates
+	}
+	return nil
+}
+
+func (x *HostLoad) GetCpuRecent() []float64 {
+	if x != nil {
+		return x.CpuRecent
+	}
+	return nil
+}
+
+func (x *HostLoad) GetSources() []*SignalSource {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
+type ShardLoad struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Node                string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Namespace           string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name                string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Tenant              string                 `protobuf:"bytes,4,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Workload            string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`
+	Rates               map[string]float64     `protobuf:"bytes,6,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	CpuRecent           []float64              `protobuf:"fixed64,7,rep,packed,name=cpu_recent,json=cpuRecent,proto3" json:"cpu_recent,omitempty"`
+	CpuForecast         *float64               `protobuf:"fixed64,8,opt,name=cpu_forecast,json=cpuForecast,proto3,oneof" json:"cpu_forecast,omitempty"`                             // of CPUs, when there is one
+	DirtyPagesPerSecond *float64               `protobuf:"fixed64,9,opt,name=dirty_pages_per_second,json=dirtyPagesPerSecond,proto3,oneof" json:"dirty_pages_per_second,omitempty"` // as last measured
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *ShardLoad) Reset() {
+	*x = ShardLoad{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShardLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShardLoad) ProtoMessage() {}
+
+func (x *ShardLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShardLoad.ProtoReflect.Descriptor instead.
+func (*ShardLoad) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ShardLoad) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ShardLoad) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ShardLoad) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ShardLoad) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *ShardLoad) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *ShardLoad) GetRates() map[string]float64 {
+	if x != nil {
+		return x.Rates
+	}
+	return nil
+}
+
+func (x *ShardLoad) GetCpuRecent() []float64 {
+	if x != nil {
+		return x.CpuRecent
+	}
+	return nil
+}
+
+func (x *ShardLoad) GetCpuForecast() float64 {
+	if x != nil && x.CpuForecast != nil {
+		return *x.CpuForecast
+	}
+	return 0
+}
+
+func (x *ShardLoad) GetDirtyPagesPerSecond() float64 {
+	if x != nil && x.DirtyPagesPerSecond != nil {
+		return *x.DirtyPagesPerSecond
+	}
+	return 0
+}
+
+type PointsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Shard         string                 `protobuf:"bytes,2,opt,name=shard,proto3" json:"shard,omitempty"`                                 // "" with namespace "" is the host
+	StepSeconds   int64                  `protobuf:"varint,3,opt,name=step_seconds,json=stepSeconds,proto3" json:"step_seconds,omitempty"` // 1 | 10 | 60
+	FromUnixMs    int64                  `protobuf:"varint,4,opt,name=from_unix_ms,json=fromUnixMs,proto3" json:"from_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PointsRequest) Reset() {
+	*x = PointsRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PointsRequest) ProtoMessage() {}
+
+func (x *PointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PointsRequest.ProtoReflect.Descriptor instead.
+func (*PointsRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *PointsRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *PointsRequest) GetShard() string {
+	if x != nil {
+		return x.Shard
+	}
+	return ""
+}
+
+func (x *PointsRequest) GetStepSeconds() int64 {
+	if x != nil {
+		return x.StepSeconds
+	}
+	return 0
+}
+
+func (x *PointsRequest) GetFromUnixMs() int64 {
+	if x != nil {
+		return x.FromUnixMs
+	}
+	return 0
+}
+
+type LoadPoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	StartUnixMs   int64                  `protobuf:"varint,1,opt,name=start_unix_ms,json=startUnixMs,proto3" json:"start_unix_ms,omitempty"`
+	Covered       float64                `protobuf:"fixed64,2,opt,name=covered,proto3" json:"covered,omitempty"` // the measured part of the step, 0 to 1
+	Mean          map[string]float64     `protobuf:"bytes,3,rep,name=mean,proto3" json:"mean,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	Peak          map[string]float64     `protobuf:"bytes,4,rep,name=peak,proto3" json:"peak,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"` // the highest second
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadPoint) Reset() {
+	*x = LoadPoint{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadPoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadPoint) ProtoMessage() {}
+
+func (x *LoadPoint) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadPoint.ProtoReflect.Descriptor instead.
+func (*LoadPoint) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *LoadPoint) GetStartUnixMs() int64 {
+	if x != nil {
+		return x.StartUnixMs
+	}
+	return 0
+}
+
+func (x *LoadPoint) GetCovered() float64 {
+	if x != nil {
+		return x.Covered
+	}
+	return 0
+}
+
+func (x *LoadPoint) GetMean() map[string]float64 {
+	if x != nil {
+		return x.Mean
+	}
+	return nil
+}
+
+func (x *LoadPoint) GetPeak() map[string]float64 {
+	if x != nil {
+		return x.Peak
+	}
+	return nil
+}
+
+type PointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Points        []*LoadPoint           `protobuf:"bytes,1,rep,name=points,proto3" json:"points,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PointsResponse) Reset() {
+	*x = PointsResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PointsResponse) ProtoMessage() {}
+
+func (x *PointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PointsResponse.ProtoReflect.Descriptor instead.
+func (*PointsResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PointsResponse) GetPoints() []*LoadPoint {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
+type DirtyRateRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Namespace      string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Shard          string                 `protobuf:"bytes,2,opt,name=shard,proto3" json:"shard,omitempty"`
+	WindowMs       int64                  `protobuf:"varint,3,opt,name=window_ms,json=windowMs,proto3" json:"window_ms,omitempty"`
+	ForceNamespace bool                   `protobuf:"varint,4,opt,name=force_namespace,json=forceNamespace,proto3" json:"force_namespace,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DirtyRateRequest) Reset() {
+	*x = DirtyRateRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DirtyRateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DirtyRateRequest) ProtoMessage() {}
+
+func (x *DirtyRateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DirtyRateRequest.ProtoReflect.Descriptor instead.
+func (*DirtyRateRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *DirtyRateRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *DirtyRateRequest) GetShard() string {
+	if x != nil {
+		return x.Shard
+	}
+	return ""
+}
+
+func (x *DirtyRateRequest) GetWindowMs() int64 {
+	if x != nil {
+		return x.WindowMs
+	}
+	return 0
+}
+
+func (x *DirtyRateRequest) GetForceNamespace() bool {
+	if x != nil {
+		return x.ForceNamespace
+	}
+	return false
+}
+
+type DirtyRateResponse struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	PagesPerSecond float64                `protobuf:"fixed64,1,opt,name=pages_per_second,json=pagesPerSecond,proto3" json:"pages_per_second,omitempty"`
+	BytesPerSecond float64                `protobuf:"fixed64,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DirtyRateResponse) Reset() {
+	*x = DirtyRateResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DirtyRateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DirtyRateResponse) ProtoMessage() {}
+
+func (x *DirtyRateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DirtyRateResponse.ProtoReflect.Descriptor instead.
+func (*DirtyRateResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *DirtyRateResponse) GetPagesPerSecond() float64 {
+	if x != nil {
+		return x.PagesPerSecond
+	}
+	return 0
+}
+
+func (x *DirtyRateResponse) GetBytesPerSecond() float64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+type HistoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Shard         string                 `protobuf:"bytes,2,opt,name=shard,proto3" json:"shard,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HistoryRequest) Reset() {
+	*x = HistoryRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HistoryRequest) ProtoMessage() {}
+
+func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
+func (*HistoryRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *HistoryRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *HistoryRequest) GetShard() string {
+	if x != nil {
+		return x.Shard
+	}
+	return ""
+}
+
+type HistoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Blocks        [][]byte               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HistoryResponse) Reset() {
+	*x = HistoryResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HistoryResponse) ProtoMessage() {}
+
+func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HistoryResponse.ProtoReflect.Descriptor instead.
+func (*HistoryResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *HistoryResponse) GetBlocks() [][]byte {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
 type ClockRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2453,7 +3223,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[35]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +3235,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[35]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +3248,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{35}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
 }
 
 type ClockResponse struct {
@@ -2490,7 +3260,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2502,7 +3272,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2515,7 +3285,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{36}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -2533,7 +3303,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +3315,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +3328,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{37}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
 }
 
 type StatusResponse struct {
@@ -2572,7 +3342,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +3354,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +3367,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{38}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -2641,7 +3411,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2653,7 +3423,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2666,7 +3436,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{39}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -2763,7 +3533,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2775,7 +3545,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2788,7 +3558,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{40}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -2816,7 +3586,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +3598,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +3611,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{41}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -2875,7 +3645,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2887,7 +3657,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2900,7 +3670,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{42}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -2926,7 +3696,7 @@ type RedirectRequest struct {
 
 func (x *RedirectRequest) Reset() {
 	*x = RedirectRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2938,7 +3708,7 @@ func (x *RedirectRequest) String() string {
 func (*RedirectRequest) ProtoMessage() {}
 
 func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2951,7 +3721,7 @@ func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
 func (*RedirectRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{43}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RedirectRequest) GetId() string {
@@ -2969,7 +3739,7 @@ type RedirectResponse struct {
 
 func (x *RedirectResponse) Reset() {
 	*x = RedirectResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3751,7 @@ func (x *RedirectResponse) String() string {
 func (*RedirectResponse) ProtoMessage() {}
 
 func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3764,7 @@ func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
 func (*RedirectResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{44}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{56}
 }
 
 type SealRequest struct {
@@ -3008,7 +3778,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3790,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3803,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *SealRequest) GetId() string {
@@ -3066,7 +3836,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3078,7 +3848,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3091,7 +3861,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -3110,7 +3880,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3122,7 +3892,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3135,7 +3905,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -3157,7 +3927,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3169,7 +3939,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3182,7 +3952,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -3223,7 +3993,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +4005,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +4018,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -3273,7 +4043,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3285,7 +4055,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3298,7 +4068,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
 }
 
 type DecisionRequest struct {
@@ -3310,7 +4080,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3322,7 +4092,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3335,7 +4105,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -3354,7 +4124,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3366,7 +4136,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3379,7 +4149,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -3595,7 +4365,80 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04keep\x18\x02 \x01(\tR\x04keep\"G\n" +
 	"\x0fResolveResponse\x124\n" +
-	"\tmigration\x18\x01 \x01(\v2\x16.tranship.v1.MigrationR\tmigration\"\x0e\n" +
+	"\tmigration\x18\x01 \x01(\v2\x16.tranship.v1.MigrationR\tmigration\"B\n" +
+	"\vLoadRequest\x12\x1b\n" +
+	"\tall_nodes\x18\x01 \x01(\bR\ballNodes\x12\x16\n" +
+	"\x06recent\x18\x02 \x01(\rR\x06recent\"\x98\x01\n" +
+	"\fLoadResponse\x12+\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x15.tranship.v1.HostLoadR\x05hosts\x12.\n" +
+	"\x06shards\x18\x02 \x03(\v2\x16.tranship.v1.ShardLoadR\x06shards\x12+\n" +
+	"\x11unreachable_nodes\x18\x03 \x03(\tR\x10unreachableNodes\"L\n" +
+	"\fSignalSource\x12\x16\n" +
+	"\x06signal\x18\x01 \x01(\tR\x06signal\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\"\xd9\x02\n" +
+	"\bHostLoad\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\rR\x04cpus\x12,\n" +
+	"\x12memory_total_bytes\x18\x03 \x01(\x03R\x10memoryTotalBytes\x121\n" +
+	"\x15link_bytes_per_second\x18\x04 \x01(\x01R\x12linkBytesPerSecond\x126\n" +
+	"\x05rates\x18\x05 \x03(\v2 .tranship.v1.HostLoad.RatesEntryR\x05rates\x12\x1d\n" +
+	"\n" +
+	"cpu_recent\x18\x06 \x03(\x01R\tcpuRecent\x123\n" +
+	"\asources\x18\a \x03(\v2\x19.tranship.v1.SignalSourceR\asources\x1a8\n" +
+	"\n" +
+	"RatesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xa5\x03\n" +
+	"\tShardLoad\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x16\n" +
+	"\x06tenant\x18\x04 \x01(\tR\x06tenant\x12\x1a\n" +
+	"\bworkload\x18\x05 \x01(\tR\bworkload\x127\n" +
+	"\x05rates\x18\x06 \x03(\v2!.tranship.v1.ShardLoad.RatesEntryR\x05rates\x12\x1d\n" +
+	"\n" +
+	"cpu_recent\x18\a \x03(\x01R\tcpuRecent\x12&\n" +
+	"\fcpu_forecast\x18\b \x01(\x01H\x00R\vcpuForecast\x88\x01\x01\x128\n" +
+	"\x16dirty_pages_per_second\x18\t \x01(\x01H\x01R\x13dirtyPagesPerSecond\x88\x01\x01\x1a8\n" +
+	"\n" +
+	"RatesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01B\x0f\n" +
+	"\r_cpu_forecastB\x19\n" +
+	"\x17_dirty_pages_per_second\"\x88\x01\n" +
+	"\rPointsRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05shard\x18\x02 \x01(\tR\x05shard\x12!\n" +
+	"\fstep_seconds\x18\x03 \x01(\x03R\vstepSeconds\x12 \n" +
+	"\ffrom_unix_ms\x18\x04 \x01(\x03R\n" +
+	"fromUnixMs\"\xa7\x02\n" +
+	"\tLoadPoint\x12\"\n" +
+	"\rstart_unix_ms\x18\x01 \x01(\x03R\vstartUnixMs\x12\x18\n" +
+	"\acovered\x18\x02 \x01(\x01R\acovered\x124\n" +
+	"\x04mean\x18\x03 \x03(\v2 .tranship.v1.LoadPoint.MeanEntryR\x04mean\x124\n" +
+	"\x04peak\x18\x04 \x03(\v2 .tranship.v1.LoadPoint.PeakEntryR\x04peak\x1a7\n" +
+	"\tMeanEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\x1a7\n" +
+	"\tPeakEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"@\n" +
+	"\x0ePointsResponse\x12.\n" +
+	"\x06points\x18\x01 \x03(\v2\x16.tranship.v1.LoadPointR\x06points\"\x8c\x01\n" +
+	"\x10DirtyRateRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1b\n" +
+	"\twindow_ms\x18\x03 \x01(\x03R\bwindowMs\x12'\n" +
+	"\x0fforce_namespace\x18\x04 \x01(\bR\x0eforceNamespace\"g\n" +
+	"\x11DirtyRateResponse\x12(\n" +
+	"\x10pages_per_second\x18\x01 \x01(\x01R\x0epagesPerSecond\x12(\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x01R\x0ebytesPerSecond\"D\n" +
+	"\x0eHistoryRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05shard\x18\x02 \x01(\tR\x05shard\")\n" +
+	"\x0fHistoryResponse\x12\x16\n" +
+	"\x06blocks\x18\x01 \x03(\fR\x06blocks\"\x0e\n" +
 	"\fClockRequest\"(\n" +
 	"\rClockResponse\x12\x17\n" +
 	"\aunix_ns\x18\x01 \x01(\x03R\x06unixNs\"\x0f\n" +
@@ -3669,7 +4512,11 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\aMigrate\x12\x1b.tranship.v1.MigrateRequest\x1a\x19.tranship.v1.MigrateEvent0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.tranship.v1.CancelRequest\x1a\x1b.tranship.v1.CancelResponse\x12Y\n" +
 	"\x0eListMigrations\x12\".tranship.v1.ListMigrationsRequest\x1a#.tranship.v1.ListMigrationsResponse\x12D\n" +
-	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xa1\x05\n" +
+	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xd6\x01\n" +
+	"\bProfiles\x12;\n" +
+	"\x04Load\x12\x18.tranship.v1.LoadRequest\x1a\x19.tranship.v1.LoadResponse\x12A\n" +
+	"\x06Points\x12\x1a.tranship.v1.PointsRequest\x1a\x1b.tranship.v1.PointsResponse\x12J\n" +
+	"\tDirtyRate\x12\x1d.tranship.v1.DirtyRateRequest\x1a\x1e.tranship.v1.DirtyRateResponse2\xa4\x06\n" +
 	"\x04Peer\x12A\n" +
 	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
 	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
@@ -3678,7 +4525,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\bRedirect\x12\x1c.tranship.v1.RedirectRequest\x1a\x1d.tranship.v1.RedirectResponse\x12;\n" +
 	"\x04Seal\x12\x18.tranship.v1.SealRequest\x1a\x19.tranship.v1.SealResponse\x12A\n" +
 	"\x06Commit\x12\x1a.tranship.v1.CommitRequest\x1a\x1b.tranship.v1.CommitResponse\x12>\n" +
-	"\x05Abort\x12\x19.tranship.v1.AbortRequest\x1a\x1a.tranship.v1.AbortResponse\x128\n" +
+	"\x05Abort\x12\x19.tranship.v1.AbortRequest\x1a\x1a.tranship.v1.AbortResponse\x12;\n" +
+	"\x04Load\x12\x18.tranship.v1.LoadRequest\x1a\x19.tranship.v1.LoadResponse\x12D\n" +
+	"\aHistory\x12\x1b.tranship.v1.HistoryRequest\x1a\x1c.tranship.v1.HistoryResponse\x128\n" +
 	"\x03Run\x12\x17.tranship.v1.RunRequest\x1a\x18.tranship.v1.RunResponse\x12G\n" +
 	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponseBCZAgithub.com/tranship/tranship/daemon/control/transhipv1;transhipv1b\x06proto3"
 
@@ -3694,7 +4543,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                  // 0: tranship.v1.Shard
 	(*Mount)(nil),                  // 1: tranship.v1.Mount
@@ -3731,31 +4580,47 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*ListMigrationsResponse)(nil), // 32: tranship.v1.ListMigrationsResponse
 	(*ResolveRequest)(nil),         // 33: tranship.v1.ResolveRequest
 	(*ResolveResponse)(nil),        // 34: tranship.v1.ResolveResponse
-	(*ClockRequest)(nil),           // 35: tranship.v1.ClockRequest
-	(*ClockResponse)(nil),          // 36: tranship.v1.ClockResponse
-	(*StatusRequest)(nil),          // 37: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),         // 38: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),         // 39: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),        // 40: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),         // 41: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),        // 42: tranship.v1.PrepareResponse
-	(*RedirectRequest)(nil),        // 43: tranship.v1.RedirectRequest
-	(*RedirectResponse)(nil),       // 44: tranship.v1.RedirectResponse
-	(*SealRequest)(nil),            // 45: tranship.v1.SealRequest
-	(*SealResponse)(nil),           // 46: tranship.v1.SealResponse
-	(*CommitRequest)(nil),          // 47: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),         // 48: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),           // 49: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),          // 50: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),        // 51: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),       // 52: tranship.v1.DecisionResponse
-	nil,                            // 53: tranship.v1.Shard.LabelsEntry
-	nil,                            // 54: tranship.v1.RunRequest.LabelsEntry
+	(*LoadRequest)(nil),            // 35: tranship.v1.LoadRequest
+	(*LoadResponse)(nil),           // 36: tranship.v1.LoadResponse
+	(*SignalSource)(nil),           // 37: tranship.v1.SignalSource
+	(*HostLoad)(nil),               // 38: tranship.v1.HostLoad
+	(*ShardLoad)(nil),              // 39: tranship.v1.ShardLoad
+	(*PointsRequest)(nil),          // 40: tranship.v1.PointsRequest
+	(*LoadPoint)(nil),              // 41: tranship.v1.LoadPoint
+	(*PointsResponse)(nil),         // 42: tranship.v1.PointsResponse
+	(*DirtyRateRequest)(nil),       // 43: tranship.v1.DirtyRateRequest
+	(*DirtyRateResponse)(nil),      // 44: tranship.v1.DirtyRateResponse
+	(*HistoryRequest)(nil),         // 45: tranship.v1.HistoryRequest
+	(*HistoryResponse)(nil),        // 46: tranship.v1.HistoryResponse
+	(*ClockRequest)(nil),           // 47: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),          // 48: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),          // 49: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),         // 50: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),         // 51: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),        // 52: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),         // 53: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),        // 54: tranship.v1.PrepareResponse
+	(*RedirectRequest)(nil),        // 55: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),       // 56: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),            // 57: tranship.v1.SealRequest
+	(*SealResponse)(nil),           // 58: tranship.v1.SealResponse
+	(*CommitRequest)(nil),          // 59: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),         // 60: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),           // 61: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),          // 62: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),        // 63: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),       // 64: tranship.v1.DecisionResponse
+	nil,                            // 65: tranship.v1.Shard.LabelsEntry
+	nil,                            // 66: tranship.v1.RunRequest.LabelsEntry
+	nil,                            // 67: tranship.v1.HostLoad.RatesEntry
+	nil,                            // 68: tranship.v1.ShardLoad.RatesEntry
+	nil,                            // 69: tranship.v1.LoadPoint.MeanEntry
+	nil,                            // 70: tranship.v1.LoadPoint.PeakEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	53, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	65, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,  // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	54, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	66, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,  // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,  // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,  // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -3772,64 +4637,82 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	28, // 16: tranship.v1.CancelResponse.migration:type_name -> tranship.v1.Migration
 	28, // 17: tranship.v1.ListMigrationsResponse.migrations:type_name -> tranship.v1.Migration
 	28, // 18: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
-	14, // 19: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,  // 20: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,  // 21: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	15, // 22: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,  // 23: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	21, // 24: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	26, // 25: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	2,  // 26: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,  // 27: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,  // 28: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,  // 29: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10, // 30: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12, // 31: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	16, // 32: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	18, // 33: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	20, // 34: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	23, // 35: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	29, // 36: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	31, // 37: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	33, // 38: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	37, // 39: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	35, // 40: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	39, // 41: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	41, // 42: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	43, // 43: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	45, // 44: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	47, // 45: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	49, // 46: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	2,  // 47: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	51, // 48: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,  // 49: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,  // 50: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,  // 51: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,  // 52: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11, // 53: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13, // 54: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	17, // 55: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	19, // 56: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	22, // 57: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	24, // 58: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	30, // 59: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	32, // 60: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	34, // 61: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	38, // 62: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	36, // 63: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	40, // 64: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	42, // 65: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	44, // 66: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	46, // 67: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	48, // 68: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	50, // 69: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	3,  // 70: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	52, // 71: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	49, // [49:72] is the sub-list for method output_type
-	26, // [26:49] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	38, // 19: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
+	39, // 20: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
+	67, // 21: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	37, // 22: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
+	68, // 23: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	69, // 24: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	70, // 25: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	41, // 26: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
+	14, // 27: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,  // 28: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,  // 29: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	15, // 30: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,  // 31: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	21, // 32: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	26, // 33: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	2,  // 34: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,  // 35: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,  // 36: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,  // 37: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10, // 38: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12, // 39: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	16, // 40: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	18, // 41: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	20, // 42: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	23, // 43: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	29, // 44: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	31, // 45: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	33, // 46: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	35, // 47: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	40, // 48: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	43, // 49: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	49, // 50: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	47, // 51: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	51, // 52: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	53, // 53: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	55, // 54: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	57, // 55: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	59, // 56: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	61, // 57: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	35, // 58: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	45, // 59: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,  // 60: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	63, // 61: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	3,  // 62: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,  // 63: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,  // 64: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,  // 65: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11, // 66: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13, // 67: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	17, // 68: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	19, // 69: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	22, // 70: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	24, // 71: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	30, // 72: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	32, // 73: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	34, // 74: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	36, // 75: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	42, // 76: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	44, // 77: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	50, // 78: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	48, // 79: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	52, // 80: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	54, // 81: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	56, // 82: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	58, // 83: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	60, // 84: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	62, // 85: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	36, // 86: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	46, // 87: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,  // 88: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	64, // 89: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	62, // [62:90] is the sub-list for method output_type
+	34, // [34:62] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -3837,15 +4720,16 @@ func file_daemon_control_tranship_proto_init() {
 	if File_daemon_control_tranship_proto != nil {
 		return
 	}
+	file_daemon_control_tranship_proto_msgTypes[39].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   55,
+			NumMessages:   71,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_daemon_control_tranship_proto_goTypes,
 		DependencyIndexes: file_daemon_control_tranship_proto_depIdxs,

@@ -31,6 +31,8 @@ const (
 	NodesName = "tranship.v1.Nodes"
 	// MigrationsName is the fully-qualified name of the Migrations service.
 	MigrationsName = "tranship.v1.Migrations"
+	// ProfilesName is the fully-qualified name of the Profiles service.
+	ProfilesName = "tranship.v1.Profiles"
 	// PeerName is the fully-qualified name of the Peer service.
 	PeerName = "tranship.v1.Peer"
 )
@@ -70,6 +72,12 @@ const (
 	MigrationsListMigrationsProcedure = "/tranship.v1.Migrations/ListMigrations"
 	// MigrationsResolveProcedure is the fully-qualified name of the Migrations's Resolve RPC.
 	MigrationsResolveProcedure = "/tranship.v1.Migrations/Resolve"
+	// ProfilesLoadProcedure is the fully-qualified name of the Profiles's Load RPC.
+	ProfilesLoadProcedure = "/tranship.v1.Profiles/Load"
+	// ProfilesPointsProcedure is the fully-qualified name of the Profiles's Points RPC.
+	ProfilesPointsProcedure = "/tranship.v1.Profiles/Points"
+	// ProfilesDirtyRateProcedure is the fully-qualified name of the Profiles's DirtyRate RPC.
+	ProfilesDirtyRateProcedure = "/tranship.v1.Profiles/DirtyRate"
 	// PeerStatusProcedure is the fully-qualified name of the Peer's Status RPC.
 	PeerStatusProcedure = "/tranship.v1.Peer/Status"
 	// PeerClockProcedure is the fully-qualified name of the Peer's Clock RPC.
@@ -86,6 +94,10 @@ const (
 	PeerCommitProcedure = "/tranship.v1.Peer/Commit"
 	// PeerAbortProcedure is the fully-qualified name of the Peer's Abort RPC.
 	PeerAbortProcedure = "/tranship.v1.Peer/Abort"
+	// PeerLoadProcedure is the fully-qualified name of the Peer's Load RPC.
+	PeerLoadProcedure = "/tranship.v1.Peer/Load"
+	// PeerHistoryProcedure is the fully-qualified name of the Peer's History RPC.
+	PeerHistoryProcedure = "/tranship.v1.Peer/History"
 	// PeerRunProcedure is the fully-qualified name of the Peer's Run RPC.
 	PeerRunProcedure = "/tranship.v1.Peer/Run"
 	// PeerDecisionProcedure is the fully-qualified name of the Peer's Decision RPC.
@@ -572,6 +584,134 @@ func (UnimplementedMigrationsHandler) Resolve(context.Context, *connect.Request[
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Migrations.Resolve is not implemented"))
 }
 
+// ProfilesClient is a client for the tranship.v1.Profiles service.
+type ProfilesClient interface {
+	// Load is what hosts and shards use now.
+	Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error)
+	// Points is what one shard, or the host, used over time.
+	Points(context.Context, *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error)
+	// DirtyRate measures how many pages a shard writes, for a short window.
+	DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error)
+}
+
+// NewProfilesClient constructs a client for the tranship.v1.Profiles service. By default, it uses
+// the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewProfilesClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) ProfilesClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	profilesMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Profiles").Methods()
+	return &profilesClient{
+		load: connect.NewClient[transhipv1.LoadRequest, transhipv1.LoadResponse](
+			httpClient,
+			baseURL+ProfilesLoadProcedure,
+			connect.WithSchema(profilesMethods.ByName("Load")),
+			connect.WithClientOptions(opts...),
+		),
+		points: connect.NewClient[transhipv1.PointsRequest, transhipv1.PointsResponse](
+			httpClient,
+			baseURL+ProfilesPointsProcedure,
+			connect.WithSchema(profilesMethods.ByName("Points")),
+			connect.WithClientOptions(opts...),
+		),
+		dirtyRate: connect.NewClient[transhipv1.DirtyRateRequest, transhipv1.DirtyRateResponse](
+			httpClient,
+			baseURL+ProfilesDirtyRateProcedure,
+			connect.WithSchema(profilesMethods.ByName("DirtyRate")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// profilesClient implements ProfilesClient.
+type profilesClient struct {
+	load      *connect.Client[transhipv1.LoadRequest, transhipv1.LoadResponse]
+	points    *connect.Client[transhipv1.PointsRequest, transhipv1.PointsResponse]
+	dirtyRate *connect.Client[transhipv1.DirtyRateRequest, transhipv1.DirtyRateResponse]
+}
+
+// Load calls tranship.v1.Profiles.Load.
+func (c *profilesClient) Load(ctx context.Context, req *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error) {
+	return c.load.CallUnary(ctx, req)
+}
+
+// Points calls tranship.v1.Profiles.Points.
+func (c *profilesClient) Points(ctx context.Context, req *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error) {
+	return c.points.CallUnary(ctx, req)
+}
+
+// DirtyRate calls tranship.v1.Profiles.DirtyRate.
+func (c *profilesClient) DirtyRate(ctx context.Context, req *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error) {
+	return c.dirtyRate.CallUnary(ctx, req)
+}
+
+// ProfilesHandler is an implementation of the tranship.v1.Profiles service.
+type ProfilesHandler interface {
+	// Load is what hosts and shards use now.
+	Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error)
+	// Points is what one shard, or the host, used over time.
+	Points(context.Context, *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error)
+	// DirtyRate measures how many pages a shard writes, for a short window.
+	DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error)
+}
+
+// NewProfilesHandler builds an HTTP handler from the service implementation. It returns the path on
+// which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewProfilesHandler(svc ProfilesHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	profilesMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Profiles").Methods()
+	profilesLoadHandler := connect.NewUnaryHandler(
+		ProfilesLoadProcedure,
+		svc.Load,
+		connect.WithSchema(profilesMethods.ByName("Load")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profilesPointsHandler := connect.NewUnaryHandler(
+		ProfilesPointsProcedure,
+		svc.Points,
+		connect.WithSchema(profilesMethods.ByName("Points")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profilesDirtyRateHandler := connect.NewUnaryHandler(
+		ProfilesDirtyRateProcedure,
+		svc.DirtyRate,
+		connect.WithSchema(profilesMethods.ByName("DirtyRate")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/tranship.v1.Profiles/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case ProfilesLoadProcedure:
+			profilesLoadHandler.ServeHTTP(w, r)
+		case ProfilesPointsProcedure:
+			profilesPointsHandler.ServeHTTP(w, r)
+		case ProfilesDirtyRateProcedure:
+			profilesDirtyRateHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedProfilesHandler returns CodeUnimplemented from all methods.
+type UnimplementedProfilesHandler struct{}
+
+func (UnimplementedProfilesHandler) Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Profiles.Load is not implemented"))
+}
+
+func (UnimplementedProfilesHandler) Points(context.Context, *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Profiles.Points is not implemented"))
+}
+
+func (UnimplementedProfilesHandler) DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Profiles.DirtyRate is not implemented"))
+}
+
 // PeerClient is a client for the tranship.v1.Peer service.
 type PeerClient interface {
 	Status(context.Context, *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error)
@@ -593,6 +733,10 @@ type PeerClient interface {
 	Commit(context.Context, *connect.Request[transhipv1.CommitRequest]) (*connect.Response[transhipv1.CommitResponse], error)
 	// Abort undoes what Reserve and Prepare did. May run twice. Refused after Commit.
 	Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error)
+	// Load is what this host and its shards use now.
+	Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error)
+	// History is what this host knows of a shard that was here.
+	History(context.Context, *connect.Request[transhipv1.HistoryRequest]) (*connect.Response[transhipv1.HistoryResponse], error)
 	// Run starts a shard here for an operator at another host of the pool.
 	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
@@ -658,6 +802,18 @@ func NewPeerClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(peerMethods.ByName("Abort")),
 			connect.WithClientOptions(opts...),
 		),
+		load: connect.NewClient[transhipv1.LoadRequest, transhipv1.LoadResponse](
+			httpClient,
+			baseURL+PeerLoadProcedure,
+			connect.WithSchema(peerMethods.ByName("Load")),
+			connect.WithClientOptions(opts...),
+		),
+		history: connect.NewClient[transhipv1.HistoryRequest, transhipv1.HistoryResponse](
+			httpClient,
+			baseURL+PeerHistoryProcedure,
+			connect.WithSchema(peerMethods.ByName("History")),
+			connect.WithClientOptions(opts...),
+		),
 		run: connect.NewClient[transhipv1.RunRequest, transhipv1.RunResponse](
 			httpClient,
 			baseURL+PeerRunProcedure,
@@ -683,6 +839,8 @@ type peerClient struct {
 	seal     *connect.Client[transhipv1.SealRequest, transhipv1.SealResponse]
 	commit   *connect.Client[transhipv1.CommitRequest, transhipv1.CommitResponse]
 	abort    *connect.Client[transhipv1.AbortRequest, transhipv1.AbortResponse]
+	load     *connect.Client[transhipv1.LoadRequest, transhipv1.LoadResponse]
+	history  *connect.Client[transhipv1.HistoryRequest, transhipv1.HistoryResponse]
 	run      *connect.Client[transhipv1.RunRequest, transhipv1.RunResponse]
 	decision *connect.Client[transhipv1.DecisionRequest, transhipv1.DecisionResponse]
 }
@@ -727,6 +885,16 @@ func (c *peerClient) Abort(ctx context.Context, req *connect.Request[transhipv1.
 	return c.abort.CallUnary(ctx, req)
 }
 
+// Load calls tranship.v1.Peer.Load.
+func (c *peerClient) Load(ctx context.Context, req *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error) {
+	return c.load.CallUnary(ctx, req)
+}
+
+// History calls tranship.v1.Peer.History.
+func (c *peerClient) History(ctx context.Context, req *connect.Request[transhipv1.HistoryRequest]) (*connect.Response[transhipv1.HistoryResponse], error) {
+	return c.history.CallUnary(ctx, req)
+}
+
 // Run calls tranship.v1.Peer.Run.
 func (c *peerClient) Run(ctx context.Context, req *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error) {
 	return c.run.CallUnary(ctx, req)
@@ -758,6 +926,10 @@ type PeerHandler interface {
 	Commit(context.Context, *connect.Request[transhipv1.CommitRequest]) (*connect.Response[transhipv1.CommitResponse], error)
 	// Abort undoes what Reserve and Prepare did. May run twice. Refused after Commit.
 	Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error)
+	// Load is what this host and its shards use now.
+	Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error)
+	// History is what this host knows of a shard that was here.
+	History(context.Context, *connect.Request[transhipv1.HistoryRequest]) (*connect.Response[transhipv1.HistoryResponse], error)
 	// Run starts a shard here for an operator at another host of the pool.
 	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
@@ -819,6 +991,18 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(peerMethods.ByName("Abort")),
 		connect.WithHandlerOptions(opts...),
 	)
+	peerLoadHandler := connect.NewUnaryHandler(
+		PeerLoadProcedure,
+		svc.Load,
+		connect.WithSchema(peerMethods.ByName("Load")),
+		connect.WithHandlerOptions(opts...),
+	)
+	peerHistoryHandler := connect.NewUnaryHandler(
+		PeerHistoryProcedure,
+		svc.History,
+		connect.WithSchema(peerMethods.ByName("History")),
+		connect.WithHandlerOptions(opts...),
+	)
 	peerRunHandler := connect.NewUnaryHandler(
 		PeerRunProcedure,
 		svc.Run,
@@ -849,6 +1033,10 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 			peerCommitHandler.ServeHTTP(w, r)
 		case PeerAbortProcedure:
 			peerAbortHandler.ServeHTTP(w, r)
+		case PeerLoadProcedure:
+			peerLoadHandler.ServeHTTP(w, r)
+		case PeerHistoryProcedure:
+			peerHistoryHandler.ServeHTTP(w, r)
 		case PeerRunProcedure:
 			peerRunHandler.ServeHTTP(w, r)
 		case PeerDecisionProcedure:
@@ -892,6 +1080,14 @@ func (UnimplementedPeerHandler) Commit(context.Context, *connect.Request[transhi
 
 func (UnimplementedPeerHandler) Abort(context.Context, *connect.Request[transhipv1.AbortRequest]) (*connect.Response[transhipv1.AbortResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Abort is not implemented"))
+}
+
+func (UnimplementedPeerHandler) Load(context.Context, *connect.Request[transhipv1.LoadRequest]) (*connect.Response[transhipv1.LoadResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Load is not implemented"))
+}
+
+func (UnimplementedPeerHandler) History(context.Context, *connect.Request[transhipv1.HistoryRequest]) (*connect.Response[transhipv1.HistoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.History is not implemented"))
 }
 
 func (UnimplementedPeerHandler) Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error) {

@@ -1,0 +1,127 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/tranship/tranship/checkpoint/track"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/migrate"
+	"github.com/tranship/tranship/daemon/profiler"
+)
+
+// ProfileConfig is the profiling of shards and host.
+type ProfileConfig struct {
+	Enabled bool `toml:"enabled"`
+	// PinDir keeps programs and counts while the daemon is down; its parent is a
+	// bpf file system. Removing it ends all counting.
+	PinDir string `toml:"pin_dir"`
+	// BTF is a file with the kernel's types, for kernels that have none of their own.
+	BTF string `toml:"btf"`
+	// HistoryDays is how far profiles go back on disk, at one point a minute.
+	HistoryDays int `toml:"history_days"`
+}
+
+func defaultProfileConfig() ProfileConfig {
+	return ProfileConfig{Enabled: true, PinDir: "/sys/fs/bpf/tranship", HistoryDays: 14}
+}
+
+// startProfiles begins to profile. A host that cannot is a host without
+// profiles, not one that does not start.
+func (h *host) startProfiles() {
+	cfg := h.cfg.Profile
+	if !cfg.Enabled {
+		return
+	}
+	why := ""
+	if h.facts.tracker == track.None {
+		why = "this kernel cannot track written pages"
+	}
+	p, err := profiler.New(profiler.Config{
+		Node: h.cfg.Node, Tasks: h.rt, PinDir: cfg.PinDir, BTF: cfg.BTF,
+		StorePath: filepath.Join(h.cfg.StateDir, "profiles.db"), Retention: time.Duration(cfg.HistoryDays) * 24 * time.Hour,
+		TrackerWhy: why, CameFrom: h.moves.CameFrom, Fetch: h.fetchHistory, Dirty: h.moves.DirtyRate, Log: h.log,
+	})
+	if err != nil {
+		h.log.Warn("shards are not profiled", "err", err)
+		return
+	}
+	h.profiles = p
+	h.onClose(p.Close)
+	h.metrics.MustRegister(p.NewCollector())
+}
+
+// fetchHistory asks another host of the pool what it knows of a shard.
+func (h *host) fetchHistory(ctx context.Context, node, namespace, name string) ([][]byte, error) {
+	if h.peers == nil {
+		return nil, errors.New("this host has no peers")
+	}
+	client, err := h.peers.Client(node)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.History(ctx, connect.NewRequest(&v1.HistoryRequest{Namespace: namespace, Shard: name}))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg.GetBlocks(), nil
+}
+
+// profileHandler answers for profiles on the local socket; nil without any.
+func (h *host) profileHandler() *profiler.Handler {
+	if h.profiles == nil {
+		return nil
+	}
+	ph := &profiler.Handler{P: h.profiles}
+	if h.peers != nil {
+		ph.Peers = func() []string {
+			var names []string
+			for _, p := range h.cfg.Peers {
+				names = append(names, p.Name)
+			}
+			return names
+		}
+		ph.PeerLoad = func(ctx context.Context, node string, req *v1.LoadRequest) (*v1.LoadResponse, error) {
+			client, err := h.peers.Client(node)
+			if err != nil {
+				return nil, err
+			}
+			resp, err := client.Load(ctx, connect.NewRequest(req))
+			if err != nil {
+				return nil, err
+			}
+			return resp.Msg, nil
+		}
+	}
+	return ph
+}
+
+// mountProfiles serves profiles locally.
+func (h *host) mountProfiles(mux *http.ServeMux) {
+	if ph := h.profileHandler(); ph != nil {
+		mux.Handle(transhipv1connect.NewProfilesHandler(ph, handlerOptions()...))
+	}
+}
+
+// withProfiles lets peers ask for load and history.
+func (h *host) withProfiles(to migrate.Host) migrate.Host {
+	if h.profiles == nil {
+		return to
+	}
+	local := &profiler.Handler{P: h.profiles}
+	to.Load = func(_ context.Context, req *v1.LoadRequest) (*v1.LoadResponse, error) { return local.Local(req), nil }
+	to.History = func(_ context.Context, req *v1.HistoryRequest) (*v1.HistoryResponse, error) {
+		blocks, err := h.profiles.History(req.GetNamespace(), req.GetShard())
+		if err != nil {
+			return nil, err
+		}
+		return &v1.HistoryResponse{Blocks: blocks}, nil
+	}
+	return to
+}

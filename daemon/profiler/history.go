@@ -1,0 +1,107 @@
+package profiler
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/tranship/tranship/ebpf/profile"
+)
+
+// A shard's history follows it: the destination asks the source for it once the
+// migration is over, and again until it has it. The source keeps what it has of
+// shards that left for as long as of those that stayed, so nothing is lost by
+// asking late, and nothing of it happens while a shard is frozen.
+
+const (
+	// settleBefore lets the source file the minute in which the shard left.
+	settleBefore = 5 * time.Second
+	fetchTimeout = 30 * time.Second
+)
+
+// wantHistory queues a shard for pull; a full queue is tried again by the next
+// reconcile.
+func (p *Profiler) wantHistory(key string) {
+	if p.cfg.CameFrom == nil || p.cfg.Fetch == nil {
+		return
+	}
+	select {
+	case p.pulls <- key:
+	default:
+	}
+}
+
+func (p *Profiler) pull(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case key := <-p.pulls:
+			if err := p.fetch(ctx, key); err != nil && ctx.Err() == nil {
+				p.log.Warn("profiles: history has not come yet", "shard", key, "err", err)
+			}
+		}
+	}
+}
+
+// fetch gets what the node that a shard came from knows of it, unless that was
+// done. A shard that did not come, or is still on its way, is looked at again by
+// the next reconcile.
+func (p *Profiler) fetch(ctx context.Context, key string) error {
+	namespace, name, _ := strings.Cut(key, "/")
+	migration, node, ok := p.cfg.CameFrom(namespace, name)
+	if !ok {
+		return nil
+	}
+	if have, err := p.store.Imported(migration); err != nil || have {
+		return err
+	}
+	wait(ctx, settleBefore)
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	blocks, err := p.cfg.Fetch(ctx, node, namespace, name)
+	if err != nil {
+		return fmt.Errorf("history of %s from %s: %w", key, node, err)
+	}
+	return p.store.Import(key, migration, blocks, time.Now())
+}
+
+// Arrived is told of a migration that has just ended here.
+func (p *Profiler) Arrived(namespace, name string) { p.wantHistory(namespace + "/" + name) }
+
+// History is a shard's history as it travels: blocks of an hour.
+func (p *Profiler) History(namespace, name string) ([][]byte, error) {
+	return p.store.Blocks(namespace + "/" + name)
+}
+
+// Points returns what is known of a shard, or with namespace and name "" of the
+// host, in steps of a second (two minutes back), ten seconds (an hour) or a
+// minute (the store's retention, without the minute under way), from a time on.
+func (p *Profiler) Points(namespace, name string, step time.Duration, from time.Time) ([]profile.Point, error) {
+	key := namespace + "/" + name
+	if key == "/" {
+		key = hostKey
+	}
+	if step == profile.Minute {
+		return p.store.Minutes(key, from)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	pr := p.host.profile
+	if key != hostKey {
+		s := p.subjects[key]
+		if s == nil {
+			return nil, nil
+		}
+		pr = s.profile
+	}
+	points := pr.Seconds()
+	if step == profile.DecaSecond {
+		points = pr.Tens()
+	}
+	for len(points) > 0 && points[0].Start.Before(from) {
+		points = points[1:]
+	}
+	return points, nil
+}
