@@ -179,7 +179,7 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 		pool = h.peers
 	}
 	h.moves, err = migrate.New(migrate.Config{
-		Node: h.cfg.Node, StoreDir: store, Daemon: self, CRIU: binary, CRIULogLevel: h.cfg.CRIU.LogLevel,
+		Node: h.cfg.Node, StoreDir: store, TmpfsDir: filepath.Join(h.cfg.RunDir, "tmpfs"), Daemon: self, CRIU: binary, CRIULogLevel: h.cfg.CRIU.LogLevel,
 		Versions: h.facts.versions, Subnet: h.cfg.Network.Subnet, Tracker: kind,
 	}, h.journal, h.rt, pool, migrate.NewMetrics(h.metrics), h.log)
 	if err != nil {

@@ -14,7 +14,10 @@ type RestoreConfig struct {
 	LazyPages      bool
 	TCPEstablished bool
 	IgnoreCgroups  bool
-	LogLevel       int
+	// Mounts are mounts that the dump left out besides the runtime's: At is their
+	// source on this host.
+	Mounts   []ExternalMount
+	LogLevel int
 }
 
 // Write writes the file, creating its directory.
@@ -38,6 +41,9 @@ func (c RestoreConfig) bytes() []byte {
 	}
 	if c.IgnoreCgroups {
 		b.WriteString("manage-cgroups ignore\n")
+	}
+	for _, m := range c.Mounts {
+		fmt.Fprintf(&b, "external mnt[%s]:%s\n", m.Key, m.At)
 	}
 	b.WriteString("file-locks\n")
 	fmt.Fprintf(&b, "verbosity %d\n", c.LogLevel)

@@ -120,6 +120,17 @@ func (n *node) each(f func(*node)) {
 	}
 }
 
+// regularFiles are the paths of all regular files.
+func (x *Index) regularFiles() []string {
+	var paths []string
+	x.root.each(func(n *node) {
+		if n.regular() {
+			paths = append(paths, n.path())
+		}
+	})
+	return paths
+}
+
 // lookup finds a path below n, nil if it is not there.
 func (n *node) lookup(path string) *node {
 	for name := range strings.SplitSeq(strings.Trim(path, "/"), "/") {

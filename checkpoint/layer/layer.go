@@ -60,6 +60,10 @@ type Options struct {
 	// listed, can hide a write.
 	AlwaysCompare []string
 
+	// CompareAll compares the content of every file, whatever its times: right
+	// for a tmpfs, whose content is memory.
+	CompareAll bool
+
 	// ListedAt is when the caller began to collect AlwaysCompare; zero is the
 	// call of Send. Files that changed since then are compared again in the
 	// next pass, because a mapping may have been made after the list.
@@ -138,7 +142,11 @@ func send(ctx context.Context, upper string, since *Index, w io.Writer, opt Opti
 	if _, err := rand.Read(next.id[:]); err != nil {
 		return nil, stats, fmt.Errorf("name the pass: %w", err)
 	}
-	todo := plan(since, next, opt.AlwaysCompare)
+	compare := opt.AlwaysCompare
+	if opt.CompareAll {
+		compare = next.regularFiles()
+	}
+	todo := plan(since, next, compare)
 
 	// 3. Removals, entries with their contents, links, end.
 	out := &countingWriter{dst: w}

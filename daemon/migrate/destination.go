@@ -117,7 +117,7 @@ func (in *incoming) build(ctx context.Context) error {
 	if in.image, err = rt.PrepareImage(ctx, rec, in.entry.ID); err != nil {
 		return err
 	}
-	if err := in.makeMounts(); err != nil {
+	if err := errors.Join(in.makeMounts(), in.makeTmpfs()); err != nil {
 		return err
 	}
 	if net, ok := shardNet(rec); ok {
@@ -140,7 +140,7 @@ func (in *incoming) build(ctx context.Context) error {
 	if in.store, err = pagestore.Create(in.dir("pages")); err != nil {
 		return err
 	}
-	conf := criu.RestoreConfig{LazyPages: true, TCPEstablished: true, LogLevel: in.m.cfg.CRIULogLevel}
+	conf := criu.RestoreConfig{LazyPages: true, TCPEstablished: true, LogLevel: in.m.cfg.CRIULogLevel, Mounts: in.provided()}
 	if err := conf.Write(runtime.CRIUConfigPath(rec.Namespace, rec.Name)); err != nil {
 		return err
 	}
@@ -223,6 +223,8 @@ func (in *incoming) Blob(ctx context.Context, kind, name string, size int64, r i
 		return err
 	case blobMount:
 		return in.takeMount(ctx, name, r)
+	case blobTmpfs:
+		return in.takeTmpfs(ctx, name, r)
 	case blobLog:
 		return in.takeLog(name, r)
 	case blobFrames:
@@ -491,7 +493,7 @@ func (in *incoming) destroy(ctx context.Context) error {
 			errs = append(errs, in.m.rt.Network().Delete(ctx, net))
 		}
 	}
-	errs = append(errs, in.dropMounts(), in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir("")))
+	errs = append(errs, in.dropMounts(), in.m.dropTmpfs(in.entry.ID), in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir("")))
 	return errors.Join(errs...)
 }
 
@@ -536,7 +538,7 @@ func (in *incoming) fill(ctx context.Context) {
 		}
 		in.store = nil
 	}
-	if err := errors.Join(in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir(""))); err != nil {
+	if err := errors.Join(in.m.dropTmpfs(in.entry.ID), in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir(""))); err != nil {
 		log.Error("remove migration files", "err", err)
 		return
 	}

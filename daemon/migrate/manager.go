@@ -49,6 +49,8 @@ type Config struct {
 	Node string
 	// StoreDir is on a tmpfs; a directory a migration holds pages and images.
 	StoreDir string
+	// TmpfsDir holds the mounts of arriving shards.
+	TmpfsDir string
 	// Daemon is the transhipd binary, started again as page server.
 	Daemon string
 	// CRIU is the binary that dumps, CRIULogLevel its verbosity.
@@ -98,8 +100,10 @@ const undoTimeout = 30 * time.Second
 
 // New makes a manager; Recover must run before the first request.
 func New(cfg Config, journal *Journal, rt *runtime.Runtime, peers Peers, metrics *Metrics, log *slog.Logger) (*Manager, error) {
-	if err := os.MkdirAll(cfg.StoreDir, 0o700); err != nil {
-		return nil, fmt.Errorf("page store: %w", err)
+	for _, dir := range []string{cfg.StoreDir, cfg.TmpfsDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
 	}
 	life, stop := context.WithCancelCause(context.Background())
 	return &Manager{
@@ -211,6 +215,9 @@ func (o *outgoing) letGo(log *slog.Logger) {
 		if err := o.tracker.Close(); err != nil {
 			log.Warn("dirty tracking", "err", err)
 		}
+	}
+	if err := o.closeTmpfs(); err != nil {
+		log.Warn("tmpfs", "err", err)
 	}
 	if o.hold != nil {
 		if err := o.hold.Close(); err != nil {

@@ -83,18 +83,31 @@ func (o *outgoing) sendMounts(ctx context.Context, frozen bool) error {
 	for _, i := range copiedMounts(o.rec) {
 		m := o.rec.Mounts[i]
 		opt := layer.Options{Frozen: frozen, ListedAt: listed, AlwaysCompare: below(mapped, m.Destination)}
-		sent, err := o.stream(ctx, blobMount, strconv.Itoa(i), func(w io.Writer) error {
-			index, _, err := layer.Send(ctx, m.Source, o.mountIndex[i], w, opt)
-			if err == nil {
-				o.mountIndex[i] = index
-			}
-			return err
-		})
+		index := o.mountIndex[i]
+		err := o.sendTree(ctx, blobMount, strconv.Itoa(i), m.Source, &index, opt)
+		o.mountIndex[i] = index
 		if err != nil {
 			return fmt.Errorf("mount %s: %w", m.Destination, err)
 		}
-		o.report.count(sent)
 	}
+	return nil
+}
+
+// sendTree sends what changed in a directory since index, which becomes that of
+// what the destination has then; after an error it has nothing to build on.
+func (o *outgoing) sendTree(ctx context.Context, kind, name, path string, index **layer.Index, opt layer.Options) error {
+	since := *index
+	*index = nil
+	sent, err := o.stream(ctx, kind, name, func(w io.Writer) error {
+		next, _, err := layer.Send(ctx, path, since, w, opt)
+		*index = next
+		return err
+	})
+	if err != nil {
+		*index = nil
+		return err
+	}
+	o.report.count(sent)
 	return nil
 }
 

@@ -36,13 +36,10 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if o.upper, err = o.m.rt.UpperDir(ctx, o.rec.Namespace, o.rec.Name); err != nil {
 		return err
 	}
-	if err := o.sendLayer(ctx, false); err != nil {
+	if err := o.openTmpfs(); err != nil {
 		return err
 	}
-	if err := o.sendMounts(ctx, false); err != nil {
-		return err
-	}
-	if err := o.sendLog(ctx); err != nil {
+	if err := o.sendFiles(ctx, false); err != nil {
 		return err
 	}
 	if o.tracker, err = track.New(o.trackerKind(), o.m.log); err != nil {
@@ -225,6 +222,20 @@ func (o *outgoing) processes() ([]checkpoint.Process, error) {
 	return track.ProcessesOf(pids, int(o.rec.PID))
 }
 
+// sendFiles sends everything but memory and CRIU's images.
+func (o *outgoing) sendFiles(ctx context.Context, frozen bool) error {
+	if err := o.sendLayer(ctx, frozen); err != nil {
+		return err
+	}
+	if err := o.sendMounts(ctx, frozen); err != nil {
+		return err
+	}
+	if err := o.sendTmpfs(ctx, frozen); err != nil {
+		return err
+	}
+	return o.sendLog(ctx)
+}
+
 // sendLayer sends what changed in the writable layer since the last time.
 func (o *outgoing) sendLayer(ctx context.Context, frozen bool) error {
 	if o.upper == "" {
@@ -236,17 +247,9 @@ func (o *outgoing) sendLayer(ctx context.Context, frozen bool) error {
 		return err
 	}
 	opt.AlwaysCompare = sharedWritable(pids)
-	sent, err := o.stream(ctx, blobLayer, "", func(w io.Writer) error {
-		index, _, err := layer.Send(ctx, o.upper, o.index, w, opt)
-		if err == nil {
-			o.index = index
-		}
-		return err
-	})
-	if err != nil {
+	if err := o.sendTree(ctx, blobLayer, "", o.upper, &o.index, opt); err != nil {
 		return fmt.Errorf("writable layer: %w", err)
 	}
-	o.report.count(sent)
 	return nil
 }
 

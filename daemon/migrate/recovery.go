@@ -368,6 +368,14 @@ func (in *incoming) askDecision(ctx context.Context) (string, error) {
 
 // sweep removes directories of migrations that the journal does not know.
 func (m *Manager) sweep(known map[string]bool) {
+	for _, id := range m.madeTmpfs() {
+		if known[filepath.Base(m.dir(id, Destination))] {
+			continue
+		}
+		if err := m.dropTmpfs(id); err != nil {
+			m.log.Error("sweep", "err", err)
+		}
+	}
 	entries, err := os.ReadDir(m.cfg.StoreDir)
 	if err != nil {
 		m.log.Error("sweep", "err", err)

@@ -52,6 +52,20 @@ func (m *Manager) arriving(key shardKey) *incoming {
 	return in
 }
 
+// AwaitArrival waits while a shard that runs here still gets its memory.
+func (m *Manager) AwaitArrival(ctx context.Context, namespace, name string) error {
+	in := m.arriving(shardKey{namespace, name})
+	if in == nil {
+		return nil
+	}
+	select {
+	case <-in.ended:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 func (m *Manager) allIncoming() []*incoming {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -60,6 +60,7 @@ type outgoing struct {
 	// mountIndex is index for each copied mount, by its place in rec.Mounts.
 	mountIndex map[int]*layer.Index
 	logSent    int64
+	tmpfs      []tmpfsSource // as Record.Tmpfs
 	told       extentSet
 	offset     clockOffset
 	undo       undoList

@@ -14,6 +14,7 @@ import (
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
 	"github.com/tranship/tranship/checkpoint/image"
+	"github.com/tranship/tranship/checkpoint/layer"
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/runtime"
@@ -133,13 +134,23 @@ func (o *outgoing) thaw(ctx context.Context) error {
 	return errors.Join(err, o.hold.Deliver())
 }
 
-// dumpAndSend reads the last pages while CRIU dumps; both only look.
+// dumpAndSend reads the last pages and files while CRIU dumps; all only look.
 func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer *runtime.Freezer) error {
 	dir := o.m.dir(o.entry.ID, Source)
 	images := filepath.Join(dir, "images")
 	began := time.Now()
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return o.redirect(gctx) })
+	remapped := false
+	g.Go(func() error {
+		err := o.sendFiles(gctx, true)
+		// CRIU may give names to files that have none any more.
+		remapped = errors.Is(err, layer.ErrChanging)
+		if remapped {
+			return nil
+		}
+		return err
+	})
 	g.Go(func() error {
 		res, err := o.round(gctx, o.nextRound(), track.Options{Frozen: true})
 		if err != nil {
@@ -176,15 +187,15 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 		return err
 	}
 	g, gctx = errgroup.WithContext(ctx)
-	g.Go(func() error { return o.sendLayer(gctx, true) })
-	g.Go(func() error { return o.sendMounts(gctx, true) })
-	g.Go(func() error { return o.sendLog(gctx) })
+	if remapped || exists(filepath.Join(images, "remap-fpath.img")) {
+		g.Go(func() error { return o.sendFiles(gctx, true) })
+	}
 	g.Go(func() error { return o.sendHeld(gctx) })
 	g.Go(func() error { return o.sendImages(gctx, images) })
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	o.step("send images and layer", at)
+	o.step("send images", at)
 	return nil
 }
 
@@ -198,6 +209,7 @@ func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) er
 	if err != nil {
 		return err
 	}
+	mounts = append(mounts, tmpfsExternals(o.rec)...)
 	images := filepath.Join(dir, "images")
 	if err := criu.WriteDescriptors(images, int(o.rec.PID)); err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -45,6 +46,7 @@ type Record struct {
 	Network    NetworkRecord           `json:"network"`
 	IO         IORecord                `json:"io"`
 	Mounts     []Mount                 `json:"mounts,omitempty"`
+	Tmpfs      []TmpfsMount            `json:"tmpfs,omitempty"`
 	Extensions map[string]OpaqueRecord `json:"extensions,omitempty"`
 	// Status and PID are the task's when Describe looked: not facts about the
 	// container, so the destination ignores them.
@@ -175,6 +177,11 @@ func (r *Runtime) Describe(ctx context.Context, namespace, name string) (*Record
 	rec.Image = r.describeImage(ctx, info, rec.Snapshot.Parent)
 	if err := r.describeTask(ctx, c, rec); err != nil {
 		return nil, fmt.Errorf("describe %s: %w", name, err)
+	}
+	if rec.PID > 0 {
+		// A task that ends now has none, and cannot be moved either.
+		info, _ := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", rec.PID))
+		rec.Tmpfs = tmpfsOf(spec, string(info))
 	}
 	return rec, nil
 }
@@ -348,6 +355,11 @@ func (rec *Record) Validate() error {
 	}
 	rec.validateImage(bad)
 	rec.validateNetwork(bad)
+	for _, m := range rec.Tmpfs {
+		if err := m.validate(spec); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	for _, m := range rec.Mounts {
 		if err := m.validate(); err != nil {
 			errs = append(errs, err)
