@@ -14,6 +14,7 @@ import (
 func (h *host) services() control.Services {
 	s := control.Services{
 		Node: h.cfg.Node, Runtime: h.rt, Self: h.node, MigrationOf: h.moves.MigrationOf,
+		AwaitArrival: h.moves.AwaitArrival,
 	}
 	if h.peers != nil {
 		s.Peers = func(ctx context.Context) []control.NodeStatus {

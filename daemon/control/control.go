@@ -58,6 +58,9 @@ type Services struct {
 	RunOn func(ctx context.Context, req *v1.RunRequest) (*v1.RunResponse, error)
 	// MigrationOf names the migration that is moving a shard, or "".
 	MigrationOf func(namespace, name string) string
+	// AwaitArrival waits while a shard that already runs here gets the rest of
+	// its memory; nil when nothing arrives.
+	AwaitArrival func(ctx context.Context, namespace, name string) error
 }
 
 // Mount serves Shards and Nodes on mux.

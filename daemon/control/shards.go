@@ -45,7 +45,7 @@ func (h *shards) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (
 		return nil, err
 	}
 	// A migration that brings a shard of this name has its network here already.
-	if err := h.notMoving(spec.Namespace, spec.Name); err != nil {
+	if err := h.notMoving(ctx, spec.Namespace, spec.Name); err != nil {
 		return nil, err
 	}
 	s, err := h.s.Runtime.Run(ctx, spec)
@@ -197,7 +197,7 @@ func (h *shards) Stop(ctx context.Context, req *connect.Request[v1.StopRequest])
 	if grace < 0 || grace > maxGrace {
 		return nil, invalid("a grace of %v is not between 0 and %v", grace, maxGrace)
 	}
-	if err := h.notMoving(namespace, name); err != nil {
+	if err := h.notMoving(ctx, namespace, name); err != nil {
 		return nil, err
 	}
 	if err := h.s.Runtime.Stop(ctx, namespace, name, grace); err != nil {
@@ -212,7 +212,7 @@ func (h *shards) Remove(ctx context.Context, req *connect.Request[v1.RemoveReque
 	if err != nil {
 		return nil, err
 	}
-	if err := h.notMoving(namespace, name); err != nil {
+	if err := h.notMoving(ctx, namespace, name); err != nil {
 		return nil, err
 	}
 	err = h.s.Runtime.Remove(ctx, namespace, name, req.Msg.GetForce())
@@ -240,7 +240,12 @@ func target(m interface {
 }
 
 // notMoving refuses to pull a shard away from under its migration.
-func (h *shards) notMoving(namespace, name string) error {
+func (h *shards) notMoving(ctx context.Context, namespace, name string) error {
+	if h.s.AwaitArrival != nil {
+		if err := h.s.AwaitArrival(ctx, namespace, name); err != nil {
+			return connect.NewError(connect.CodeCanceled, err)
+		}
+	}
 	if id := h.migrationOf(namespace, name); id != "" {
 		return connect.NewError(connect.CodeFailedPrecondition,
 			fmt.Errorf("%s is being moved: wait for migration %s, or tranship cancel %s", name, id, id))
