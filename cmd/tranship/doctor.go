@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tranship/tranship/checkpoint/track"
+	"github.com/tranship/tranship/daemon/profiler"
 	"github.com/tranship/tranship/internal/doctor"
 )
 
@@ -19,7 +20,7 @@ func newDoctorCommand(g *globals) *cobra.Command {
 		Short: "Say whether this machine can be a host, and what to do about what is missing",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			findings := doctor.Machine{Tracker: track.Probe}.Examine(cmd.Context())
+			findings := doctor.Machine{Tracker: track.Probe, Signals: signalSources}.Examine(cmd.Context())
 			if err := printFindings(cmd.OutOrStdout(), g.output, findings); err != nil {
 				return err
 			}
@@ -29,6 +30,19 @@ func newDoctorCommand(g *globals) *cobra.Command {
 			return nil
 		},
 	}
+}
+
+// signalSources loads the programs that profile, and removes them again.
+func signalSources() []doctor.Signal {
+	var tracker error
+	if kind, err := track.Probe(); kind == track.None {
+		tracker = err
+	}
+	var out []doctor.Signal
+	for _, s := range profiler.Examine(tracker) {
+		out = append(out, doctor.Signal{Name: s.Signal.String(), From: s.From, Why: s.Why})
+	}
+	return out
 }
 
 func printFindings(w io.Writer, format string, findings []doctor.Finding) error {

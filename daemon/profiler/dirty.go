@@ -24,6 +24,9 @@ func (p *Profiler) DirtyRate(ctx context.Context, namespace, name string, window
 	if p.cfg.Dirty == nil || p.cfg.TrackerWhy != "" {
 		return 0, ErrNoTracker
 	}
+	if window == 0 {
+		window = time.Second
+	}
 	window = min(max(window, minWindow), maxWindow)
 	rate, err := p.cfg.Dirty(ctx, namespace, name, window)
 	if err != nil {

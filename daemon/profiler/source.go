@@ -143,3 +143,29 @@ func firstLine(s string) string {
 	s, _, _ = strings.Cut(s, "\n")
 	return s
 }
+
+// Examine says where signals would come from on this machine, for an operator
+// who has not started a daemon yet. It loads the programs and removes them; it
+// needs root.
+func Examine(tracker error) []Source {
+	place, unified, err := runtime.HostPlace()
+	if err != nil {
+		return sources(nil, err, place, reason(tracker))
+	}
+	p, err := probe.Open(probe.Config{
+		Unified: unified, Host: probe.Identity{Tasks: place.Dirs["cpu"].ID, Block: place.Dirs["blkio"].ID},
+	})
+	out := sources(p, err, place, reason(tracker))
+	if p != nil {
+		// It was only asked; what it held goes with it.
+		_ = p.Close()
+	}
+	return out
+}
+
+func reason(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

@@ -66,6 +66,8 @@ type Machine struct {
 	Tracker func() (track.Kind, error)
 	// CNIBin are the directories with CNI plugins.
 	CNIBin []string
+	// Signals says where what is profiled comes from; nil leaves that out.
+	Signals func() []Signal
 }
 
 // commandTimeout bounds each program that is asked: `criu check` takes a
@@ -92,7 +94,7 @@ func (m Machine) Examine(ctx context.Context) []Finding {
 	} {
 		findings = append(findings, ask(ctx))
 	}
-	return findings
+	return append(findings, m.signals(ctx)...)
 }
 
 func output(ctx context.Context, name string, args ...string) (string, error) {
