@@ -142,7 +142,8 @@ func (s *Snapshot) processes() (netspaces, error) {
 
 // descriptor notes a userfaultfd of anybody, and what the daemons hold. Of the
 // latter sockets, pipes and the event loop's own are left out: they follow
-// connections to peers, which live on between migrations.
+// connections to peers, which live on between migrations. So are BPF objects:
+// a daemon that was started anew finds them pinned and holds them differently.
 func (s *Snapshot) descriptor(st stat, pid int, link string) {
 	at := fmt.Sprintf("pid %d", pid)
 	if link == "anon_inode:[userfaultfd]" {
@@ -152,7 +153,7 @@ func (s *Snapshot) descriptor(st stat, pid int, link string) {
 	if st.name != "transhipd" && st.name != "containerd" {
 		return
 	}
-	for _, prefix := range []string{"socket:", "pipe:", "anon_inode:[event", "anon_inode:[timerfd]", "/dev/"} {
+	for _, prefix := range []string{"socket:", "pipe:", "anon_inode:[event", "anon_inode:[timerfd]", "anon_inode:bpf", "anon_inode:btf", "/dev/"} {
 		if strings.HasPrefix(link, prefix) {
 			return
 		}
