@@ -33,10 +33,11 @@ func newBacktestCommand(g *globals) *cobra.Command {
 		horizons []string
 		group    string
 		sample   string
+		store    string
 		jobs     int
 	)
 	cmd := &cobra.Command{
-		Use:   "backtest FILE…",
+		Use:   "backtest FILE… | --store SIGNAL SHARD…",
 		Short: "Measure forecasts on recorded loads, beside the standard methods",
 		Long: `Measure forecasts on recorded loads, beside the standard methods.
 
@@ -45,6 +46,9 @@ YYYY-MM-DD HH:MM:SS), every other column one series, an empty cell a gap.
 The first half of a series trains, the second tests. Errors are divided by the
 training half's mean absolute error of "as a day ago" (of "as a step ago" below
 five days), so that 1 is as good as that; tables show medians over series.
+
+With --store, the arguments are shards of this host, and the series are what was
+recorded of one signal of each: how good the forecasts would have been.
 
 A model that was changed until it did well on some series is judged on others:
 --sample development and --sample holdout are two halves of all series, split
@@ -67,8 +71,8 @@ by a hash of their names.`,
 				return err
 			}
 			var series []backtest.Series
-			for _, file := range files {
-				s, err := readSeries(file)
+			for _, name := range files {
+				s, err := g.seriesOf(cmd.Context(), name, store)
 				if err != nil {
 					return err
 				}
@@ -102,6 +106,7 @@ by a hash of their names.`,
 	flags.StringSliceVar(&options.Models, "models", nil, "which models (default all: "+strings.Join(backtest.Models(), ", ")+")")
 	flags.StringVar(&group, "group", "folder", "medians over the series of each folder, file or column")
 	flags.StringVar(&sample, "sample", string(backtest.Everything), "which series: all, development or holdout")
+	flags.StringVar(&store, "store", "", "measure this signal (cpu, working_set, …) of recorded shards instead of files")
 	flags.IntVar(&jobs, "jobs", runtime.GOMAXPROCS(0), "series at a time")
 	return cmd
 }
@@ -137,6 +142,15 @@ func checkBacktest(o *backtest.Options, group, sample string, jobs int) error {
 		return usagef("--sample %q: use all, development or holdout", sample)
 	}
 	return nil
+}
+
+// seriesOf reads a file, or with a signal what is recorded of a shard.
+func (g *globals) seriesOf(ctx context.Context, name, signal string) ([]backtest.Series, error) {
+	if signal == "" {
+		return readSeries(name)
+	}
+	s, err := g.recorded(ctx, name, signal)
+	return []backtest.Series{s}, err
 }
 
 func readSeries(file string) ([]backtest.Series, error) {
