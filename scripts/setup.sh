@@ -47,6 +47,8 @@ packages() {
 	echo patchelf
 	# Real services for tests and the demo.
 	echo redis-server redis-tools postgresql python3 iputils-ping
+	# Loads, and what scrapes metrics, for the tests of profiles.
+	echo stress-ng fio iperf3 prometheus curl
 	if [ "${1:-}" = generate ]; then echo clang llvm libbpf-dev protobuf-compiler; fi
 }
 
@@ -58,7 +60,7 @@ install_packages() {
 		installed "$p" || missing+=("$p")
 	done
 	[ ${#missing[@]} -gt 0 ] || return 0
-	for p in redis-server postgresql; do
+	for p in redis-server postgresql prometheus; do
 		[[ " ${missing[*]} " != *" $p "* ]] || services+=("$p")
 	done
 	say "installing ${missing[*]}"

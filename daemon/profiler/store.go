@@ -90,9 +90,15 @@ func (s *Store) Put(minutes map[string][]profile.Point) error {
 			}
 			// Hours come in order; nearly full pages need no room for more.
 			b.FillPercent = 0.9
-			for _, p := range points {
-				blk := &profile.Block{Hour: p.Start.UTC().Truncate(time.Hour)}
-				blk.Put(p)
+			var blk *profile.Block
+			for i, p := range points {
+				if blk == nil || !blk.Put(p) {
+					blk = &profile.Block{Hour: p.Start.UTC().Truncate(time.Hour)}
+					blk.Put(p)
+				}
+				if i+1 < len(points) && points[i+1].Start.UTC().Truncate(time.Hour).Equal(blk.Hour) {
+					continue
+				}
 				if err := merge(b, blk); err != nil {
 					return fmt.Errorf("%s: %w", subject, err)
 				}
