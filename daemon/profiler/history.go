@@ -18,6 +18,11 @@ const (
 	// settleBefore lets the source file the minute in which the shard left.
 	settleBefore = 5 * time.Second
 	fetchTimeout = 30 * time.Second
+	// retryFetch and tries: a shard begins before its migration is over, which
+	// may take as long as it takes to place its memory; beyond a few minutes the
+	// reconcile of every minute asks anew.
+	retryFetch = 5 * time.Second
+	tries      = 24
 )
 
 // wantHistory queues a shard for pull; a full queue is tried again by the next
@@ -33,42 +38,49 @@ func (p *Profiler) wantHistory(key string) {
 }
 
 func (p *Profiler) pull(ctx context.Context) error {
+	tick := time.NewTicker(retryFetch)
+	defer tick.Stop()
+	waiting := map[string]int{}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case key := <-p.pulls:
-			if err := p.fetch(ctx, key); err != nil && ctx.Err() == nil {
-				p.log.Warn("profiles: history has not come yet", "shard", key, "err", err)
+			waiting[key] = tries
+		case <-tick.C:
+			for key := range waiting {
+				done, err := p.fetch(ctx, key)
+				if err != nil && ctx.Err() == nil {
+					p.log.Warn("profiles: history has not come yet", "shard", key, "err", err)
+				}
+				if waiting[key]--; done || waiting[key] <= 0 {
+					delete(waiting, key)
+				}
 			}
 		}
 	}
 }
 
 // fetch gets what the node that a shard came from knows of it, unless that was
-// done. A shard that did not come, or is still on its way, is looked at again by
-// the next reconcile.
-func (p *Profiler) fetch(ctx context.Context, key string) error {
+// done. A shard that did not come, or is still on its way, is not done.
+func (p *Profiler) fetch(ctx context.Context, key string) (done bool, err error) {
 	namespace, name, _ := strings.Cut(key, "/")
 	migration, node, ok := p.cfg.CameFrom(namespace, name)
 	if !ok {
-		return nil
+		return false, nil
 	}
 	if have, err := p.store.Imported(migration); err != nil || have {
-		return err
+		return have, err
 	}
 	wait(ctx, settleBefore)
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	blocks, err := p.cfg.Fetch(ctx, node, namespace, name)
 	if err != nil {
-		return fmt.Errorf("history of %s from %s: %w", key, node, err)
+		return false, fmt.Errorf("history of %s from %s: %w", key, node, err)
 	}
-	return p.store.Import(key, migration, blocks, time.Now())
+	return true, p.store.Import(key, migration, blocks, time.Now())
 }
-
-// Arrived is told of a migration that has just ended here.
-func (p *Profiler) Arrived(namespace, name string) { p.wantHistory(namespace + "/" + name) }
 
 // History is a shard's history as it travels: blocks of an hour.
 func (p *Profiler) History(namespace, name string) ([][]byte, error) {

@@ -191,6 +191,9 @@ func (p *Probe) attach(name string, prog *ebpf.Program) error {
 	return err
 }
 
+// linkPrefix sets links apart from maps.
+const linkPrefix = "link_"
+
 // pinDir is where maps and links of one fingerprint are pinned; dir is "" when
 // nothing is, and why says the reason unless none was wanted.
 type pinDir struct {
@@ -202,7 +205,7 @@ func (d *pinDir) link(name string) string {
 	if d.dir == "" {
 		return ""
 	}
-	return filepath.Join(d.dir, "link_"+name)
+	return filepath.Join(d.dir, linkPrefix+name)
 }
 
 // openPins makes the directory, and removes what daemons of other versions

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -420,4 +421,42 @@ func Remove(pinDir string) error {
 		return fmt.Errorf("pinned programs: %w", err)
 	}
 	return nil
+}
+
+// PinnedStats reads the run times of the programs that are pinned in a
+// directory of one version, from outside the daemon that pinned them.
+func PinnedStats(dir string) (Stats, error) {
+	var st Stats
+	pins, err := filepath.Glob(filepath.Join(dir, linkPrefix+"*"))
+	if err != nil || len(pins) == 0 {
+		return st, errors.Join(fmt.Errorf("no programs are pinned in %s", dir), err)
+	}
+	for _, pin := range pins {
+		s, err := pinnedStats(pin)
+		if err != nil {
+			return st, fmt.Errorf("%s: %w", pin, err)
+		}
+		st.Missed += s.RecursionMisses
+		st.Runs += s.RunCount
+		st.RunTime += s.Runtime.Seconds()
+	}
+	return st, nil
+}
+
+func pinnedStats(pin string) (*ebpf.ProgramStats, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return nil, err
+	}
+	prog, err := ebpf.NewProgramFromID(info.Program)
+	if err != nil {
+		return nil, err
+	}
+	defer prog.Close()
+	return prog.Stats()
 }
