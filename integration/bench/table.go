@@ -1,0 +1,83 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+)
+
+// printTable prints what was measured, group by group, and then the targets.
+func printTable(w io.Writer, r *results) error {
+	fmt.Fprintf(w, "%s · %d × %s · %d MiB · Linux %s · CRIU %s · %s\n\n",
+		r.Machine.Tranship, r.Machine.CPUs, r.Machine.CPU, r.Machine.MemMiB, r.Machine.Kernel, strings.TrimPrefix(r.Machine.CRIU, "Version: "), r.Machine.Runc)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "GROUP\tMOVED BY\tN\tBLACKOUT ms\t± %\tOF RUNC\tTOTAL ms\tMOVED MiB\tCLIENT'S GAP ms")
+	for _, g := range r.Groups {
+		for _, s := range g.subjects() {
+			if len(g.of(s, blackoutMetric)) > 0 {
+				fmt.Fprintln(t, moveLine(g, s))
+			}
+		}
+		for _, a := range g.Absent {
+			fmt.Fprintf(t, "%s\t%s\tabsent: %s\n", g.Name, a.Subject, firstOf(a.Why))
+		}
+	}
+	fmt.Fprintln(t)
+	fmt.Fprintln(t, "TARGET\t\tMEASURED\t\t")
+	for _, row := range r.Rows {
+		relation := "≤"
+		if row.AtLeast {
+			relation = "≥"
+		}
+		value := "-"
+		if row.Value != nil {
+			value = number(*row.Value) + " " + row.Unit
+		}
+		fmt.Fprintf(t, "%s\t%s %s %s\t%s\t%s\t%s\n", row.Name, relation, number(row.Target), row.Unit, value, row.verdict(), row.Note)
+	}
+	fmt.Fprintln(t)
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, line := range r.Method {
+		if _, err := fmt.Fprintln(w, "·", line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func moveLine(g group, subject string) string {
+	blackout := summarize(g.of(subject, blackoutMetric))
+	ratio := "-"
+	if other := g.of(stock, blackoutMetric); len(other) > 0 && subject != stock {
+		ratio = number(blackout.Median / median(other))
+	}
+	field := func(metric string, scale float64) string {
+		v := g.of(subject, metric)
+		if len(v) == 0 {
+			return "-"
+		}
+		return fmt.Sprintf("%.0f", median(v)/scale)
+	}
+	return strings.Join([]string{g.Name, subject, fmt.Sprint(blackout.N), fmt.Sprintf("%.0f", blackout.Median), fmt.Sprintf("%.0f", 100*blackout.Spread),
+		ratio, field(totalMetric, 1), field(bytesMetric, 1<<20), field(gapMetric, 1)}, "\t")
+}
+
+// number prints with three digits, without an exponent.
+func number(v float64) string {
+	switch {
+	case v == float64(int64(v)) || v >= 100 || v <= -100:
+		return fmt.Sprintf("%.0f", v)
+	case v >= 10 || v <= -10:
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.3f", v)
+}
+
+// firstOf is the first line of an explanation.
+func firstOf(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
+}
