@@ -2,52 +2,103 @@ package predict
 
 import "math"
 
-// blend weighs members by the inverse tenth power of their recent mean
-// absolute error: close to picking the best, but two that are equally good
-// share, and the average of two beats either.
+// blend weighs members by a power of the inverse of their recent mean absolute
+// error. A high power is close to picking the best; a low one averages members
+// that are about equally good, and the average of two that err differently
+// beats either. Which of it a load rewards is learnt as well.
 type blend struct {
 	loss   [members]float64
-	weight [members]float32
+	weight [tiers][members]float32
+	mix    [members]float32 // of the tiers' weights, by share
+	tier   [tiers]float64   // loss of each power
 	n      float64
 	due    int
+	far    bool // too few independent outcomes to learn a power from
 }
 
-// blendMemory settled forecasts decide the weights: a day of 5-minute cells.
-const blendMemory = 300
+const (
+	// blendMemory settled forecasts decide the weights: a day of 5-minute cells.
+	blendMemory = 300
+	// tiers of powers: 5, 20 and 80.
+	tiers = 3
+	// tierEvery so many forecasts judge between them: they differ by little.
+	tierEvery = 4
+)
 
-func (b *blend) learn(m *[members]float64, z, scale float64) {
+func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 	b.n++
 	rate := max(3/(b.n+3), 1.0/blendMemory)
+	if b.n > 1 && (b.n < youth || dice(cell, tierEvery)) {
+		rate := rate
+		if b.n >= youth {
+			rate *= tierEvery
+		}
+		for k := range b.tier {
+			b.tier[k] += rate * (math.Abs(z-b.of(k, m))*scale - b.tier[k])
+		}
+	}
 	for i, v := range m {
 		b.loss[i] += rate * (math.Abs(z-v)*scale - b.loss[i])
 	}
 	if b.due--; b.due <= 0 {
-		weigh(b.loss[:], b.weight[:])
+		b.weigh()
 		b.due = min(1+int(b.n)/16, 8)
 	}
 }
 
-// weigh turns losses into weights that sum to one.
-func weigh(loss []float64, weight []float32) {
+func (b *blend) weigh() {
+	weigh(b.loss[:], &[tiers][]float32{b.weight[0][:], b.weight[1][:], b.weight[2][:]})
+	share := [tiers]float32{0.5, 0.5, 0}
+	if !b.far {
+		var other [2][tiers]float32
+		weigh(b.tier[:], &[tiers][]float32{other[0][:], share[:], other[1][:]})
+	}
+	for i := range b.mix {
+		b.mix[i] = share[0]*b.weight[0][i] + share[1]*b.weight[1][i] + share[2]*b.weight[2][i]
+	}
+}
+
+// weigh turns losses into weights that sum to one, by the inverse of their
+// fifth, twentieth and eightieth power.
+func weigh(loss []float64, weight *[tiers][]float32) {
 	best := math.Inf(1)
 	for _, l := range loss {
 		best = min(best, l)
 	}
-	sum := float32(0)
+	var sum [tiers]float32
 	for i, l := range loss {
-		w := 1.0
+		r := float32(1)
 		if l > best {
-			r := best / l
-			r2 := r * r
-			r4 := r2 * r2
-			w = r4 * r4 * r2
+			r = float32(best / l)
 		}
-		weight[i] = float32(w)
-		sum += float32(w)
+		r2 := r * r
+		by5 := r2 * r2 * r
+		by10 := by5 * by5
+		by20 := by10 * by10
+		by40 := by20 * by20
+		for k, w := range [tiers]float32{by5, by20, by40 * by40} {
+			weight[k][i] = w
+			sum[k] += w
+		}
 	}
-	for i := range loss {
-		weight[i] /= sum
+	for k, w := range weight {
+		for i := range w {
+			w[i] /= sum[k]
+		}
 	}
+}
+
+// of is the forecast of one tier.
+func (b *blend) of(k int, m *[members]float64) float64 {
+	return dot(&b.weight[k], m)
+}
+
+func dot(w *[members]float32, m *[members]float64) float64 {
+	sum := 0.0
+	for i, v := range m {
+		sum += float64(w[i]) * v
+	}
+	return sum
 }
 
 // forecast is the weighted mean, "as now" before the first outcome.
@@ -55,9 +106,5 @@ func (b *blend) forecast(m *[members]float64) float64 {
 	if b.n == 0 {
 		return m[0]
 	}
-	sum := 0.0
-	for i, v := range m {
-		sum += float64(b.weight[i]) * v
-	}
-	return sum
+	return dot(&b.mix, m)
 }

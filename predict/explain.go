@@ -50,18 +50,18 @@ func (f *Forecaster) Explain() Explanation {
 			he := HorizonExplanation{Horizon: l.h, Target: t, Settled: int64(h.n), Error: h.errSlow,
 				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t)}
 			if h.n > 0 {
-				for i, w := range h.members.weight {
+				for i, w := range h.members.mix {
 					he.Members = append(he.Members, Weight{memberNames[t][i], float64(w)})
 				}
 				for j, w := range h.tails.weight[2] {
 					he.Ways = append(he.Ways, Weight{wayNames[j], float64(w)})
 				}
 				for _, i := range seasonalMembers[t] {
-					he.seasonal += float64(h.members.weight[i])
+					he.seasonal += float64(h.members.mix[i])
 				}
 				// The stack knows the time of day as well; its share follows
 				// from what the others show.
-				if stack := float64(h.members.weight[9]); stack < 1 {
+				if stack := float64(h.members.mix[9]); stack < 1 {
 					he.seasonal /= 1 - stack
 				}
 				if l.h >= 15*time.Minute {

@@ -12,9 +12,7 @@ const (
 	fYesterday        // around the target's time a day ago
 	fExactProfile
 	fExactYesterday
-	fExactYesterdayNow
-	fShort   // median of the latest cells
-	fWeekNow // a week ago
+	fShort // median of the latest cells
 
 	fBias // shared
 	fLevel0
@@ -117,8 +115,6 @@ func (h *history) common(c int64) *[features]float32 {
 	pd, now := int64(h.perDay), h.binOf(c)
 	x[fPrev] = feature(h.prev, a, inv)
 	x[fShort] = feature(h.short.quantile(0.5), a, inv)
-	x[fExactYesterdayNow] = feature(h.at(now-pd), a, inv)
-	x[fWeekNow] = feature(h.weekAt(h.timeOf(c)-7*day), a, inv)
 	x[fBias] = 1
 	for i, v := range h.ew {
 		x[fLevel0+i] = feature(v, a, inv)
@@ -152,6 +148,7 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 	x[fWeek] = feature(hist.weekAt(at-7*day), a, inv)
 	if l.steps > 1 {
 		past, _ := l.peaks.over(c)
+		usual := l.of[Peak].tails.median(past)
 		yesterday := past
 		if target < now+pd {
 			yesterday = hist.topOver(now-pd+1, target-pd)
@@ -159,7 +156,7 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 		x[fPastPeak] = feature(past, a, inv)
 		x[fYesterdayPeak] = feature(yesterday, a, inv)
 		x[fProfilePeak] = feature(hist.profileTop(now, target), a, inv)
-		x[fMedianPeak] = feature(l.of[Peak].tails.median(past), a, inv)
+		x[fMedianPeak] = feature(usual, a, inv)
 	}
 
 	hour := hist.hourOf(c + l.steps)

@@ -381,10 +381,14 @@ func (h *history) weekAt(t int64) float64 {
 // topOver is the largest cell in bins [from, to], NaN if unknown.
 func (h *history) topOver(from, to int64) float64 {
 	top := math.NaN()
-	from = max(from, h.cur-int64(len(h.top))+1)
-	for b := min(to, h.cur); b >= from; b-- {
-		if v := float64(h.top[mod(b, len(h.top))]); !(v <= top) && v == v {
+	from, to = max(from, h.cur-int64(len(h.top))+1), min(to, h.cur)
+	i := mod(to, len(h.top))
+	for range max(0, to-from+1) {
+		if v := float64(h.top[i]); !(v <= top) && v == v {
 			top = v
+		}
+		if i--; i < 0 {
+			i = len(h.top) - 1
 		}
 	}
 	return top
@@ -399,11 +403,15 @@ func (h *history) profileTop(from, to int64) float64 {
 		return h.usual
 	}
 	top := math.NaN()
-	for b := to; b > from; b-- {
-		if i := mod(b, h.perDay); h.profN[i] > 0 {
+	i := mod(to, h.perDay)
+	for range max(0, to-from) {
+		if h.profN[i] > 0 {
 			if v := float64(h.ptop[i]); !(v <= top) {
 				top = v
 			}
+		}
+		if i--; i < 0 {
+			i = h.perDay - 1
 		}
 	}
 	return top

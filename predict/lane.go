@@ -40,7 +40,8 @@ type half struct {
 	members blend  // which member to believe
 	tails   offset // residuals to quantiles
 
-	kept kept // of all these, when a run outside began
+	doubt float64 // settled forecasts that say as much as one
+	kept  kept    // of all these, when a run outside began
 
 	n         float64 // settled forecasts
 	borrowed  bool    // members and tails began with a prior's
@@ -73,6 +74,12 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 			n = peakFeatures
 		}
 		l.of[k] = half{stack: newRidge(n), width: newRidge(scales)}
+		l.of[k].doubt = 1
+		if Target(k) == Peak && h > shiftHorizon {
+			// Windows that overlap mostly have the very same peak.
+			l.of[k].doubt = float64(steps) / float64(l.stride)
+		}
+		l.of[k].members.far = l.h > shiftHorizon
 		l.of[k].tails = newOffset(l, Target(k), step, lanes)
 	}
 	return l
@@ -166,7 +173,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if e.rests() {
 		h.same += max(1.0/300, 1/h.n) * (equal(y, e.anchor) - h.same)
 	}
-	h.members.learn(&m, z, e.scale)
+	h.members.learn(e.cell, &m, z, e.scale)
 	naive := e.anchor + e.scale*m[0]
 	// The first forecasts are made from nothing and prove nothing.
 	long := max(1.0/5000, 1/max(h.n-30, 1))
@@ -196,7 +203,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if h.errSlow > 0 {
 		w = min(topWeight, h.errSlow/e.scale/max(miss, 1e-9))
 	}
-	h.stack.add(x, z, w, 1-gap/stackMemory, shrink, work)
+	h.stack.add(x, z, w, 1-gap/stackMemory, shrink*h.doubt, work)
 }
 
 // dice says yes for one in n of all cells, in no rhythm: every other one would
@@ -269,7 +276,7 @@ func (l *lane) shifted() {
 		b := &h.kept
 		h.members.loss, h.tails.loss = b.members, b.tails
 		h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive = b.errFast, b.errSlow, b.lossOwn, b.lossNaive, b.lateOwn, b.lateNaive
-		weigh(h.members.loss[:], h.members.weight[:])
+		h.members.weigh()
 		h.tails.relevel(mod(int64(h.tails.took-b.took), tookCycle))
 		for i, e := range h.errHour {
 			h.errHour[i] = min(e, 2*float32(h.errSlow))

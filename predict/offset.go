@@ -26,6 +26,7 @@ type offset struct {
 	q      [len(levels)][ways]float64
 	loss   [len(judged)][ways]float64
 	weight [len(judged)][ways]float32
+	sum    [len(levels)]sum
 	n      float64
 	took   int // residuals, modulo tookCycle
 	due    int
@@ -37,6 +38,9 @@ type offset struct {
 	dof     float64 // digests hold so many times fewer independent outcomes
 	bends   bool    // outcomes come soon enough to correct bounds by them
 }
+
+// sum is a quantile as a function of the median and the expected error.
+type sum struct{ fixed, spread, share, outcome float64 }
 
 const (
 	// spanDays that the digests remember: a week, the longest rhythm that most
@@ -147,9 +151,9 @@ func (o *offset) learn(cell int64, mid, spread, y float64) {
 				continue
 			}
 			for i, k := range judged {
-				if o.competes(j, k) {
-					o.loss[i][j] += rate * (pinball(levels[k], y-by(j, mid, spread, o.q[k][j])) - o.loss[i][j])
-				}
+				// Whether it competes or not: a median of outcomes harms nobody.
+				miss := y - by(j, mid, spread, o.q[k][j])
+				o.loss[i][j] += rate * (pinball(levels[k], miss) - o.loss[i][j])
 			}
 		}
 	}
@@ -225,7 +229,27 @@ func (o *offset) refresh() {
 				loss[j] = math.Inf(1)
 			}
 		}
-		weigh(loss[:], o.weight[i][:])
+		var w [tiers][ways]float32
+		weigh(loss[:], &[tiers][]float32{w[0][:], w[1][:], w[2][:]})
+		// Far ahead, few outcomes are independent of each other, and what was
+		// best is hardly better than what was not.
+		o.weight[i] = w[1]
+		if !o.bends {
+			o.weight[i] = w[0]
+		}
+	}
+	o.total()
+}
+
+// total adds up what the ways say, once for all forecasts until the next
+// refresh.
+func (o *offset) total() {
+	for k := range levels {
+		w, q := &o.weight[judgeOf[k]], &o.q[k]
+		o.sum[k] = sum{
+			fixed: float64(w[wayRaw]) * q[wayRaw], spread: float64(w[wayScaled]) * q[wayScaled],
+			share: float64(w[wayOutcome]), outcome: q[wayOutcome],
+		}
 	}
 }
 
@@ -255,15 +279,10 @@ func (o *offset) quantiles(mid, spread float64) (f [len(levels)]float64) {
 		return f
 	}
 	for k := range levels {
-		w, q := &o.weight[judgeOf[k]], &o.q[k]
 		// As deviations from mid, so that weights which sum to almost one
 		// leave a constant what it is.
-		f[k] = mid
-		for j, wj := range w {
-			if wj != 0 {
-				f[k] += float64(wj) * (by(j, mid, spread, q[j]) - mid)
-			}
-		}
+		s := &o.sum[k]
+		f[k] = mid + (s.fixed + s.spread*spread + s.share*(s.outcome-mid))
 	}
 	return f
 }

@@ -236,7 +236,7 @@ func (h *half) borrow(q *priorHalf, work []float64) {
 		}
 		r.solve(shrink, work)
 	}
-	lend(&h.stack, q.stack, q.stackB, shrink)
+	lend(&h.stack, q.stack, q.stackB, shrink*h.doubt)
 	lend(&h.width, q.width, q.widthB, widthShrink)
 	if h.n > 0 {
 		return // residuals and losses of its own say more than borrowed ones
@@ -244,7 +244,7 @@ func (h *half) borrow(q *priorHalf, work []float64) {
 	h.borrowed = true
 	h.members.n = math.Floor(q.evidence)
 	h.members.loss = q.loss
-	weigh(h.members.loss[:], h.members.weight[:])
+	h.members.weigh()
 	for _, v := range q.shape {
 		h.tails.seen[wayScaled].add(float32(v))
 	}

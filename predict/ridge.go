@@ -15,8 +15,8 @@ type ridge struct {
 	due  int       // samples until the next solution
 }
 
-// solveEvery samples at the latest: a hundredth of what the memory holds.
-const solveEvery = 32
+// solveEvery samples at the latest: a fortieth of what the memory holds.
+const solveEvery = 44
 
 func newRidge(n int) ridge {
 	return ridge{a: make([]float32, n*(n+1)/2), b: make([]float32, n), beta: make([]float32, n), unit: 1}

@@ -329,7 +329,11 @@ func (s *state) half(h *half) {
 	for i := range h.members.loss {
 		s.float(&h.members.loss[i])
 	}
-	s.floats(h.members.weight[:], false)
+	for k := range h.members.weight {
+		s.floats(h.members.weight[k][:], false)
+		s.float(&h.members.tier[k])
+	}
+	s.floats(h.members.mix[:], false)
 	s.int(&h.members.due, 0, 8)
 	s.offset(&h.tails)
 	s.count(&h.n)
@@ -388,6 +392,7 @@ func (s *state) offset(o *offset) {
 	for i := range o.weight {
 		s.floats(o.weight[i][:], false)
 	}
+	o.total()
 }
 
 func (s *state) digest(d *digest) {

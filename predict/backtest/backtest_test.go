@@ -239,38 +239,44 @@ func TestPlantedFutureChangesNoForecastBeforeIt(t *testing.T) {
 }
 
 func TestEveryModelIsMeasuredAndTheForecasterIsNoWorse(t *testing.T) {
-	report, err := Run(context.Background(), series(288*10, noisyDay(5)), Options{Stride: 3})
-	if err != nil || report.Skipped != "" {
-		t.Fatal(err, report.Skipped)
-	}
-	if want := len(Models()) * 4 * 2; len(report.Results) != want {
-		t.Fatalf("%d results, want %d", len(report.Results), want)
-	}
 	type key struct {
 		target  string
 		horizon float64
+		model   string
 	}
-	own, best := map[key]float64{}, map[key]float64{}
-	for _, r := range report.Results {
-		k := key{r.Target, r.HorizonS}
-		if r.Origins == 0 || r.MASE <= 0 || r.Pinball["0.95"] <= 0 {
-			t.Errorf("%s %s %v: %+v", r.Model, r.Target, r.HorizonS, r)
+	// Five test days have five daily peaks: one series says little of them.
+	const seeds = 8
+	mase := map[key]float64{}
+	var reports []SeriesReport
+	for seed := range uint64(seeds) {
+		report, err := Run(context.Background(), series(288*10, noisyDay(seed)), Options{Stride: 3})
+		if err != nil || report.Skipped != "" {
+			t.Fatal(err, report.Skipped)
 		}
-		if r.Model == Tranship {
-			own[k] = r.MASE
-		} else if best[k] == 0 || r.MASE < best[k] {
-			best[k] = r.MASE
+		if want := len(Models()) * 4 * 2; len(report.Results) != want {
+			t.Fatalf("%d results, want %d", len(report.Results), want)
+		}
+		for _, r := range report.Results {
+			if r.Origins == 0 || r.MASE <= 0 || r.Pinball["0.95"] <= 0 {
+				t.Errorf("%s %s %v: %+v", r.Model, r.Target, r.HorizonS, r)
+			}
+			mase[key{r.Target, r.HorizonS, r.Model}] += r.MASE / seeds
+		}
+		reports = append(reports, report)
+	}
+	for k, own := range mase {
+		if k.model != Tranship {
+			continue
+		}
+		// The best of seven is the best by some luck too.
+		for _, model := range baselines {
+			if other := mase[key{k.target, k.horizon, model}]; own > 1.1*other {
+				t.Errorf("%s %v: %.3f, %s %.3f", k.target, k.horizon, own, model, other)
+			}
 		}
 	}
-	for k := range own {
-		// This little series has one thing to find, the day. Its peak is seen
-		// once a day: too seldom to be sure which member finds it.
-		if own[k] > 1.15*best[k] && k != (key{"peak", 86400}) {
-			t.Errorf("%v: %.3f, the best baseline %.3f", k, own[k], best[k])
-		}
-	}
-	sum := Summarise([]SeriesReport{report, report}, func(*SeriesReport) string { return "g" })
-	if len(sum) != len(report.Results) || sum[0].Model != Tranship || sum[0].Target != "value" || sum[0].Series != 2 {
+	sum := Summarise(reports, func(*SeriesReport) string { return "g" })
+	if len(sum) != len(reports[0].Results) || sum[0].Model != Tranship || sum[0].Target != "value" || sum[0].Series != seeds {
 		t.Errorf("summary: %d rows, first %+v", len(sum), sum[0])
 	}
 }
@@ -373,8 +379,7 @@ func TestRecordedLoadsAreForecastBetterThanByEveryBaseline(t *testing.T) {
 			}
 			continue
 		}
-		// With other origins the median of eleven series moves by this much.
-		if o := own[s.HorizonS]; o.MASE > 1.03*s.MASE {
+		if o := own[s.HorizonS]; o.MASE > s.MASE {
 			t.Errorf("%v s: MASE %.3f, %s has %.3f", s.HorizonS, o.MASE, s.Model, s.MASE)
 		}
 	}
