@@ -3,6 +3,7 @@ package predict
 import (
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 )
@@ -20,39 +21,78 @@ func pulse(rng *rand.Rand, size float64) func(int) float64 {
 }
 
 func TestColdShardBorrowsAndIsBetterThanAlone(t *testing.T) {
-	var siblings []Prior
-	for i := range 3 {
-		f := mustNew(t, fiveMin)
-		feed(f, start, 288*7, pulse(rand.New(rand.NewPCG(uint64(i), 21)), 10*float64(i+1)))
-		siblings = append(siblings, f.Prior())
-	}
-	loss := func(borrow bool) float64 {
-		sum := 0.0
-		for run := range 20 {
-			f := mustNew(t, fiveMin)
-			if borrow {
-				f.Borrow(Pool(siblings...))
+	for name, load := range map[string]func(rng *rand.Rand, size float64) func(int) float64{
+		"pulses": pulse,
+		"a noisy level": func(rng *rand.Rand, size float64) func(int) float64 {
+			return func(int) float64 { return size * math.Exp(0.3*rng.NormFloat64()) }
+		},
+		"a level that wanders and returns": func(rng *rand.Rand, size float64) func(int) float64 {
+			x := 0.0
+			return func(int) float64 { x = 0.8*x + 0.2*rng.NormFloat64(); return size * math.Exp(x) }
+		},
+		"a day": func(rng *rand.Rand, size float64) func(int) float64 {
+			return func(i int) float64 {
+				return size * (2 + math.Sin(2*math.Pi*float64(i)/288) + 0.1*rng.NormFloat64())
 			}
-			gen := pulse(rand.New(rand.NewPCG(uint64(run), 22)), 1000)
-			var q Quantiles
-			for i := range 18 {
-				v := gen(i)
-				if i >= 1 {
-					sum += pinball(0.5, v-q.P50) + pinball(0.9, v-q.P90) + pinball(0.95, v-q.P95)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var siblings []Prior
+			for i := range 3 {
+				f := mustNew(t, fiveMin)
+				feed(f, start, 288*7, load(rand.New(rand.NewPCG(uint64(i), 21)), 10*float64(i+1)))
+				siblings = append(siblings, f.Prior())
+			}
+			alone, helped := coldLoss(t, load, Prior{}), coldLoss(t, load, Pool(siblings...))
+			all, most := 0.0, 0.0
+			for i := range alone {
+				t.Logf("%v %v: alone %.0f, borrowing %.0f", coldHorizons[i/2], Target(i%2), alone[i], helped[i])
+				if helped[i] > 1.02*alone[i] {
+					t.Errorf("%v %v: borrowing did harm", coldHorizons[i/2], Target(i%2))
 				}
-				at := start.Add(time.Duration(i) * fiveMin.Step)
-				f.Observe(at, v)
-				f.Advance(at.Add(fiveMin.Step * 3 / 4))
-				q = mustForecast(t, f, 5*time.Minute, Value)
+				all += helped[i] / alone[i]
+				most++
+			}
+			if all > 0.95*most {
+				t.Errorf("borrowing gained too little: %.3f of the loss alone", all/most)
+			}
+		})
+	}
+}
+
+var coldHorizons = []time.Duration{5 * time.Minute, 15 * time.Minute, time.Hour}
+
+// coldLoss is the pinball loss of a shard's first four hours, by horizon and
+// target, over twenty shards a hundred times as large as their siblings.
+func coldLoss(t *testing.T, load func(*rand.Rand, float64) func(int) float64, prior Prior) []float64 {
+	const cells = 48
+	sums := make([]float64, 2*len(coldHorizons))
+	for run := range uint64(20) {
+		f := mustNew(t, fiveMin)
+		f.Borrow(prior)
+		gen := load(rand.New(rand.NewPCG(run, 22)), 1000)
+		values := make([]float64, cells+12)
+		for i := range values {
+			values[i] = gen(i)
+		}
+		for i, v := range values[:cells] {
+			at := start.Add(7*24*time.Hour + time.Duration(i)*fiveMin.Step)
+			f.Observe(at, v)
+			f.Advance(at.Add(fiveMin.Step * 3 / 4))
+			for k, h := range coldHorizons {
+				ahead := values[i+1 : i+1+int(h/fiveMin.Step)]
+				for _, target := range []Target{Value, Peak} {
+					y := ahead[len(ahead)-1]
+					if target == Peak {
+						y = slices.Max(ahead)
+					}
+					q := mustForecast(t, f, h, target)
+					sums[2*k+int(target)] += pinball(0.5, y-q.P50) + pinball(0.9, y-q.P90) + pinball(0.95, y-q.P95)
+				}
 			}
 		}
-		return sum
 	}
-	alone, helped := loss(false), loss(true)
-	t.Logf("loss alone %.0f, borrowing %.0f", alone, helped)
-	if helped > 0.95*alone {
-		t.Errorf("borrowing gained too little: %.0f instead of %.0f", helped, alone)
-	}
+	return sums
 }
 
 func TestOwnExperienceOutweighsAWrongPrior(t *testing.T) {
