@@ -27,15 +27,18 @@ type digest struct {
 	mean   []float32 // ascending
 	weight []float32 // of each, in units of a value that comes now
 	fresh  []float32 // not yet merged, in order of arrival
+	seen   float32   // values merged so far
+	ageing float64   // a value that was the i-th of n weighs (i/n)^ageing at most, see newOffset
 	merged float32   // sum of weight
 	keep   float32   // share of an old value's weight that the next leaves it
 }
 
-func newDigest(size int, memory float64) digest {
+func newDigest(size int, memory, ageing float64) digest {
 	return digest{
 		mean:   make([]float32, 0, size),
 		weight: make([]float32, 0, size),
 		fresh:  make([]float32, 0, freshSize),
+		ageing: ageing,
 		keep:   float32(1 - 1/max(memory, 2)),
 	}
 }
@@ -66,6 +69,7 @@ func (d *digest) drop(k int) {
 
 func (d *digest) clear() {
 	d.mean, d.weight, d.fresh, d.merged = d.mean[:0], d.weight[:0], d.fresh[:0], 0
+	d.seen = 0
 }
 
 // centroids are what a merge or a quantile walks over.
@@ -109,7 +113,9 @@ func (d *digest) gather(c *centroids, n int) {
 
 // merge turns the n oldest fresh values into centroids.
 func (d *digest) merge(n int) {
+	d.seen = min(d.seen+float32(n), 1e6)
 	fade := float32(math.Pow(float64(d.keep), float64(n)))
+	fade = min(fade, float32(math.Pow(float64(1-float32(n)/d.seen), d.ageing)))
 	for i := range d.weight {
 		d.weight[i] *= fade
 	}

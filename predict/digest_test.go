@@ -14,7 +14,7 @@ func (d *digest) at(q float64) float64 {
 }
 
 func TestDigestOfFewValuesIsConformalRank(t *testing.T) {
-	d := newDigest(digestSize, 1e9)
+	d := newDigest(digestSize, 1e9, 0)
 	for i := range 39 {
 		d.add(float32(39 - i))
 	}
@@ -34,7 +34,7 @@ func TestDigestOfManyValuesIsCloseToTheirQuantiles(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(1, 81))
-			d := newDigest(digestSize, 1e9)
+			d := newDigest(digestSize, 1e9, 0)
 			var all []float64
 			for range 20000 {
 				v := draw(rng)
@@ -58,7 +58,7 @@ func TestDigestOfManyValuesIsCloseToTheirQuantiles(t *testing.T) {
 }
 
 func TestDigestKeepsWhatComesAgainAndAgainExactly(t *testing.T) {
-	d := newDigest(digestSize, 2000)
+	d := newDigest(digestSize, 2000, 0)
 	rng := rand.New(rand.NewPCG(2, 82))
 	for range 5000 {
 		v := float32(7)
@@ -73,7 +73,7 @@ func TestDigestKeepsWhatComesAgainAndAgainExactly(t *testing.T) {
 }
 
 func TestDigestForgets(t *testing.T) {
-	d := newDigest(digestSize, 500)
+	d := newDigest(digestSize, 500, 0)
 	for range 5000 {
 		d.add(1)
 	}
@@ -95,7 +95,7 @@ func TestDigestForgets(t *testing.T) {
 func TestDigestTakesBackTheLatest(t *testing.T) {
 	// At every fill of the buffer, right after a merge too.
 	for n := 40; n < 40+2*freshSize; n++ {
-		d, want := newDigest(digestSize, 1e9), newDigest(digestSize, 1e9)
+		d, want := newDigest(digestSize, 1e9, 0), newDigest(digestSize, 1e9, 0)
 		for i := range n {
 			d.add(float32(i % 13))
 			want.add(float32(i % 13))
@@ -114,7 +114,7 @@ func TestDigestTakesBackTheLatest(t *testing.T) {
 }
 
 func TestDigestStaysInItsSize(t *testing.T) {
-	d := newDigest(digestSize, 1e6)
+	d := newDigest(digestSize, 1e6, 0)
 	rng := rand.New(rand.NewPCG(3, 83))
 	most := 0
 	for i := range 200000 {

@@ -95,12 +95,24 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 		o.thin = 2
 	}
 	memory := float64(span) / (float64(step*l.stride) * float64(o.thin))
+	// The first forecasts are the worst, and some loads begin unlike what they
+	// then are: what was seen early fades in favour of what was seen late. It
+	// costs a quarter of what counts; of peaks there is less to give, and of
+	// what lies beyond shiftHorizon, nothing.
+	ageing := 0.0
+	switch {
+	case l.h > shiftHorizon:
+	case t == Peak:
+		ageing = 0.5
+	default:
+		ageing = 1
+	}
 	size := digestSize
 	if lanes > 4 {
 		size = digestFew
 	}
 	for j := range o.seen {
-		o.seen[j] = newDigest(size, memory)
+		o.seen[j] = newDigest(size, memory, ageing)
 	}
 	o.overlap = overlap
 	o.daily = t == Peak && l.h > shiftHorizon

@@ -405,6 +405,9 @@ func (s *state) digest(d *digest) {
 	if s.reading {
 		d.mean, d.weight, d.fresh = d.mean[:n], d.weight[:n], d.fresh[:fresh]
 	}
+	seen := []float32{d.seen}
+	s.floats(seen, false)
+	d.seen = seen[0]
 	s.floats(d.mean, false)
 	s.floats(d.weight, false)
 	s.floats(d.fresh, false)
@@ -416,6 +419,9 @@ func (s *state) digest(d *digest) {
 			s.fail("a digest is out of order")
 			return
 		}
+	}
+	if !(d.seen >= 0) {
+		s.fail("a digest has seen %g values", d.seen)
 	}
 	d.weigh()
 }
