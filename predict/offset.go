@@ -85,9 +85,12 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	overlap := float64(l.steps) / float64(l.stride)
 	if t == Peak {
 		horizons = spanPeaks
-		// Peaks of overlapping windows are often the same cell. √overlap lies
-		// between counting all of them and counting one a horizon.
-		o.dof = math.Sqrt(overlap)
+		if l.h > shiftHorizon {
+			// Peaks of overlapping windows are often the same cell. √overlap lies
+			// between counting all of them and counting one a horizon. Nearer
+			// ones settle often enough for held to correct what that does.
+			o.dof = math.Sqrt(overlap)
+		}
 	}
 	span := max(spanDays*day, int64(horizons)*int64(l.h))
 	o.thin = 1
