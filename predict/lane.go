@@ -51,7 +51,7 @@ type half struct {
 	errHourN  [24]uint8
 	lossOwn   float64 // long-run absolute error of the forecast median
 	lossNaive float64 // and of "as now"
-	lateOwn   float64 // the same of late, over 30 settled forecasts
+	lateOwn   float64 // the same of late, over guardMemory settled forecasts
 	lateNaive float64
 	same      float64 // share of outcomes that equalled a resting load
 	cover90   float64 // share of outcomes below the quantile, recent
@@ -141,6 +141,10 @@ const (
 	shrink = 10
 	// widthShrink is weaker: the error's scales are few and all positive.
 	widthShrink = 3
+	// guardMemory settled forecasts are "of late": where levels are noise, as-now
+	// errs by √2 of what a median errs, so that few outcomes tell; where they are
+	// not, it comes to the same.
+	guardMemory = 60
 	// topWeight bounds what one small residual weighs in least absolute
 	// deviations by reweighting (Schlossmacher 1973).
 	topWeight = 4
@@ -179,7 +183,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	long := max(1.0/5000, 1/max(h.n-30, 1))
 	h.lossOwn += long * (math.Abs(y-e.anchor-e.scale*float64(e.mid50[t])) - h.lossOwn)
 	h.lossNaive += long * (math.Abs(y-naive) - h.lossNaive)
-	late := max(1.0/30, long)
+	late := max(1.0/guardMemory, long)
 	h.lateOwn += late * (math.Abs(y-e.anchor-e.scale*float64(e.mid50[t])) - h.lateOwn)
 	h.lateNaive += late * (math.Abs(y-naive) - h.lateNaive)
 	h.cover90 += max(1.0/300, 1/h.n) * (below(z, e.up90[t]) - h.cover90)
@@ -237,9 +241,9 @@ func (h *half) median(m float64, e *entry, near time.Duration, t Target) float64
 }
 
 // guarded says that the forecast median has been worse than "as now" in the
-// long run, or clearly worse of late: near horizons then say "as now".
+// long run, or of late: near horizons then say "as now".
 func (h *half) guarded(near time.Duration, t Target) bool {
-	return t == Value && near <= guardHorizon && h.n > 30 && (h.lossOwn > h.lossNaive || h.lateOwn > 1.05*h.lateNaive)
+	return t == Value && near <= guardHorizon && h.n > 30 && (h.lossOwn > h.lossNaive || h.lateOwn > h.lateNaive)
 }
 
 // kept is what a few outcomes on a new level distort before they are
