@@ -64,11 +64,15 @@ func tasks() []task {
 		all = append(all, task{name: w.group, about: w.about, run: measureMoves(w, false)})
 	}
 	lazily := lazyWorkload()
-	return append(all,
+	all = append(all,
 		task{name: lazily.group, about: lazily.about + ", against CRIU's own lazy pages", run: measureMoves(lazily, true)},
 		task{name: "criu-pre-dump", about: "CRIU's own pre-dump chain", run: measurePreDump},
 		task{name: lineupGroup, about: "one redis, back and forth", run: measureLineup},
 	)
+	for _, l := range links {
+		all = append(all, task{name: l.group, about: "bytes over " + l.about, bandwidth: l.bandwidth, run: measureThroughput(l)})
+	}
+	return all
 }
 
 func main() {
@@ -81,6 +85,12 @@ func main() {
 			os.Exit(clientMain(os.Args[2:]))
 		case stockVerb:
 			os.Exit(stockMain())
+		case receiveVerb:
+			os.Exit(receiveMain(os.Args[2:]))
+		case sendVerb:
+			os.Exit(sendMain(os.Args[2:]))
+		case heapVerb:
+			os.Exit(heapMain(os.Args[2:]))
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
@@ -266,7 +276,7 @@ func firstLine(ctx context.Context, name string, args ...string) string {
 		return ""
 	}
 	line, _, _ := strings.Cut(string(out), "\n")
-	return strings.TrimSpace(line)
+	return strings.Join(strings.Fields(line), " ")
 }
 
 // sort puts groups into the order of the tasks.

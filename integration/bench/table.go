@@ -23,6 +23,7 @@ func printTable(w io.Writer, r *results) error {
 			fmt.Fprintf(t, "%s\t%s\tabsent: %s\n", g.Name, a.Subject, firstOf(a.Why))
 		}
 	}
+	printRates(t, r)
 	fmt.Fprintln(t)
 	fmt.Fprintln(t, "TARGET\t\tMEASURED\t\t")
 	for _, row := range r.Rows {
@@ -46,6 +47,24 @@ func printTable(w io.Writer, r *results) error {
 		}
 	}
 	return nil
+}
+
+// printRates prints the groups in which bytes were sent.
+func printRates(w io.Writer, r *results) {
+	headed := false
+	for _, g := range r.Groups {
+		for _, subject := range g.subjects() {
+			rate := summarize(g.of(subject, rateMetric))
+			if rate.N == 0 {
+				continue
+			}
+			if !headed {
+				fmt.Fprintln(w, "\nGROUP\tSENT BY\tN\tMB/s\t± %")
+				headed = true
+			}
+			fmt.Fprintf(w, "%s\t%s\t%d\t%.0f\t%.0f\n", g.Name, subject, rate.N, rate.Median, 100*rate.Spread)
+		}
+	}
 }
 
 func moveLine(g group, subject string) string {

@@ -11,6 +11,7 @@ var method = []string{
 	"tranship's blackout is what `tranship migrate -o json` reports: from the first frozen task on the source to the first running task on the destination.",
 	"runc's blackout goes from the start of `runc checkpoint --tcp-established` on a tmpfs, over `cp -a` to another directory of it, to the return of `runc restore -d`, less the time that starting runc twice takes, measured beside it. Its images do not cross a link, tranship's pages do.",
 	"The client's longest gap is the longest time between two answers over its one connection, from before the move to after it, measured in the same way for both.",
+	"Throughput is memory a second: the same bytes again and again for at least two seconds, each pass acknowledged; the receiver drops what arrives. The heap is the private memory of a running redis without its pages of zeros; it is sent raw by TLS and quic-go, and as a migration sends it by the page road.",
 	"CRIU alone is the last time in its dump's log plus that in its restore's log, of the idle container without a connection.",
 }
 
@@ -29,7 +30,7 @@ func targets(r *results) []row {
 		ratioRow(r, "blackout, redis 64 MiB, of runc's", "redis-64MiB", 0.60),
 		criuRow(r),
 	}
-	return append(rows, lineupRows(r)...)
+	return append(append(rows, lineupRows(r)...), throughputRows(r)...)
 }
 
 // atMost makes a row and compares; NaN is "not measured".
@@ -78,7 +79,7 @@ func medianOf(r *results, name, subject, metric string) float64 {
 
 func ratioRow(r *results, name, groupName string, target float64) row {
 	own, other := medianOf(r, groupName, tranship, blackoutMetric), medianOf(r, groupName, stock, blackoutMetric)
-	return atMost(name, own/other, "×", target, fmt.Sprintf("%.0f ms of %.0f ms", own, other))
+	return atMost(name, own/other, "×", target, spread("%.0f ms", own)+spread(" of %.0f ms", other))
 }
 
 // slopeRow compares what a GiB adds to the blackout, by least squares over the
@@ -102,7 +103,7 @@ func slopeRow(r *results) row {
 
 func criuRow(r *results) row {
 	own, alone := medianOf(r, "redis-64MiB", tranship, blackoutMetric), medianOf(r, "idle", stockAlone, criuMetric)
-	return atMost("blackout, redis 64 MiB, of CRIU alone with the idle container", own/alone, "×", 1.2, fmt.Sprintf("%.0f ms of %.0f ms", own, alone))
+	return atMost("blackout, redis 64 MiB, of CRIU alone with the idle container", own/alone, "×", 1.2, spread("%.0f ms", own)+spread(" of %.0f ms", alone))
 }
 
 // lineupRows are of the long row of moves.
