@@ -11,11 +11,16 @@ type rollingMax struct {
 	top           []float32 // ring of whole blocks and the open one
 	seen          []int32   // observed cells of each
 	cur           int64     // open block
+
+	// over's answer at cell at, until the next push.
+	at   int64
+	high float64
+	half bool
 }
 
 func newRollingMax(steps, stride int64) rollingMax {
 	n := steps/stride + 1
-	r := rollingMax{steps: steps, stride: stride, top: make([]float32, n), seen: make([]int32, n), cur: -1}
+	r := rollingMax{steps: steps, stride: stride, top: make([]float32, n), seen: make([]int32, n), cur: -1, at: -1}
 	r.clear()
 	return r
 }
@@ -28,6 +33,7 @@ func (r *rollingMax) clear() {
 
 func (r *rollingMax) push(c int64, v float64) {
 	r.advance(c)
+	r.at = -1
 	i := mod(r.cur, len(r.top))
 	r.top[i] = max(r.top[i], float32(v))
 	r.seen[i]++
@@ -51,6 +57,14 @@ func (r *rollingMax) advance(c int64) {
 // over is the maximum up to cell c, NaN if all were gaps; ok says that at least half of the cells
 // were observed.
 func (r *rollingMax) over(c int64) (top float64, ok bool) {
+	if r.at != c {
+		r.high, r.half = r.find(c)
+		r.at = c
+	}
+	return r.high, r.half
+}
+
+func (r *rollingMax) find(c int64) (top float64, ok bool) {
 	r.advance(c)
 	// On a block's last cell the block in front of the ring is beyond steps.
 	whole := c%r.stride == 0 && r.steps%r.stride == 0
