@@ -5,7 +5,7 @@
 // A store is a directory on a tmpfs with one sparse file per process, in which
 // the offset of a page is its virtual address and a hole is a zero page. There
 // is no index to lose: what was written before its writer was killed is found
-// again by Open. The flow is PutPages and ZeroPages (rounds), Extents and
+// again by Open. The flow is PutPages and ZeroPages (rounds), Seal, Extents and
 // ReadPages (restore), Release (filling), Remove.
 //
 // It refuses other file systems, addresses past 57 bits, and to answer for
@@ -60,6 +60,8 @@ var (
 // that overlap in address for one pid are ordered by the caller.
 type Store struct {
 	dir string
+	// made: by Create, so that every page in it went through this Store.
+	made bool
 
 	mu    sync.RWMutex // guards files
 	files map[checkpoint.PID]*taskFile
@@ -74,6 +76,7 @@ type taskFile struct {
 	seek sync.Mutex
 
 	placed placedRecord
+	index  *extentIndex // nil when others may have put pages
 }
 
 // Create makes an empty store in dir, which must not exist or be empty, on a
@@ -95,7 +98,7 @@ func Create(dir string) (*Store, error) {
 	if err := os.WriteFile(filepath.Join(dir, marker), nil, 0o600); err != nil {
 		return nil, fmt.Errorf("page store: %w", full(err))
 	}
-	return &Store{dir: dir, files: map[checkpoint.PID]*taskFile{}}, nil
+	return &Store{dir: dir, made: true, files: map[checkpoint.PID]*taskFile{}}, nil
 }
 
 // Open opens a store that another process made, and may still be writing to:
@@ -155,6 +158,9 @@ func (s *Store) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
 	if _, err := f.pages.WriteAt(data, int64(addr)); err != nil {
 		return fmt.Errorf("put %d pages at pid %d %#x: %w", len(data)/checkpoint.PageSize, pid, addr, full(err))
 	}
+	if f.index != nil {
+		f.index.put(addr, checkpoint.Pages(len(data)/checkpoint.PageSize))
+	}
 	return nil
 }
 
@@ -170,6 +176,9 @@ func (s *Store) ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Pages) e
 	}
 	if f.placed.any() {
 		return fmt.Errorf("zero pages at pid %d %#x: placing has begun: %w", pid, addr, ErrReleased)
+	}
+	if f.index != nil {
+		f.index.clear(addr, n)
 	}
 	return f.punch(addr, n)
 }
@@ -216,6 +225,18 @@ func (s *Store) Extents(pid checkpoint.PID, from, to uint64, visit func(addr uin
 	f, err := s.file(pid, false)
 	if f == nil || err != nil {
 		return err
+	}
+	if runs, ok := s.sealed(f); ok {
+		for _, r := range runs {
+			start, end := max(from, r.from*checkpoint.PageSize), min(to, r.to*checkpoint.PageSize)
+			if start >= end {
+				continue
+			}
+			if err := visit(start, checkpoint.Pages((end-start)/checkpoint.PageSize)); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	for from < to {
 		start, end, err := f.nextData(from)
@@ -421,6 +442,9 @@ func (s *Store) file(pid checkpoint.PID, create bool) (*taskFile, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if s.made {
+		f.index = newExtentIndex()
 	}
 	s.files[pid] = f
 	return f, nil

@@ -302,6 +302,11 @@ func (in *incoming) seal(ctx context.Context, sum uint64) error {
 		return err
 	}
 	in.sinks.Wait() // an honest source has nothing under way any more
+	if in.store != nil {
+		if err := in.store.Seal(); err != nil {
+			return err
+		}
+	}
 	if err := in.rootfs.Mount(); err != nil {
 		return err
 	}
