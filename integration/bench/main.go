@@ -61,11 +61,11 @@ type task struct {
 func tasks() []task {
 	var all []task
 	for _, w := range workloads() {
-		all = append(all, task{name: w.group, about: w.about, run: measureMoves(w, false)})
+		all = append(all, task{name: w.group, about: w.about, run: measureMoves(w, stock)})
 	}
-	lazily := lazyWorkload()
+	lazily := criuWorkload("criu-lazy")
 	all = append(all,
-		task{name: lazily.group, about: lazily.about + ", against CRIU's own lazy pages", run: measureMoves(lazily, true)},
+		task{name: lazily.group, about: lazily.about + ", against CRIU's own lazy pages", run: measureMoves(lazily, lazy)},
 		task{name: "criu-pre-dump", about: "CRIU's own pre-dump chain", run: measurePreDump},
 		task{name: lineupGroup, about: "one redis, back and forth", run: measureLineup},
 	)

@@ -59,20 +59,20 @@ func workloads() []workload {
 	})
 }
 
-// lazyWorkload is what CRIU's own ways are measured with.
-func lazyWorkload() workload {
-	return redisWorkload("criu-lazy", "redis with 256MiB of values, 50 MB/s overwritten", 256<<20)
+// criuWorkload is what CRIU's own ways are measured with.
+func criuWorkload(group string) workload {
+	return redisWorkload(group, "redis with 256MiB of values, 50 MB/s overwritten", 256<<20)
 }
 
 // measureMoves moves a shard and its rival in turn, each under its own client,
 // and only the client of the one that is moved works meanwhile.
-func measureMoves(w workload, lazily bool) func(context.Context, *bench, *group) error {
+func measureMoves(w workload, way string) func(context.Context, *bench, *group) error {
 	return func(ctx context.Context, b *bench, g *group) (err error) {
 		if why := tooLarge(w.bytes); why != "" {
-			g.Absent = append(g.Absent, absent{Subject: tranship, Why: why}, absent{Subject: stock, Why: why})
+			g.Absent = append(g.Absent, absent{Subject: tranship, Why: why}, absent{Subject: way, Why: why})
 			return nil
 		}
-		p, err := b.makePair(ctx, w, lazily, g)
+		p, err := b.makePair(ctx, w, way, g)
 		if p != nil {
 			defer func() { err = errors.Join(err, p.remove(context.WithoutCancel(ctx))) }()
 		}
@@ -106,7 +106,7 @@ type pair struct {
 	clients  []*client
 }
 
-func (b *bench) makePair(ctx context.Context, w workload, lazily bool, g *group) (*pair, error) {
+func (b *bench) makePair(ctx context.Context, w workload, way string, g *group) (*pair, error) {
 	image, command, err := b.image(ctx, w)
 	if err != nil {
 		return nil, err
@@ -129,11 +129,10 @@ func (b *bench) makePair(ctx context.Context, w workload, lazily bool, g *group)
 	if err != nil {
 		return p, err
 	}
-	other, err := startRival(ctx, b.tool, b.self, stockOptions{Spec: spec, Image: image, Address: rivalAddress + "/16", Bridge: "tranship0"})
+	other, err := startRival(ctx, b.tool, b.self, way, stockOptions{Spec: spec, Image: image, Address: rivalAddress + "/16", Bridge: "tranship0"})
 	if err != nil {
 		return p, err
 	}
-	other.lazy = lazily
 	p.subjects = append(p.subjects, other)
 	if err := b.load(ctx, w, other); err != nil {
 		return p, err
@@ -331,13 +330,12 @@ func haveCapability(capability uint) bool {
 	return err == nil && set>>capability&1 == 1
 }
 
-// measurePreDump says why CRIU's own pre-dump chain is absent: it is written
-// incrementally only where CRIU finds the kernel's soft-dirty bits.
+// measurePreDump measures CRIU's own pre-dump chain where there is one: it is
+// incremental only if CRIU finds the kernel's soft-dirty bits.
 func measurePreDump(ctx context.Context, b *bench, g *group) error {
-	why := "the kernel has soft-dirty bits, but nobody has measured this way yet"
 	if _, err := b.tool.on(ctx, "host-1", "criu", "check", "--feature", "mem_dirty_track"); err != nil {
-		why = "CRIU finds no soft-dirty bits in this kernel (criu check --feature mem_dirty_track)"
+		g.Absent = append(g.Absent, absent{Subject: preDump, Why: "CRIU finds no soft-dirty bits in this kernel (criu check --feature mem_dirty_track)"})
+		return ctx.Err()
 	}
-	g.Absent = append(g.Absent, absent{Subject: preDump, Why: why})
-	return ctx.Err()
+	return measureMoves(criuWorkload("criu-pre-dump"), preDump)(ctx, b, g)
 }

@@ -51,13 +51,12 @@ type rival struct {
 	in      io.WriteCloser
 	replies *bufio.Scanner
 	stderr  strings.Builder
-	// lazy makes it move with CRIU's lazy pages.
-	lazy bool
+	way     string // how it is moved: a subject's name
 }
 
 // startRival runs, beside a shard, a container of the same image and spec.
-func startRival(ctx context.Context, t *tool, self string, o stockOptions) (*rival, error) {
-	r := &rival{}
+func startRival(ctx context.Context, t *tool, self, way string, o stockOptions) (*rival, error) {
+	r := &rival{way: way}
 	r.cmd = t.inHost(context.WithoutCancel(ctx), "host-1", self, stockVerb)
 	r.cmd.Stderr = &r.stderr
 	var err error
@@ -116,18 +115,13 @@ func (r *rival) ask(ctx context.Context, request any) (stockReply, error) {
 	}
 }
 
-func (r *rival) name() string {
-	if r.lazy {
-		return lazy
-	}
-	return stock
-}
+func (r *rival) name() string { return r.way }
 
 func (r *rival) address() string { return rivalAddress }
 
 func (r *rival) move(ctx context.Context) (sample, error) {
 	began := time.Now()
-	reply, err := r.ask(ctx, stockRequest{Lazy: r.lazy})
+	reply, err := r.ask(ctx, stockRequest{Way: r.way})
 	if err != nil {
 		return sample{}, fmt.Errorf("move with %s: %w", r.name(), err)
 	}
@@ -138,7 +132,7 @@ func (r *rival) move(ctx context.Context) (sample, error) {
 		Subject: r.name(),
 		Values: map[string]float64{
 			blackoutMetric: reply.blackoutMs(),
-			totalMetric:    reply.CheckpointMs + reply.CopyMs + reply.RestoreMs + reply.FillMs,
+			totalMetric:    reply.PreDumpMs + reply.CheckpointMs + reply.CopyMs + reply.RestoreMs + reply.FillMs,
 			bytesMetric:    float64(reply.Bytes),
 			criuMetric:     reply.DumpMs + reply.CRIURestoreMs,
 		},

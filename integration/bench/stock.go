@@ -26,11 +26,12 @@ import (
 // one line; at the end of its input it removes everything that it made.
 const stockVerb = "stock"
 
-// stockRequest asks for one move.
+// stockRequest asks for one move, in one of the ways that have a subject's name:
+// stock; lazy leaves the memory behind and fetches it when the restored
+// container asks for it; preDump copies memory twice while it runs, and in the
+// end only what was written since.
 type stockRequest struct {
-	// Lazy leaves the memory behind and fetches it when the restored container
-	// asks for it: CRIU's own lazy pages.
-	Lazy bool `json:"lazy"`
+	Way string `json:"way"`
 }
 
 // stockReply is one move; times are by one clock, in milliseconds.
@@ -44,6 +45,8 @@ type stockReply struct {
 	// DumpMs and CRIURestoreMs are CRIU's own, from its logs.
 	DumpMs        float64 `json:"criu_dump_ms"`
 	CRIURestoreMs float64 `json:"criu_restore_ms"`
+	// PreDumpMs is what was done while the container ran.
+	PreDumpMs float64 `json:"pre_dump_ms,omitempty"`
 	// FillMs is how long after the restore the last page came, lazily.
 	FillMs float64 `json:"fill_ms,omitempty"`
 	Bytes  int64   `json:"bytes"`
@@ -240,10 +243,15 @@ func (c *stockContainer) move(ctx context.Context, req stockRequest) (stockReply
 	if r.RuncStartMs, err = c.startTwice(ctx); err != nil {
 		return r, err
 	}
-	if req.Lazy {
+	switch req.Way {
+	case lazy:
 		err = c.moveLazily(ctx, dir, &r)
-	} else {
-		err = c.moveStock(ctx, dir, &r)
+	case preDump:
+		err = c.moveStock(ctx, dir, preDumps, &r)
+	case stock:
+		err = c.moveStock(ctx, dir, 0, &r)
+	default:
+		err = fmt.Errorf("unknown way %q", req.Way)
 	}
 	return r, err
 }
@@ -259,25 +267,61 @@ func (c *stockContainer) startTwice(ctx context.Context) (float64, error) {
 	return ms(time.Since(began)), nil
 }
 
-func (c *stockContainer) moveStock(ctx context.Context, dir string, r *stockReply) error {
-	images, moved := filepath.Join(dir, "images"), filepath.Join(dir, "moved")
+// moveStock moves the container, after so many pre-dumps.
+func (c *stockContainer) moveStock(ctx context.Context, dir string, pre int, r *stockReply) error {
+	here, there := filepath.Join(dir, "here"), filepath.Join(dir, "there")
 	dumpWork, restoreWork := filepath.Join(dir, "dump"), filepath.Join(dir, "restore")
+	for _, d := range []string{here, there} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return err
+		}
+	}
 	began := time.Now()
-	if err := c.runc(ctx, c.at, "checkpoint", "--image-path", images, "--work-path", dumpWork, "--tcp-established", c.id(c.at)); err != nil {
+	parent, err := c.preDump(ctx, dir, pre)
+	if err != nil {
+		return err
+	}
+	r.PreDumpMs = ms(time.Since(began))
+	began = time.Now()
+	args := []string{"checkpoint", "--image-path", filepath.Join(here, "images"), "--work-path", dumpWork, "--tcp-established"}
+	if err := c.runc(ctx, c.at, append(append(args, parent...), c.id(c.at))...); err != nil {
 		return errors.Join(err, logOf(dumpWork, "dump.log"))
 	}
 	dumped := time.Now()
-	if err := sh(ctx, "cp", "-a", images, moved); err != nil {
+	if err := sh(ctx, "cp", "-a", filepath.Join(here, "images"), there); err != nil {
 		return err
 	}
 	copied := time.Now()
-	err := c.runc(ctx, c.at, "restore", "-d", "--image-path", moved, "--work-path", restoreWork, "--tcp-established", "--bundle", c.bundle(c.at), c.id(c.at))
+	err = c.runc(ctx, c.at, "restore", "-d", "--image-path", filepath.Join(there, "images"), "--work-path", restoreWork, "--tcp-established", "--bundle", c.bundle(c.at), c.id(c.at))
 	if err != nil {
 		return errors.Join(err, logOf(restoreWork, "restore.log"))
 	}
 	restored := time.Now()
 	r.CheckpointMs, r.CopyMs, r.RestoreMs = ms(dumped.Sub(began)), ms(copied.Sub(dumped)), ms(restored.Sub(copied))
-	return c.account(dir, moved, r)
+	return c.account(dir, there, r)
+}
+
+// preDumps is how long the chain is: the first takes everything, the second
+// what was written meanwhile.
+const preDumps = 2
+
+// preDump writes the memory of the running container so many times, each on
+// top of the one before, copies each, and returns what the dump then needs.
+// Parents are named relative to the images that build on them.
+func (c *stockContainer) preDump(ctx context.Context, dir string, n int) (parent []string, err error) {
+	for i := range n {
+		name := fmt.Sprintf("pre-%d", i)
+		images, work := filepath.Join(dir, "here", name), filepath.Join(dir, name+"-work")
+		args := []string{"checkpoint", "--pre-dump", "--image-path", images, "--work-path", work, "--tcp-established"}
+		if err := c.runc(ctx, c.at, append(append(args, parent...), c.id(c.at))...); err != nil {
+			return nil, errors.Join(err, logOf(work, "dump.log"))
+		}
+		if err := sh(ctx, "cp", "-a", images, filepath.Join(dir, "there")); err != nil {
+			return nil, err
+		}
+		parent = []string{"--parent-path", "../" + name}
+	}
+	return parent, nil
 }
 
 // account reads what CRIU says of itself, and the size of the images.
