@@ -71,8 +71,9 @@ const (
 	// bendRoom: at most by half of what lies beyond the bound, so that a long
 	// calm does not take away the warning of what is rare.
 	bendRoom = 0.5
-	// bendStart: the bounds of the first forecasts were made from nothing.
-	bendStart = 30
+	// bendStart: of fewer outcomes the share that a bound of .95 held is off by
+	// more than .01 by chance alone.
+	bendStart = 300
 	// offsetStart residuals are the fewest to take quantiles of.
 	offsetStart = 5
 	// outcomeStart outcomes are the fewest of which one may lie beyond a 95 %
