@@ -48,7 +48,7 @@ packages() {
 	# Real services for tests and the demo.
 	echo redis-server redis-tools postgresql python3 iputils-ping
 	# Loads, and what scrapes metrics, for the tests of profiles.
-	echo stress-ng fio iperf3 prometheus curl
+	echo stress-ng fio iperf3 prometheus curl linux-perf
 	if [ "${1:-}" = generate ]; then echo clang llvm libbpf-dev protobuf-compiler; fi
 }
 

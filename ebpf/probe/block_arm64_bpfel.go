@@ -15,16 +15,14 @@ import (
 
 type blockCpuState struct {
 	_               structs.HostLayout
-	Pid             uint32
-	Slot            uint32
+	Task            uint64
 	SumExec         uint64
-	Nvcsw           uint64
-	Nivcsw          uint64
 	MinFlt          uint64
 	MajFlt          uint64
+	Slot            uint32
 	Generation      uint32
 	ConnectionsLost uint32
-	Spare           uint64
+	Spare           [5]uint32
 	Recent          [64]uint64
 }
 

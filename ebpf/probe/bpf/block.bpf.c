@@ -33,7 +33,7 @@ int BPF_PROG(block_rq_complete, struct request *rq, int error, unsigned int byte
 	struct cpu_state *state = bpf_map_lookup_elem(&percpu, &cpu);
 	if (!state)
 		return 0;
-	struct shard_usage *u = usage_of(slot_of_cgroup(bio->bi_blkg->blkcg->css.cgroup, KIND_BLOCK, state), cpu);
+	struct shard_usage *u = usage_of(slot_of(&bio->bi_blkg->blkcg->css, KIND_BLOCK, state), cpu);
 	if (!u)
 		return 0;
 	u64 start = rq->start_time_ns, ns = 0;

@@ -48,6 +48,7 @@ struct cgroup;
 
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
+	u64 serial_nr; /* of all controllers together, never used again */
 	struct cgroup_subsys_state *parent;
 };
 
@@ -87,8 +88,7 @@ struct task_struct {
 	int pid;
 	struct sched_entity se;
 	struct sched_info sched_info;
-	unsigned long nvcsw;
-	unsigned long nivcsw;
+	unsigned int __state;
 	unsigned long min_flt;
 	unsigned long maj_flt;
 	struct css_set *cgroups;

@@ -5,8 +5,8 @@
  *
  * Nothing is measured: the kernel counts all of it for each task anyway. At a
  * switch the program adds what the counters of the task that leaves the CPU have
- * gained since it came (sum_exec_runtime, nvcsw, nivcsw, min_flt, maj_flt) to
- * the slot of its cgroup. So the sums are the kernel's own, and a switch costs
+ * gained since it came (sum_exec_runtime, min_flt, maj_flt) to the slot of its
+ * cgroup, and one switch, forced or voluntary by the kernel's own rule. So the sums are the kernel's own, and a switch costs
  * no reading of a clock. `flush`, which user space runs on every CPU before it
  * reads, does the same for the task that is running just then.
  *
@@ -36,36 +36,32 @@ struct {
 static __always_inline u32 slot_of_task(struct task_struct *task, struct cpu_state *state)
 {
 	if (unified)
-		return slot_of_cgroup(task->cgroups->dfl_cgrp, KIND_TASKS, state);
-	return slot_of_cgroup(task->cgroups->subsys[bpf_core_enum_value(enum cgroup_subsys_id, cpu_cgrp_id)]->cgroup,
-			      KIND_TASKS, state);
+		return slot_of(&task->cgroups->dfl_cgrp->self, KIND_TASKS, state);
+	return slot_of(task->cgroups->subsys[bpf_core_enum_value(enum cgroup_subsys_id, cpu_cgrp_id)], KIND_TASKS, state);
 }
 
 static __always_inline void remember(struct cpu_state *r, struct task_struct *task)
 {
 	r->sum_exec = task->se.sum_exec_runtime;
-	r->nvcsw = task->nvcsw;
-	r->nivcsw = task->nivcsw;
 	r->min_flt = task->min_flt;
 	r->maj_flt = task->maj_flt;
 }
 
-static __always_inline void charge(struct cpu_state *r, struct task_struct *task, u32 cpu)
+static __always_inline struct shard_usage *charge(struct cpu_state *r, struct task_struct *task, u32 cpu)
 {
 	struct shard_usage *u = usage_of(r->slot, cpu);
 
 	if (!u)
-		return;
+		return 0;
 	u->cpu_ns += task->se.sum_exec_runtime - r->sum_exec;
-	u->voluntary += task->nvcsw - r->nvcsw;
-	u->forced += task->nivcsw - r->nivcsw;
 	u->minor_faults += task->min_flt - r->min_flt;
 	u->major_faults += task->maj_flt - r->maj_flt;
+	return u;
 }
 
-static __always_inline void arrive(struct task_struct *task, u32 slot, u32 cpu)
+static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, u32 cpu)
 {
-	u64 pid = task->pid, queued = task->sched_info.last_queued, delay = task->sched_info.run_delay;
+	u64 queued = task->sched_info.last_queued, delay = task->sched_info.run_delay;
 	u32 at = pid & (DELAYS - 1);
 	u64 *entry = bpf_map_lookup_elem(&delays, &at);
 	struct shard_usage *u = usage_of(slot, cpu);
@@ -100,14 +96,22 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 
 	if (!r)
 		return 0;
-	if (r->pid && r->pid == (u32)prev->pid)
-		charge(r, prev, cpu);
-	r->pid = next->pid;
-	if (!r->pid) /* idle */
+	if (r->task == (u64)prev) {
+		struct shard_usage *u = charge(r, prev, cpu);
+		if (u && (preempt || !prev->__state))
+			u->forced++;
+		else if (u)
+			u->voluntary++;
+	}
+	u64 pid = (u32)next->pid;
+	if (!pid) { /* idle */
+		r->task = 0;
 		return 0;
+	}
+	r->task = (u64)next;
 	r->slot = slot_of_task(next, r);
 	remember(r, next);
-	arrive(next, r->slot, cpu);
+	arrive(next, pid, r->slot, cpu);
 	return 0;
 }
 
@@ -118,7 +122,7 @@ int flush(void *ctx)
 	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
 	struct task_struct *task = bpf_get_current_task_btf();
 
-	if (!r || !r->pid || r->pid != (u32)task->pid)
+	if (!r || r->task != (u64)task)
 		return 0;
 	charge(r, task, cpu);
 	remember(r, task);

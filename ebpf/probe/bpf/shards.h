@@ -5,19 +5,21 @@
  *
  * Every shard has a slot. Slot 0 is the host: whatever lies below the host's own
  * root cgroup and in no shard. User space fills `cgroups` and `netns`, and raises
- * control.generation after each change. Counters of a slot are one `usage` per
- * possible CPU, written by that CPU alone, so that user space adds them up from a
- * memory mapping without a system call.
+ * the generation of every CPU after each change. Counters of a slot are one
+ * `shard_usage` per possible CPU, written by that CPU alone, so that user space
+ * adds them up from a memory mapping without a system call.
  *
- *   cgroups  hash   u64 kind<<60 | kernfs id    -> u32 slot
- *   netns    hash   u32 inode number            -> u32 slot
- *   usage    array  slot * cpus + cpu           -> struct shard_usage   (mmap)
- *   recent   array  cpu * RECENT + id % RECENT  -> u64            (mmap)
- *   control  array  0                           -> struct shard_control (mmap)
+ *   cgroups  hash   u64 kind<<60 | kernfs id -> u32 slot
+ *   netns    hash   u32 inode number         -> u32 slot
+ *   usage    array  slot * cpus + cpu        -> struct shard_usage (mmap)
+ *   percpu   array  cpu                      -> struct cpu_state   (mmap)
  *
- * `recent` remembers, per CPU, which slot a cgroup resolved to: the answer for a
- * nested cgroup takes a walk to the root otherwise. An entry is one word, so that
- * an interrupt sees it whole: id (32 bits) | generation (20) | slot + 1 (12).
+ * cpu_state.recent remembers which slot a cgroup resolved to: the answer takes a
+ * hash, for a nested cgroup a walk to the root, and for any more loads than there
+ * should be at a switch. It is by the serial number of the cgroup's state for one
+ * controller, which all hierarchies share and which is not used again. An entry
+ * is one word, so that an interrupt sees it whole: serial number (32 bits) |
+ * generation (20) | slot + 2 (12).
  */
 #ifndef TRANSHIP_SHARDS_H
 #define TRANSHIP_SHARDS_H
@@ -64,19 +66,17 @@ struct shard_usage {
 /* One map for all that a switch needs of its CPU: in a virtual machine a miss of
  * the TLB costs more than the rest of the program. */
 struct cpu_state {
-	/* The task on the CPU, by pid; 0 is the idle task, or nothing known. */
-	u32 pid;
-	u32 slot;
+	/* The task on the CPU, by address; 0 is the idle task, or nothing known. */
+	u64 task;
 	/* Its counters when it came. */
 	u64 sum_exec;
-	u64 nvcsw;
-	u64 nivcsw;
 	u64 min_flt;
 	u64 maj_flt;
+	u32 slot;
 	/* Written by user space. */
 	u32 generation;
 	u32 connections_lost; /* `connections` was full */
-	u64 spare;
+	u32 spare[5];
 	u64 recent[RECENT];
 };
 
@@ -139,17 +139,17 @@ static __always_inline u32 walk(struct cgroup *cg, u64 kind)
 	return NO_SLOT;
 }
 
-/* slot_of_cgroup is the shard of a cgroup, 0 for the host, NO_SLOT for what is
- * outside (another host of the lab). */
-static __always_inline u32 slot_of_cgroup(struct cgroup *cg, u64 kind, struct cpu_state *state)
+/* slot_of is the shard of a cgroup, 0 for the host, NO_SLOT for what is outside
+ * (another host of the lab). */
+static __always_inline u32 slot_of(struct cgroup_subsys_state *css, u64 kind, struct cpu_state *state)
 {
-	u64 id = cg->kn->id;
-	u64 *entry = &state->recent[(id ^ kind << 5) & (RECENT - 1)];
-	u64 tag = id << 32 | (u64)((state->generation & 0x7ffff) | (kind == KIND_BLOCK) << 19) << 12;
+	u64 serial = css->serial_nr;
+	u64 *entry = &state->recent[serial & (RECENT - 1)];
+	u64 tag = serial << 32 | (u64)(state->generation & 0xfffff) << 12;
 	u64 have = *(volatile u64 *)entry;
 	if ((have & ~0xfffULL) == tag && have & 0xfff)
 		return (u32)(have & 0xfff) - 2;
-	u32 slot = walk(cg, kind);
+	u32 slot = walk(css->cgroup, kind);
 	*(volatile u64 *)entry = tag | (((u64)slot + 2) & 0xfff);
 	return slot;
 }
