@@ -116,7 +116,10 @@ func start(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "bench: hosts are namespaces, which only root can make: run `make bench`, which asks sudo")
 		return exitWrong
 	}
-	err = measure(ctx, opt, stdout, stderr)
+	r, err := measure(ctx, opt, stderr)
+	if r != nil { // also when it ends early: each line says what it rests on
+		err = errors.Join(err, show(stdout, r, opt.out))
+	}
 	switch {
 	case ctx.Err() != nil:
 		fmt.Fprintln(stderr, "bench: interrupted;", err)
@@ -177,26 +180,26 @@ type bench struct {
 func (b *bench) say(format string, args ...any) { fmt.Fprintf(b.stderr, format+"\n", args...) }
 
 // measure is the benchmark in order; the lab is down again when it returns.
-func measure(ctx context.Context, opt options, stdout, stderr io.Writer) (err error) {
+func measure(ctx context.Context, opt options, stderr io.Writer) (r *results, err error) {
 	labName := os.Getenv("TRANSHIP_LAB")
 	if labName == "" {
 		labName = "bench"
 	}
 	b := &bench{opt: opt, images: map[string]bool{}, stderr: stderr}
 	if b.tool, err = findTool(opt.bin, labName); err != nil {
-		return err
+		return nil, err
 	}
 	if b.self, err = os.Executable(); err != nil {
-		return err
+		return nil, err
 	}
 	if b.scratch, err = os.MkdirTemp("", "tranship-bench-"); err != nil {
-		return err
+		return nil, err
 	}
 	defer os.RemoveAll(b.scratch)
-	r := &results{}
+	r = &results{}
 	if !opt.fresh {
 		if r, err = loadResults(opt.out); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	r.SchemaVersion, r.MeasuredAt, r.Method = resultsVersion, time.Now().UTC().Truncate(time.Second), method
@@ -210,12 +213,9 @@ func measure(ctx context.Context, opt options, stdout, stderr io.Writer) (err er
 	}()
 	// What an interrupted run left is not what this one begins with.
 	if _, err := b.tool.tranship(ctx, "lab", "down"); err != nil {
-		return fmt.Errorf("remains of an earlier run: %w", err)
+		return r, fmt.Errorf("remains of an earlier run: %w", err)
 	}
-	if err := b.measureTasks(ctx, r); err != nil {
-		return err
-	}
-	return show(stdout, r, opt.out)
+	return r, b.measureTasks(ctx, r)
 }
 
 // measureTasks measures group after group; each is saved as soon as it is
@@ -230,19 +230,21 @@ func (b *bench) measureTasks(ctx context.Context, r *results) error {
 		b.say("%s: %s", t.name, t.about)
 		g := group{Name: t.name, About: t.about, MeasuredAt: time.Now().UTC().Truncate(time.Second), Load: load1()}
 		err := b.inLab(ctx, t, &g)
-		if ctx.Err() != nil {
-			return errors.Join(context.Cause(ctx), err)
-		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", t.name, err))
 			b.say("  %v", err)
-			g = group{Name: t.name, About: t.about, MeasuredAt: g.MeasuredAt, Load: g.Load, Absent: []absent{{Subject: "all", Why: err.Error()}}}
+			// What was measured before stays: its number is in the table.
+			g.Absent = append(g.Absent, absent{Subject: "the rest", Why: err.Error()})
 		}
+		g.LoadEnd = load1()
 		r.put(g)
 		r.sort(all)
 		r.Rows = targets(r)
 		if err := r.save(b.opt.out); err != nil {
 			return err
+		}
+		if ctx.Err() != nil {
+			return errors.Join(append(failed, context.Cause(ctx))...)
 		}
 	}
 	return errors.Join(failed...)

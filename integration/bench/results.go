@@ -42,9 +42,10 @@ type group struct {
 	Name       string    `json:"name"`
 	About      string    `json:"about"`
 	MeasuredAt time.Time `json:"measured_at"`
-	// Load is the machine's load average of a minute when the group began: what
-	// else ran is in the numbers too.
-	Load float64 `json:"load_at_begin"`
+	// Load is the machine's load average of a minute when the group began, and
+	// when it ended: what else ran is in the numbers too.
+	Load    float64 `json:"load_at_begin"`
+	LoadEnd float64 `json:"load_at_end"`
 	// MemoryMiB is what the shard's processes had in memory.
 	MemoryMiB float64  `json:"memory_mib,omitempty"`
 	Samples   []sample `json:"samples,omitempty"`

@@ -41,12 +41,26 @@ func printTable(w io.Writer, r *results) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	if err := printLoad(w, r); err != nil {
+		return err
+	}
 	for _, line := range r.Method {
 		if _, err := fmt.Fprintln(w, "·", line); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// printLoad says how busy the machine was: the benchmark alone makes a load of
+// about its number of processors.
+func printLoad(w io.Writer, r *results) error {
+	var parts []string
+	for _, g := range r.Groups {
+		parts = append(parts, fmt.Sprintf("%s %.1f → %.1f", g.Name, g.Load, g.LoadEnd))
+	}
+	_, err := fmt.Fprintf(w, "· Load average when each group began and ended, on %d processors: %s.\n", r.Machine.CPUs, strings.Join(parts, ", "))
+	return err
 }
 
 // printRates prints the groups in which bytes were sent.
