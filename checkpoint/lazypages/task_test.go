@@ -138,6 +138,8 @@ type pageState struct {
 	patch uint64 // one word written without reading the page, 0 for none
 	at    uint16
 	kind  kind
+	// wipe: its mapping is MADV_WIPEONFORK, which it stays wherever it moves.
+	wipe bool
 }
 
 // area is a piece of the process's memory that one thread owns.
@@ -402,7 +404,9 @@ func (s taskSpec) chaos() error {
 	return each(s.split(), func(thread int, a area) error {
 		c := chaos{
 			spec: s, rng: rand.New(rand.NewPCG(s.Seed, uint64(thread))), areas: []area{a},
-			wipeFrom: s.Base + (s.Pages-s.Wipe)*page,
+		}
+		for i := range a.pages {
+			a.pages[i].wipe = a.addr+uint64(i)*page >= s.Base+(s.Pages-s.Wipe)*page
 		}
 		for op := range s.Ops {
 			if err := c.step(); err != nil {
@@ -419,11 +423,10 @@ func (s taskSpec) chaos() error {
 }
 
 type chaos struct {
-	spec     taskSpec
-	rng      *rand.Rand
-	areas    []area
-	wipeFrom uint64
-	doing    string
+	spec  taskSpec
+	rng   *rand.Rand
+	areas []area
+	doing string
 }
 
 func (c *chaos) check(a *area, from, n int) error {
@@ -449,7 +452,11 @@ func (c *chaos) step() error {
 		what = 96
 	}
 	c.doing = fmt.Sprintf("op %d on %#x+%d pages", what, addr, n)
-	zero := func(ps []pageState) { clear(ps) }
+	zero := func(ps []pageState) {
+		for i := range ps {
+			ps[i] = pageState{wipe: ps[i].wipe}
+		}
+	}
 	if what >= 66 && what < 88 || what == 95 {
 		if ok, err := whole(addr, size); !ok || err != nil {
 			return err
@@ -469,7 +476,7 @@ func (c *chaos) step() error {
 			if p.kind == zeroKind || c.rng.IntN(2) == 0 {
 				continue
 			}
-			*p = pageState{kind: writtenKind, value: c.rng.Uint64()}
+			*p = pageState{kind: writtenKind, value: c.rng.Uint64(), wipe: p.wipe}
 			fillPage(unsafe.Slice((*byte)(pointer(addr+uint64(i)*page)), page), p.value)
 		}
 		return c.check(a, from, n)
@@ -500,7 +507,7 @@ func (c *chaos) step() error {
 		if err != nil {
 			return err
 		}
-		moved := append(append([]pageState{}, run...), pageState{})
+		moved := append(append([]pageState{}, run...), pageState{wipe: run[0].wipe})
 		c.remove(k, from, n)
 		c.areas = append(c.areas, area{to, moved})
 	case what < 88: // move, and leave an empty mapping behind
@@ -512,7 +519,7 @@ func (c *chaos) step() error {
 		c.areas = append(c.areas, area{to, append([]pageState{}, run...)})
 		zero(c.areas[k].pages[from : from+n])
 	case what < 92: // map anew over it
-		zero(run)
+		clear(run)
 		return mapAt(addr, size, unix.MAP_FIXED)
 	case what < 95: // split the mapping for a while
 		for _, prot := range []uintptr{unix.PROT_READ, unix.PROT_READ | unix.PROT_WRITE} {
@@ -578,11 +585,9 @@ func (c *chaos) fork(program bool) error {
 	views := make([]area, len(c.areas))
 	for i, a := range c.areas {
 		views[i] = area{a.addr, append([]pageState{}, a.pages...)}
-		if c.spec.Wipe > 0 { // what lies there, and has not moved, is zero in a child
-			for j := range views[i].pages {
-				if at := a.addr + uint64(j)*page; at >= c.wipeFrom && at < c.spec.Base+c.spec.Pages*page {
-					views[i].pages[j] = pageState{}
-				}
+		for j, p := range a.pages {
+			if p.wipe {
+				views[i].pages[j] = pageState{}
 			}
 		}
 	}
