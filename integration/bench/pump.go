@@ -55,6 +55,23 @@ type pumped struct {
 	Seconds float64 `json:"seconds"`
 	// OnWire is what the transport says it sent, 0 where it does not say.
 	OnWire int64 `json:"on_wire"`
+	// CPUSeconds is the sender's processor time, the kernel's for it included:
+	// what a busy machine does not distort.
+	CPUSeconds float64 `json:"cpu_seconds"`
+}
+
+// received is a receiver's last line.
+type received struct {
+	CPUSeconds float64 `json:"cpu_seconds"`
+}
+
+// cpuSeconds is what this process has used.
+func cpuSeconds() (float64, error) {
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
+		return 0, fmt.Errorf("processor time: %w", err)
+	}
+	return float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9, nil
 }
 
 // hostTLS reads the files that issue wrote for a host.
@@ -90,7 +107,14 @@ func receiveMain(args []string) int {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		cancel()
 	}()
-	if err := receive(ctx, args[0], args[1], args[2]); err != nil && ctx.Err() == nil {
+	err := receive(ctx, args[0], args[1], args[2])
+	if err == nil || ctx.Err() != nil {
+		var r received
+		if r.CPUSeconds, err = cpuSeconds(); err == nil {
+			err = json.NewEncoder(os.Stdout).Encode(r)
+		}
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "receive:", err)
 		return 1
 	}
@@ -275,6 +299,10 @@ func send(ctx context.Context, dir, addr, way string, data []byte, while time.Du
 		onWire = func() int64 { return int64(s.Stats().BytesWire) }
 	}
 	before := onWire()
+	cpu, err := cpuSeconds()
+	if err != nil {
+		return pumped{}, err
+	}
 	p := pumped{}
 	began := time.Now()
 	for p.Bytes == 0 || time.Since(began) < while {
@@ -284,7 +312,9 @@ func send(ctx context.Context, dir, addr, way string, data []byte, while time.Du
 		p.Bytes += int64(len(data))
 	}
 	p.Seconds, p.OnWire = time.Since(began).Seconds(), onWire()-before
-	return p, nil
+	used, err := cpuSeconds()
+	p.CPUSeconds = used - cpu
+	return p, err
 }
 
 // framed sends one pass and waits for its answer.

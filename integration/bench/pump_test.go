@@ -39,7 +39,8 @@ func TestEveryWayCarriesEveryByte(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			line, err := bufio.NewReader(out).ReadBytes('\n')
+			lines := bufio.NewReader(out)
+			line, err := lines.ReadBytes('\n')
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -59,6 +60,11 @@ func TestEveryWayCarriesEveryByte(t *testing.T) {
 				t.Errorf("%+v on the wire", p)
 			}
 			in.Close()
+			last, err := lines.ReadBytes('\n')
+			var r received
+			if err != nil || document(last, &r) != nil || r.CPUSeconds <= 0 || p.CPUSeconds <= 0 {
+				t.Errorf("processor time of the receiver: %q, %v, of the sender %v", last, err, p.CPUSeconds)
+			}
 			if err := cmd.Wait(); err != nil {
 				t.Errorf("the receiver: %v", err)
 			}

@@ -73,10 +73,10 @@ func printRates(w io.Writer, r *results) {
 				continue
 			}
 			if !headed {
-				fmt.Fprintln(w, "\nGROUP\tSENT BY\tN\tMB/s\t± %")
+				fmt.Fprintln(w, "\nGROUP\tSENT BY\tN\tMB/s\t± %\tCPU-s/GB")
 				headed = true
 			}
-			fmt.Fprintf(w, "%s\t%s\t%d\t%.0f\t%.0f\n", g.Name, subject, rate.N, rate.Median, 100*rate.Spread)
+			fmt.Fprintf(w, "%s\t%s\t%d\t%.0f\t%.0f\t%.2f\n", g.Name, subject, rate.N, rate.Median, 100*rate.Spread, median(g.of(subject, cpuMetric)))
 		}
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -35,6 +34,7 @@ const (
 	tlsHeap, quicHeap, roadHeap   = "tls/tcp, heap", "quic-go, heap", "page road, heap"
 	tlsNoise, quicNoise, rawNoise = "tls/tcp, noise", "quic-go, noise", "wire alone, noise"
 	rateMetric, wireMetric        = "mb_per_s", "wire_mb_per_s"
+	cpuMetric                     = "cpu_s_per_gb"  // of both ends
 	transferLeast                 = 2 * time.Second // of one sample
 	gigabitLinkMB                 = 1e9 / 8e6
 )
@@ -64,7 +64,7 @@ func measureThroughput(l link) func(context.Context, *bench, *group) error {
 				if err != nil {
 					return fmt.Errorf("%s: %w", c.subject, err)
 				}
-				v := map[string]float64{rateMetric: float64(p.Bytes) / p.Seconds / 1e6}
+				v := map[string]float64{rateMetric: float64(p.Bytes) / p.Seconds / 1e6, cpuMetric: p.CPUSeconds / (float64(p.Bytes) / 1e9)}
 				if p.OnWire > 0 {
 					v[wireMetric] = float64(p.OnWire) / p.Seconds / 1e6
 				}
@@ -92,14 +92,20 @@ func (b *bench) transfer(ctx context.Context, l link, c transferCase, dir string
 	if err := cmd.Start(); err != nil {
 		return p, fmt.Errorf("start a receiver: %w", err)
 	}
+	lines := bufio.NewReader(out)
 	defer func() {
 		in.Close()
-		_, _ = io.Copy(io.Discard, out)
+		last, _ := lines.ReadBytes('\n')
 		if waitErr := cmd.Wait(); waitErr != nil {
 			err = errors.Join(err, fmt.Errorf("the receiver: %w%s", waitErr, tail(stderr.String())))
 		}
+		if err == nil {
+			var r received
+			err = document(last, &r)
+			p.CPUSeconds += r.CPUSeconds
+		}
 	}()
-	line, err := bufio.NewReader(out).ReadBytes('\n')
+	line, err := lines.ReadBytes('\n')
 	if err != nil {
 		return p, fmt.Errorf("the receiver does not listen: %w", err)
 	}
