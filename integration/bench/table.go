@@ -1,8 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 )
@@ -23,6 +26,7 @@ func printTable(w io.Writer, r *results) error {
 			fmt.Fprintf(t, "%s\t%s\tabsent: %s\n", g.Name, a.Subject, firstOf(a.Why))
 		}
 	}
+	printSteps(t, r)
 	printRates(t, r)
 	fmt.Fprintln(t)
 	fmt.Fprintln(t, "TARGET\t\tMEASURED\t\t")
@@ -63,6 +67,41 @@ func printLoad(w io.Writer, r *results) error {
 	return err
 }
 
+// leastStep is what a step must take to be told, in milliseconds.
+const leastStep = 5
+
+// printSteps says where tranship's blackouts went. Some steps run beside each
+// other, and those of the destination are parts of one of the source's.
+func printSteps(w io.Writer, r *results) {
+	headed := false
+	for _, g := range r.Groups {
+		steps := map[string][]float64{}
+		for _, s := range g.Samples {
+			for name, took := range s.Steps {
+				if s.Subject == tranship {
+					steps[name] = append(steps[name], took)
+				}
+			}
+		}
+		var parts []string
+		for _, name := range slices.SortedFunc(maps.Keys(steps), func(a, b string) int {
+			return cmp.Or(cmp.Compare(median(steps[b]), median(steps[a])), cmp.Compare(a, b))
+		}) {
+			if took := median(steps[name]); took >= leastStep {
+				parts = append(parts, fmt.Sprintf("%s %.0f", name, took))
+			}
+		}
+		if len(parts) == 0 {
+			continue
+		}
+		if !headed {
+			fmt.Fprintln(w, "\nGROUP\tWHERE TRANSHIP'S BLACKOUT WENT, ms")
+			headed = true
+		}
+		fmt.Fprintf(w, "%s\t%s\n", g.Name, strings.Join(parts, ", "))
+	}
+}
+
 // printRates prints the groups in which bytes were sent.
 func printRates(w io.Writer, r *results) {
 	headed := false
@@ -76,7 +115,7 @@ func printRates(w io.Writer, r *results) {
 				fmt.Fprintln(w, "\nGROUP\tSENT BY\tN\tMB/s\t± %\tCPU-s/GB")
 				headed = true
 			}
-			fmt.Fprintf(w, "%s\t%s\t%d\t%.0f\t%.0f\t%.2f\n", g.Name, subject, rate.N, rate.Median, 100*rate.Spread, median(g.of(subject, cpuMetric)))
+			fmt.Fprintf(w, "%s\t%s\t%d\t%.0f\t%.0f\t%s\n", g.Name, subject, rate.N, rate.Median, 100*rate.Spread, spread("%.2f", median(g.of(subject, cpuMetric))))
 		}
 	}
 }

@@ -24,7 +24,7 @@ func measured() *results {
 		g := group{Name: size.group}
 		for _, off := range []float64{0, -10, 10, 5, -5} {
 			g.Samples = append(g.Samples,
-				sample{Subject: tranship, Values: map[string]float64{blackoutMetric: 100 + 20*size.gib + off/10, totalMetric: 900, bytesMetric: 5 << 20, gapMetric: 130}},
+				sample{Subject: tranship, Values: map[string]float64{blackoutMetric: 100 + 20*size.gib + off/10, totalMetric: 900, bytesMetric: 5 << 20, gapMetric: 130}, Steps: map[string]float64{"last pages": 60 + off, "criu dump": 60, "journal": 1}},
 				sample{Subject: stock, Values: map[string]float64{blackoutMetric: 400 + 1000*size.gib + off, totalMetric: 500, bytesMetric: 50 << 20, gapMetric: 480}})
 		}
 		r.put(g)
