@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -318,8 +319,8 @@ func (b *bench) throughput(ctx context.Context) error {
 	for i, load := range loads {
 		ratio, low, high := compare(with[i], without[i])
 		b.add(Row{
-			Name: load.name, Value: ratio, Unit: "ratio", Target: load.target, Met: ratio >= load.least,
-			Detail: fmt.Sprintf("median of %d pairs, which lie between %.3f and %.3f; %.0f and %.0f a second", rounds, low, high, median(with[i]), median(without[i])),
+			Name: load.name, Value: ratio, Unit: "ratio", Target: load.target, Met: low >= load.least,
+			Detail: fmt.Sprintf("median of %d pairs, known to lie between %.3f and %.3f; the target counts as met when all of that reaches it; %.0f and %.0f a second", rounds, low, high, median(with[i]), median(without[i])),
 		})
 	}
 	return b.on(ctx)
@@ -399,14 +400,19 @@ func (b *bench) redisBenchmark(ctx context.Context) (float64, error) {
 	return strconv.ParseFloat(string(all[len(all)-1][1]), 64)
 }
 
-// compare returns the median of the pairs' ratios, and the middle half of them.
+// compare returns the median of the pairs' ratios, and the bounds within which it
+// lies at 95 %: the order statistics n/2 ± 0.98 √n, which suppose nothing about
+// how the noise of the machine is distributed. A median alone would meet or miss
+// a target by luck.
 func compare(with, without []float64) (ratio, low, high float64) {
 	ratios := make([]float64, len(with))
 	for i := range with {
 		ratios[i] = with[i] / without[i]
 	}
 	slices.Sort(ratios)
-	return median(ratios), ratios[len(ratios)/4], ratios[len(ratios)*3/4]
+	n := float64(len(ratios))
+	off := int(math.Ceil(0.98 * math.Sqrt(n)))
+	return median(ratios), ratios[max(0, len(ratios)/2-off)], ratios[min(len(ratios)-1, len(ratios)/2+off)]
 }
 
 func median(v []float64) float64 {
