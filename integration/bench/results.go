@@ -74,9 +74,12 @@ type row struct {
 	Unit   string   `json:"unit"`
 	Target float64  `json:"target"`
 	// AtLeast turns the comparison: otherwise the value is at most the target.
-	AtLeast bool   `json:"at_least"`
-	Pass    bool   `json:"pass"`
-	Note    string `json:"note,omitempty"`
+	AtLeast bool `json:"at_least"`
+	Pass    bool `json:"pass"`
+	// Few is how many samples it should rest on, when it rests on fewer: then it
+	// passes nothing.
+	Few  int    `json:"too_few_of,omitempty"`
+	Note string `json:"note,omitempty"`
 }
 
 // of returns the values of one metric of one subject.

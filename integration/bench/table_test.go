@@ -108,9 +108,9 @@ func TestTargetsAreComputedFromMedians(t *testing.T) {
 
 func TestTheRowOfMovesCountsWhatWentWrong(t *testing.T) {
 	g := group{Name: lineupGroup}
-	for i := range 50 {
+	for i := range 100 {
 		v := sample{Subject: tranship, Values: map[string]float64{blackoutMetric: 100, gapMetric: 120}}
-		if i == 7 {
+		if i == 7 || i == 8 {
 			v.Values = map[string]float64{blackoutMetric: 150, gapMetric: 230}
 		}
 		g.Samples = append(g.Samples, v)
@@ -123,6 +123,19 @@ func TestTheRowOfMovesCountsWhatWentWrong(t *testing.T) {
 		if got.Value == nil || *got.Value != want || got.Pass != (part == "leaks" || part == "p99 of the median") {
 			t.Errorf("%s: %+v", part, got)
 		}
+	}
+}
+
+func TestFewSamplesPassNothing(t *testing.T) {
+	r := measured()
+	for i := range r.Groups {
+		if len(r.Groups[i].Samples) > 8 {
+			r.Groups[i].Samples = r.Groups[i].Samples[:8] // four of each
+		}
+	}
+	r.Rows = targets(r)
+	if got := rowOf(t, r, "1 GiB"); got.Pass || got.Value == nil || got.verdict() != "fewer samples than 5" {
+		t.Errorf("%+v, %s", got, got.verdict())
 	}
 }
 

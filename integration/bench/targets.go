@@ -53,11 +53,21 @@ func newRow(name string, value float64, unit string, target float64, least bool,
 	return r
 }
 
+// restsOn takes the pass from a row that rests on fewer samples than it should.
+func (r row) restsOn(n, want int) row {
+	if r.Value != nil && n < want {
+		r.Pass, r.Few = false, want
+	}
+	return r
+}
+
 // verdict says whether a row reached its target, or by how much not.
 func (r row) verdict() string {
 	switch {
 	case r.Value == nil:
 		return "not measured"
+	case r.Few > 0:
+		return fmt.Sprintf("fewer samples than %d", r.Few)
 	case r.Pass:
 		return "reached"
 	case r.Target == 0:
@@ -77,9 +87,19 @@ func medianOf(r *results, name, subject, metric string) float64 {
 	return median(g.of(subject, metric))
 }
 
+const (
+	// leastSamples of each subject make a median, leastGaps a percentile of the
+	// client's gaps, and leastMoves a long row.
+	leastSamples = 5
+	leastGaps    = 50
+	leastMoves   = 100
+)
+
 func ratioRow(r *results, name, groupName string, target float64) row {
 	own, other := medianOf(r, groupName, tranship, blackoutMetric), medianOf(r, groupName, stock, blackoutMetric)
-	return atMost(name, own/other, "×", target, spread("%.0f ms", own)+spread(" of %.0f ms", other))
+	g, _ := r.group(groupName)
+	n := min(len(g.of(tranship, blackoutMetric)), len(g.of(stock, blackoutMetric)))
+	return atMost(name, own/other, "×", target, spread("%.0f ms", own)+spread(" of %.0f ms", other)).restsOn(n, leastSamples)
 }
 
 // slopeRow compares what a GiB adds to the blackout, by least squares over the
@@ -121,10 +141,10 @@ func lineupRows(r *results) []row {
 	med, worst := median(blackouts), worst99(blackouts)
 	count := func(metric string) float64 { return median(g.of(overall, metric)) }
 	return []row{
-		atMost("client's longest gap beyond the blackout, p99", worst99(over), "ms", 50, made+spread(", median %.0f ms", median(over))),
-		atMost("moves in a row: errors", count(errorsMetric), "", 0, made),
-		atMost("moves in a row: leaks", count(leaksMetric), "", 0, made),
-		atMost("moves in a row: blackout, p99 of the median", worst/med, "×", 2, spread("%.0f ms", worst)+spread(" of %.0f ms", med)),
+		atMost("client's longest gap beyond the blackout, p99", worst99(over), "ms", 50, made+spread(", median %.0f ms", median(over))).restsOn(len(over), leastGaps),
+		atMost("moves in a row: errors", count(errorsMetric), "", 0, made).restsOn(len(blackouts), leastMoves),
+		atMost("moves in a row: leaks", count(leaksMetric), "", 0, made).restsOn(len(blackouts), leastMoves),
+		atMost("moves in a row: blackout, p99 of the median", worst/med, "×", 2, spread("%.0f ms", worst)+spread(" of %.0f ms", med)).restsOn(len(blackouts), leastMoves),
 	}
 }
 
