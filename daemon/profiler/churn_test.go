@@ -165,6 +165,21 @@ func (c *container) stop() error {
 	return errors.Join(errs...)
 }
 
+// ranFor is the time that a process was on a processor: the first number of its
+// schedstat (Documentation/scheduler/sched-stats.rst).
+func ranFor(t *testing.T, pid int) time.Duration {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/schedstat", pid))
+	if err != nil {
+		t.Error(err)
+		return 0
+	}
+	var ran int64
+	if _, err := fmt.Sscan(string(raw), &ran); err != nil {
+		t.Error(err)
+	}
+	return time.Duration(ran)
+}
+
 func descriptors(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
@@ -187,6 +202,12 @@ func (p *Profiler) count() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.subjects)
+}
+
+func (p *Profiler) has(shard string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.subjects[shard] != nil
 }
 
 func TestFiveHundredShardsInAMinute(t *testing.T) {
@@ -217,7 +238,11 @@ func TestFiveHundredShardsInAMinute(t *testing.T) {
 					return
 				}
 				f.say(c.task, false)
-				<-time.After(50 * time.Millisecond) // its life
+				// Its life: long enough to be noticed and to use something, on a busy
+				// machine too. What ends before its event is read leaves no trace.
+				eventually(t, "it is noticed", func() bool { return p.has("churn/" + c.task.Name) })
+				from := ranFor(t, c.task.PID)
+				eventually(t, "it has run", func() bool { return ranFor(t, c.task.PID) >= from+10*time.Millisecond })
 				err = c.stop()
 				// Every other exit is lost, as events may be: then its pidfd tells.
 				if i%2 == 0 {
@@ -268,7 +293,7 @@ func TestFiveHundredShardsInAMinute(t *testing.T) {
 		return n
 	}
 	eventually(t, "all minutes are written", func() bool { return len(p.writes) == 0 })
-	eventually(t, "every shard has left what it used", func() bool { return seen() == count })
+	eventually(t, fmt.Sprintf("%d of %d shards have left what they used, and then all", seen(), count), func() bool { return seen() == count })
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.unwatch != 0 || p.dropped != 0 {
