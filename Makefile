@@ -41,5 +41,5 @@ bench: setup build ## blackout and cost against stock checkpoint and restore, in
 	go run -exec '$(AS_ROOT)' ./integration/bench
 
 clean: ## what build and tests left, and labs that are still up
-	@[ ! -x bin/tranship ] || for lab in "" test; do TRANSHIP_LAB=$$lab $(AS_ROOT) bin/tranship lab down; done
+	@[ ! -x bin/tranship ] || for lab in "" test bench; do TRANSHIP_LAB=$$lab $(AS_ROOT) bin/tranship lab down; done
 	rm -rf bin
