@@ -151,3 +151,34 @@ func daemonBytes(root string) int64 {
 	}
 	return sum
 }
+
+// The page server is the only holder of the pages that are not placed yet. When
+// it dies, they would read as zeros: the shard must not run on.
+func TestAShardWhosePagesAreLostIsStopped(t *testing.T) {
+	needChecks(t)
+	const name = "bereft"
+	f := &faulty{t: t, name: name}
+	ip := runShard(t, "host-1", name, checksImage, "redis-server", "--save", "", "--protected-mode", "no")
+	awaitListening(t, ip, 6379)
+	must(t, "client", checker(t), "redis", "load", "--addr", ip+":6379", "--bytes", "64MiB")
+	release, wait := f.pauseAt("host-2", "destination.restored")
+	server := strings.TrimSpace(must(t, "host-2", "pgrep", "-f", "transhipd page-serve[r]"))
+	// It has placed nothing but what CRIU itself touched, and now never will.
+	must(t, "host-2", "kill", "-STOP", server)
+	release()
+	if r, code := wait(); code != 0 || r.Outcome != "done" {
+		t.Fatalf("exit code %d, %+v", code, r)
+	}
+	must(t, "host-2", "kill", "-KILL", server)
+	await(t, "the shard is stopped", func() bool {
+		for _, s := range where(t, name) {
+			if s.Node != "host-2" || s.Status == "running" {
+				return false
+			}
+		}
+		return true
+	})
+	if out := must(t, "host-2", "tranship", "migrations", "-o", "json"); !strings.Contains(out, `"pages-lost"`) {
+		t.Errorf("tranship migrations does not say why: %s", out)
+	}
+}
