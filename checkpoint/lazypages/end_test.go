@@ -434,15 +434,10 @@ func TestAnOrphanIsFoundByItsMissingPages(t *testing.T) {
 	if err := r.result(); !errors.Is(err, context.Canceled) {
 		t.Errorf("result: %v", err)
 	}
-	// It has no address space any more; that its death is seen takes a processor.
-	for {
-		stat, alive := statOf(child)
-		if !alive {
-			break
-		}
-		if r.ctx.Err() != nil {
-			t.Fatalf("the orphan lives on: %v", stat)
-		}
+	// A process that was killed may still be on its way out, but without memory.
+	const vsize = 23 - 3 // proc_pid_stat(5); the first of these fields is the third
+	if stat, alive := statOf(child); alive && stat[vsize] != "0" {
+		t.Errorf("the orphan lives on: %v", stat)
 	}
 	tasks[1].mustBeKilled()
 }
