@@ -145,11 +145,22 @@ func flipValues(d faulty.Direction) faulty.Fault {
 	}
 }
 
+// once changes the first value, and nothing after it.
+func once(fault faulty.Fault) faulty.Fault {
+	var done atomic.Bool
+	return func(dir faulty.Direction, offset int64, piece []byte) error {
+		if dir != faulty.ToClient || len(piece) <= 4000 || !done.CompareAndSwap(false, true) {
+			return nil
+		}
+		return fault(dir, offset, piece)
+	}
+}
+
 func TestDamageOnTheWayIsFound(t *testing.T) {
 	addr := startGo(t)
 	for name, fault := range map[string]faulty.Fault{
 		"the values of requests":    flipValues(faulty.ToServer),
-		"the values of answers":     flipValues(faulty.ToClient),
+		"one value of one answer":   once(flipValues(faulty.ToClient)),
 		"a connection that is cut":  faulty.CutAfter(faulty.ToClient, 60_000),
 		"a request that never ends": faulty.CutAfter(faulty.ToServer, 60_000),
 	} {
