@@ -54,7 +54,7 @@ func sources(p *probe.Probe, probeWhy error, place runtime.Place, trackerWhy str
 		set(Absent, sched, profile.Wait, profile.Voluntary, profile.Forced)
 	}
 	if block == "" {
-		set("bpf:block_rq_complete", "", profile.ReadBytes, profile.WriteBytes, profile.ReadOps, profile.WriteOps)
+		set("bpf:block_rq_issue", "", profile.ReadBytes, profile.WriteBytes, profile.ReadOps, profile.WriteOps)
 	} else {
 		set(fromDir(place, "blkio", "", "io.stat"), block, profile.ReadBytes, profile.WriteBytes, profile.ReadOps, profile.WriteOps)
 	}

@@ -57,6 +57,8 @@ const (
 	blockMapPercpu           = "percpu"
 	blockMapUsage            = "usage"
 	blockProgBlockRqComplete = "block_rq_complete"
+	blockProgBlockRqIssue    = "block_rq_issue"
+	blockProgBlockRqRequeue  = "block_rq_requeue"
 	blockVarCpus             = "cpus"
 	blockVarUnified          = "unified"
 )
@@ -104,6 +106,8 @@ type blockSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockProgramSpecs struct {
 	BlockRqComplete *ebpf.ProgramSpec `ebpf:"block_rq_complete"`
+	BlockRqIssue    *ebpf.ProgramSpec `ebpf:"block_rq_issue"`
+	BlockRqRequeue  *ebpf.ProgramSpec `ebpf:"block_rq_requeue"`
 }
 
 // blockMapSpecs contains maps before they are loaded into the kernel.
@@ -172,11 +176,15 @@ type blockVariables struct {
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockPrograms struct {
 	BlockRqComplete *ebpf.Program `ebpf:"block_rq_complete"`
+	BlockRqIssue    *ebpf.Program `ebpf:"block_rq_issue"`
+	BlockRqRequeue  *ebpf.Program `ebpf:"block_rq_requeue"`
 }
 
 func (p *blockPrograms) Close() error {
 	return _BlockClose(
 		p.BlockRqComplete,
+		p.BlockRqIssue,
+		p.BlockRqRequeue,
 	)
 }
 

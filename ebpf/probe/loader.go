@@ -48,7 +48,7 @@ type object struct {
 
 var objects = []object{
 	{PartSched, loadSched, []string{schedProgSchedSwitch}, []string{schedProgFlush}},
-	{PartBlock, loadBlock, []string{blockProgBlockRqComplete}, nil},
+	{PartBlock, loadBlock, []string{blockProgBlockRqIssue, blockProgBlockRqRequeue, blockProgBlockRqComplete}, nil},
 	{PartTCP, loadTcp, []string{tcpProgSetState, tcpProgRetransmit}, []string{tcpProgSurvey}},
 }
 

@@ -133,7 +133,8 @@ func TestBlockBytesAreTheCgroups(t *testing.T) {
 		for i := range u.Read {
 			ops += u.Read[i]
 		}
-		if u.ReadOps == 0 || ops != u.ReadOps || u.ReadNs == 0 {
+		// Latencies may miss completions (block.bpf.c), never have too many.
+		if u.ReadOps == 0 || ops > u.ReadOps || ops < u.ReadOps/2 || u.ReadNs == 0 {
 			t.Errorf("%s: %d operations, %d in the histogram, %d ns", name, u.ReadOps, ops, u.ReadNs)
 		}
 	}

@@ -23,8 +23,8 @@ const (
 	MajorFaults                   // page faults a second with I/O
 	ReadBytes                     // from block devices, a second
 	WriteBytes                    // to block devices, a second
-	ReadOps                       // completed requests a second
-	WriteOps                      // completed requests a second
+	ReadOps                       // requests to block devices a second
+	WriteOps                      // requests to block devices a second
 	ReceiveBytes                  // through the network interfaces but loopback, a second
 	TransmitBytes                 // the same, outward
 	ReceivePackets                // a second
