@@ -26,6 +26,13 @@ type schedCpuState struct {
 	Recent          [64]uint64
 }
 
+type schedSeen struct {
+	_       structs.HostLayout
+	Arrival uint64
+	MinFlt  uint32
+	MajFlt  uint32
+}
+
 type schedShardUsage struct {
 	_           structs.HostLayout
 	CpuNs       uint64
@@ -53,9 +60,9 @@ type schedShardUsage struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	schedMapCgroups      = "cgroups"
-	schedMapDelays       = "delays"
 	schedMapNetns        = "netns"
 	schedMapPercpu       = "percpu"
+	schedMapSeen         = "seen"
 	schedMapUsage        = "usage"
 	schedProgFlush       = "flush"
 	schedProgSchedSwitch = "sched_switch"
@@ -114,9 +121,9 @@ type schedProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedMapSpecs struct {
 	Cgroups *ebpf.MapSpec `ebpf:"cgroups"`
-	Delays  *ebpf.MapSpec `ebpf:"delays"`
 	Netns   *ebpf.MapSpec `ebpf:"netns"`
 	Percpu  *ebpf.MapSpec `ebpf:"percpu"`
+	Seen    *ebpf.MapSpec `ebpf:"seen"`
 	Usage   *ebpf.MapSpec `ebpf:"usage"`
 }
 
@@ -149,18 +156,18 @@ func (o *schedObjects) Close() error {
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedMaps struct {
 	Cgroups *ebpf.Map `ebpf:"cgroups"`
-	Delays  *ebpf.Map `ebpf:"delays"`
 	Netns   *ebpf.Map `ebpf:"netns"`
 	Percpu  *ebpf.Map `ebpf:"percpu"`
+	Seen    *ebpf.Map `ebpf:"seen"`
 	Usage   *ebpf.Map `ebpf:"usage"`
 }
 
 func (m *schedMaps) Close() error {
 	return _SchedClose(
 		m.Cgroups,
-		m.Delays,
 		m.Netns,
 		m.Percpu,
+		m.Seen,
 		m.Usage,
 	)
 }

@@ -76,6 +76,7 @@ struct cfs_rq {
 
 struct sched_entity {
 	u64 sum_exec_runtime;
+	u64 prev_sum_exec_runtime;
 	struct cfs_rq *cfs_rq;
 };
 
@@ -86,6 +87,8 @@ struct sched_info {
 
 struct task_struct {
 	int pid;
+	int prio;
+	unsigned int policy;
 	struct sched_entity se;
 	struct sched_info sched_info;
 	unsigned int __state;

@@ -6,32 +6,55 @@
  * Nothing is measured: the kernel counts all of it for each task anyway. At a
  * switch the program adds what the counters of the task that leaves the CPU have
  * gained since it came (sum_exec_runtime, min_flt, maj_flt) to the slot of its
- * cgroup, and one switch, forced or voluntary by the kernel's own rule. So the sums are the kernel's own, and a switch costs
- * no reading of a clock. `flush`, which user space runs on every CPU before it
- * reads, does the same for the task that is running just then.
+ * cgroup, and one switch, forced or voluntary by the kernel's own rule. So the
+ * sums are the kernel's own, and a switch costs no reading of a clock. `flush`,
+ * which user space runs on every CPU before it reads, does the same for the task
+ * that is running just then.
  *
  * The wait of the task that comes is the run queue's clock less last_queued,
  * which is what sched_info_arrive() is about to add to run_delay. A task that
  * was moved to another queue while it waited has had the first part of its wait
- * added to run_delay already; `delays` remembers run_delay as of the last
- * arrival, by pid, so that the part is counted. Another task with the same pid
- * modulo DELAYS takes the entry over; then only the last part is counted.
+ * added to run_delay already; `seen` remembers run_delay as of the last arrival,
+ * by pid, so that the part is counted. Another task with the same pid modulo SEEN
+ * takes the entry over; then only the last part is counted.
  *
- *   running  array  cpu           -> struct cpu_running (the task on that CPU)
- *   delays   array  pid % DELAYS  -> u64 pid << 42 | run_delay in ns (42 bits)
+ * Kernels that hide a task from tracing (the agent of a virtual machine) run no
+ * program when it gives way. The task that comes then is noticed when it leaves:
+ * the kernel's own mark of where its turn began (prev_sum_exec_runtime) and what
+ * `seen` has of it make up for its arrival.
+ *
+ *   percpu  array  cpu         -> struct cpu_state (the task on that CPU)
+ *   seen    array  pid % SEEN  -> struct seen
  */
 #include "shards.h"
 
-#define DELAYS 65536
+#define SEEN 65536
 #define DELAY_BITS 42
 #define DELAY_MASK ((1ULL << DELAY_BITS) - 1)
 
+#define MAX_RT_PRIO 100 /* include/linux/sched/prio.h */
+#define SCHED_EXT 7
+
+struct seen {
+	u64 arrival; /* pid << 42 | run_delay in ns (42 bits) */
+	/* Page faults when it left. */
+	u32 min_flt;
+	u32 maj_flt;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, DELAYS);
+	__uint(max_entries, SEEN);
 	__type(key, u32);
-	__type(value, u64);
-} delays SEC(".maps");
+	__type(value, struct seen);
+} seen SEC(".maps");
+
+static __always_inline struct seen *seen_of(u64 pid)
+{
+	u32 at = pid & (SEEN - 1);
+
+	return bpf_map_lookup_elem(&seen, &at);
+}
 
 static __always_inline u32 slot_of_task(struct task_struct *task, struct cpu_state *state)
 {
@@ -62,8 +85,7 @@ static __always_inline struct shard_usage *charge(struct cpu_state *r, struct ta
 static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, u32 cpu)
 {
 	u64 queued = task->sched_info.last_queued, delay = task->sched_info.run_delay;
-	u32 at = pid & (DELAYS - 1);
-	u64 *entry = bpf_map_lookup_elem(&delays, &at);
+	struct seen *entry = seen_of(pid);
 	struct shard_usage *u = usage_of(slot, cpu);
 	u64 wait = 0;
 
@@ -74,18 +96,56 @@ static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, 
 		if (clock > queued)
 			wait = clock - queued;
 	}
-	u64 have = *entry, moved = 0;
+	u64 have = entry->arrival, moved = 0;
 	if (have >> DELAY_BITS == pid)
 		moved = (delay - have) & DELAY_MASK;
 	/* A younger task with that pid has waited less than its predecessor. */
 	if (moved > DELAY_MASK / 2)
 		moved = delay;
-	*entry = pid << DELAY_BITS | ((delay + wait) & DELAY_MASK);
+	entry->arrival = pid << DELAY_BITS | ((delay + wait) & DELAY_MASK);
 	wait += moved;
 	u->wait_ns += wait;
 	u32 b = bucket_of(wait);
 	if (b < BUCKETS)
 		u->wait[b]++;
+}
+
+/* missed makes up for the arrival of a task that nobody saw come. */
+static __always_inline void missed(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
+{
+	struct seen *entry = seen_of(pid);
+
+	r->task = (u64)task;
+	r->slot = slot_of_task(task, r);
+	remember(r, task);
+	if (r->slot == NO_SLOT)
+		return;
+	/* Other classes leave the mark alone. */
+	if (task->prio >= MAX_RT_PRIO && task->policy != SCHED_EXT)
+		r->sum_exec = task->se.prev_sum_exec_runtime;
+	if (entry && entry->arrival >> DELAY_BITS == pid) {
+		r->min_flt -= (u32)r->min_flt - entry->min_flt;
+		r->maj_flt -= (u32)r->maj_flt - entry->maj_flt;
+	}
+	arrive(task, pid, r->slot, cpu);
+}
+
+/* leave adds what prev has gained, and one switch. */
+static __always_inline void leave(struct cpu_state *r, struct task_struct *prev, u64 pid, bool forced, u32 cpu)
+{
+	struct shard_usage *u = charge(r, prev, cpu);
+	struct seen *entry = seen_of(pid);
+
+	if (!u || !entry)
+		return;
+	if (forced)
+		u->forced++;
+	else
+		u->voluntary++;
+	if (entry->arrival >> DELAY_BITS == pid) {
+		entry->min_flt = prev->min_flt;
+		entry->maj_flt = prev->maj_flt;
+	}
 }
 
 SEC("tp_btf/sched_switch")
@@ -96,14 +156,13 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 
 	if (!r)
 		return 0;
-	if (r->task == (u64)prev) {
-		struct shard_usage *u = charge(r, prev, cpu);
-		if (u && (preempt || !prev->__state))
-			u->forced++;
-		else if (u)
-			u->voluntary++;
+	u64 pid = (u32)prev->pid;
+	if (pid) {
+		if (r->task != (u64)prev)
+			missed(r, prev, pid, cpu);
+		leave(r, prev, pid, preempt || !prev->__state, cpu);
 	}
-	u64 pid = (u32)next->pid;
+	pid = (u32)next->pid;
 	if (!pid) { /* idle */
 		r->task = 0;
 		return 0;
@@ -122,8 +181,10 @@ int flush(void *ctx)
 	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
 	struct task_struct *task = bpf_get_current_task_btf();
 
-	if (!r || r->task != (u64)task)
+	if (!r || !task->pid)
 		return 0;
+	if (r->task != (u64)task)
+		missed(r, task, (u32)task->pid, cpu);
 	charge(r, task, cpu);
 	remember(r, task);
 	return 0;
