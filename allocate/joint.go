@@ -1,0 +1,264 @@
+package allocate
+
+import (
+	"hash/fnv"
+	"math"
+	"math/rand/v2"
+	"slices"
+)
+
+// scenarios are equally likely futures of a host. Chances come in steps of
+// 1/128, finer than forecasts are right; a shard costs 400 multiplications.
+const scenarios = 128
+
+// mixes are how often a workload's rank is the common one.
+var mixes = [...]float64{0, 0.25, 0.5, 0.75, 1}
+
+// shuffles: a workload's order is one of so many. Two workloads that share one
+// are taken to peak together, which errs on the safe side.
+const shuffles = 256
+
+// rank says which of its quantiles a workload has in each scenario.
+type rank [scenarios]uint8
+
+// ranks are, by mix, the orders of all workloads: in a share mix of the
+// scenarios the workload has the scenario's own rank, as all others that do,
+// in the rest a shuffled one. Each order is a permutation, so that every
+// workload has its own distribution whatever the mix.
+var ranks = func() (out [len(mixes)][shuffles]rank) {
+	rng := rand.New(rand.NewPCG(0x7472616e, 0x73686970)) // fixed: hosts agree
+	for m, mix := range mixes {
+		for i := range out[m] {
+			order := rng.Perm(scenarios)
+			shared := int(math.Round(mix * scenarios))
+			alone := order[shared:]
+			for _, k := range order[:shared] {
+				out[m][i][k] = uint8(k)
+			}
+			to := rng.Perm(len(alone))
+			for j, k := range alone {
+				out[m][i][k] = uint8(alone[to[j]])
+			}
+		}
+	}
+	return out
+}()
+
+// segment is where in a Curve a rank lies: between quantiles i and i+1, as a
+// weighted sum of both.
+type segment struct {
+	i    int
+	a, b float32
+}
+
+// segments interpolate on the scale of an exponential tail, -ln(1-u), above the
+// median and on that of u below. The first and last reach beyond P10 and P99.
+var segments = func() (out [scenarios]segment) {
+	at := [...]float64{0.1, 0.5, 0.9, 0.95, 0.99}
+	for k := range out {
+		u := (float64(k) + 0.5) / scenarios
+		i := 0
+		for i < len(at)-2 && u > at[i+1] {
+			i++
+		}
+		scale := func(u float64) float64 { return -math.Log1p(-u) }
+		if i == 0 {
+			scale = func(u float64) float64 { return u }
+		}
+		f := (scale(u) - scale(at[i])) / (scale(at[i+1]) - scale(at[i]))
+		out[k] = segment{i, float32(1 - f), float32(f)}
+	}
+	return out
+}()
+
+// table is the curve at every rank.
+func (c *Curve) table(out *[scenarios]float32) {
+	for k := range out {
+		s := &segments[k]
+		out[k] = max(0, c[s.i]*s.a+c[s.i+1]*s.b)
+	}
+}
+
+// joint is the demand of several shards, by scenario. Shards of one workload
+// have the same rank in each: they peak together. Workloads have a common rank
+// as often as the measured correlation asks for.
+type joint struct {
+	mix  int // index into mixes
+	load [Spans][Resources][scenarios]float32
+}
+
+func (j *joint) reset(correlation float64) {
+	*j = joint{mix: mixOf(correlation)}
+}
+
+// mixOf: two workloads have both the common rank with probability mix², which
+// is then their rank correlation; rounded up.
+func mixOf(correlation float64) int {
+	want := math.Sqrt(max(0, min(1, correlation)))
+	for i, m := range mixes {
+		if m >= want-1e-9 {
+			return i
+		}
+	}
+	return len(mixes) - 1
+}
+
+func (j *joint) rankOf(w Workload) *rank {
+	h := fnv.New32a()
+	h.Write([]byte(w))
+	s := h.Sum32()
+	return &ranks[j.mix][(s^s>>8^s>>16)%shuffles]
+}
+
+// add puts the demand d of workload w in (sign 1) or takes it out (-1).
+func (j *joint) add(w Workload, d *Demand, sign float32) {
+	r := j.rankOf(w)
+	var at [scenarios]float32
+	for i := range d {
+		for res := range d[i] {
+			c, load := &d[i][res], &j.load[i][res]
+			if c[4] == 0 {
+				continue
+			}
+			if c.flat() {
+				v := sign * c[0]
+				for k := range load {
+					load[k] += v
+				}
+				continue
+			}
+			c.table(&at)
+			for k := range load {
+				load[k] += sign * at[r[k]]
+			}
+		}
+	}
+}
+
+// strain of a host by span: the probability that any resource is beyond
+// capacity, and the expected loss a second, in which an overload counts once and
+// the more the further it goes: a move that only makes it less is worth
+// something too.
+type strain struct{ chance, loss [Spans]float64 }
+
+// excessLoss is what a host counts that is asked for twice its capacity, beside
+// being overloaded: all its shards get half.
+const excessLoss = 2
+
+// strain of what is in the sum.
+func (j *joint) strain(capacity *Amount) strain { return j.strainWith("", nil, 0, capacity) }
+
+// strainWith is the same with d of workload w put in or taken out.
+func (j *joint) strainWith(w Workload, d *Demand, sign float32, capacity *Amount) (out strain) {
+	var r *rank
+	if d != nil {
+		r = j.rankOf(w)
+	}
+	var at [scenarios]float32
+	for i := range horizon {
+		var excess [scenarios]float32 // of the worst resource, in capacities
+		for res := range capacity {
+			if capacity[res] <= 0 {
+				continue
+			}
+			// Rounding must not count as overload.
+			room := float32(capacity[res] * (1 + 1e-5))
+			inv := 1 / room
+			load := &j.load[i][res]
+			switch {
+			case d == nil || d[i][res][4] == 0:
+				for k, v := range load {
+					excess[k] = max(excess[k], (v-room)*inv)
+				}
+			case d[i][res].flat():
+				room -= sign * d[i][res][0]
+				for k, v := range load {
+					excess[k] = max(excess[k], (v-room)*inv)
+				}
+			default:
+				d[i][res].table(&at)
+				for k, v := range load {
+					excess[k] = max(excess[k], (v+sign*at[r[k]]-room)*inv)
+				}
+			}
+		}
+		n, sum := 0, float32(0)
+		for _, e := range excess {
+			if e > 0 {
+				n++
+				sum += e
+			}
+		}
+		out.chance[i] = float64(n) / scenarios
+		out.loss[i] = (float64(n) + excessLoss*float64(sum)) / scenarios
+	}
+	return out
+}
+
+// top is the largest load of a resource in any scenario.
+func (j *joint) top(i int, res Resource) float64 {
+	m := float32(0)
+	for _, v := range j.load[i][res] {
+		m = max(m, v)
+	}
+	return float64(m)
+}
+
+// curves are the quantiles of the sum.
+func (j *joint) curves() (d Demand) {
+	var sorted [scenarios]float32
+	for i := range d {
+		for res := range d[i] {
+			load := &j.load[i][res]
+			lo, hi := load[0], load[0]
+			for _, v := range load {
+				lo, hi = min(lo, v), max(hi, v)
+			}
+			if hi-lo <= 1e-6*hi {
+				d[i][res] = Certain(float64(hi))
+				continue
+			}
+			sorted = *load
+			slices.Sort(sorted[:])
+			for q, u := range [...]float64{0.1, 0.5, 0.9, 0.95, 0.99} {
+				d[i][res][q] = max(0, sorted[min(scenarios-1, int(u*scenarios))])
+			}
+		}
+	}
+	return d
+}
+
+// correlation between the workloads of a host, as their forecasts' errors show
+// it: the share of the products of different workloads' errors that is left
+// when they are added with their signs. 0: independent, 1: as one.
+type correlation struct{ with, without float64 }
+
+const (
+	// priorCorrelation counts as much as priorRounds rounds: the daily rhythm
+	// is in the forecasts already, what is left is shared in part.
+	priorCorrelation = 0.1
+	priorRounds      = 20
+	// correlationMemory rounds with new samples: a day at 5 min.
+	correlationMemory = 288
+)
+
+// learn takes the errors of one moment, summed by workload.
+func (c *correlation) learn(errors []float64) {
+	sum, abs, squares := 0.0, 0.0, 0.0
+	for _, e := range errors {
+		sum += e
+		abs += math.Abs(e)
+		squares += e * e
+	}
+	if abs == 0 || abs*abs <= squares*(1+1e-9) {
+		return
+	}
+	keep := 1 - 1.0/correlationMemory
+	// Relative, so that no single moment decides.
+	c.with = keep*c.with + (sum*sum-squares)/(abs*abs-squares)
+	c.without = keep*c.without + 1
+}
+
+func (c *correlation) value() float64 {
+	return max(0, min(1, (c.with+priorRounds*priorCorrelation)/(c.without+priorRounds)))
+}

@@ -1,0 +1,190 @@
+package allocate
+
+import (
+	"cmp"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// Pool is where targets are sampled from. Idle hosts, which run nothing, are
+// apart, so that a few looks find one in a pool that is mostly busy. What At
+// returns is read until the round ends, and not changed.
+type Pool interface {
+	Busy() int
+	BusyAt(i int) *Peer
+	Idle() int
+	IdleAt(i int) *Peer
+}
+
+// idlePeers sampled beside Config.Peers busy ones.
+const idlePeers = 2
+
+// sample takes distinct peers, however large the pool is.
+func sample(rng *rand.Rand, pool Pool, n int, self HostID, out []*Peer) []*Peer {
+	out = out[:0]
+	take := func(size, want int, at func(int) *Peer) {
+		from := len(out)
+		// A few more looks than peers wanted, for the host itself and doubles.
+		for look := 0; look < want+4 && len(out)-from < min(want, size); look++ {
+			p := at(rng.IntN(size))
+			if p.ID != self && p.valid() && !slices.ContainsFunc(out, func(o *Peer) bool { return o.ID == p.ID }) {
+				out = append(out, p)
+			}
+		}
+	}
+	if b := pool.Busy(); b > 0 {
+		take(b, n, pool.BusyAt)
+	}
+	if i := pool.Idle(); i > 0 {
+		take(i, idlePeers, pool.IdleAt)
+	}
+	return out
+}
+
+// exceed is the probability that a load of curve c is beyond room.
+func (c *Curve) exceed(room float32) float64 {
+	at := [...]float64{0.1, 0.5, 0.9, 0.95, 0.99}
+	if room >= c[4] {
+		// Half of what P99 leaves, as far again as P95 is.
+		if room >= c[4]+(c[4]-c[3]) {
+			return 0
+		}
+		return 0.005
+	}
+	if room < c[0] {
+		return 1
+	}
+	for i := len(c) - 2; ; i-- {
+		if room >= c[i] {
+			f := float64(room-c[i]) / float64(c[i+1]-c[i])
+			return 1 - (at[i] + f*(at[i+1]-at[i]))
+		}
+	}
+}
+
+// plus estimates the curve of a sum from its parts', whose deviations from the
+// median are correlated by rho: all that a source knows of a peer.
+func (c *Curve) plus(o *Curve, rho float32) (out Curve) {
+	out[1] = c[1] + o[1]
+	for i := range out {
+		a, b := c[i]-c[1], o[i]-o[1]
+		d := float32(math.Sqrt(float64(a*a + b*b + 2*rho*a*b)))
+		if i == 0 {
+			d = -d
+		}
+		out[i] = max(0, out[1]+d)
+	}
+	return out
+}
+
+// after is the chance that the peer is overloaded, by span, if s came, and what
+// it would run.
+func (p *Peer) after(s *Shard, rho float64) (chance [Spans]float64, load Demand) {
+	for i := range p.Load {
+		for r := range p.Load[i] {
+			load[i][r] = p.Load[i][r].plus(&s.Demand[i][r], float32(rho))
+			if c := p.Capacity[r]; c > 0 {
+				chance[i] = max(chance[i], load[i][r].exceed(float32(c*(1+1e-5))))
+			}
+		}
+	}
+	return chance, load
+}
+
+// fill is the fullest resource's usual share, in the middle of the horizon.
+func (p *Peer) fill() float64 {
+	f := 0.0
+	for r, c := range p.Capacity {
+		if c > 0 {
+			f = max(f, float64(p.Load[1][r][1])/c)
+		}
+	}
+	return f
+}
+
+// may says whether rules and plain room let s run on the peer. The ledger
+// there checks what only it knows.
+func (p *Peer) may(now time.Time, s *Shard, c *Config) bool {
+	switch {
+	case p.Cordoned, p.Leaving:
+		return false
+	case len(s.Zones) > 0 && !slices.Contains(s.Zones, p.Zone):
+		return false
+	case s.Spread.PerZone > 0 && s.ZoneMates[p.Zone] >= s.Spread.PerZone:
+		return false
+	case p.ID == s.LastHost && now.Sub(s.MovedAt) < c.NoReturn:
+		return false
+	}
+	for k, v := range s.Labels {
+		if p.Labels[k] != v {
+			return false
+		}
+	}
+	for r, limit := range p.Capacity {
+		if limit > 0 && p.Usage[r]+s.Usage[r] > limit {
+			return false
+		}
+	}
+	if m := p.Capacity[Memory]; m > 0 {
+		for i := range p.Load {
+			if float64(p.Load[i][Memory][4]+s.Demand[i][Memory][4]) > m*(1+1e-5) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// targets are the sampled peers that may take s, best first.
+func (p *Planner) targets(now time.Time, v *View, s *Shard, reason Reason, out []Candidate) []Candidate {
+	out = out[:0]
+	own := v.Host
+	for _, peer := range p.peers {
+		if !peer.may(now, s, &p.cfg) {
+			continue
+		}
+		idle := peer.Shards == 0
+		if reason == Consolidate && (idle || peer.Cost > own.Cost) {
+			continue
+		}
+		chance, load := peer.after(s, p.Correlation())
+		if p.cfg.worst(chance, reason) > p.cfg.limit(reason) {
+			continue
+		}
+		with := Peer{Host: peer.Host, Load: load}
+		score := p.cfg.loss(chance, weight(s.Priority))
+		score += p.missing(s, peer) * p.cfg.Interference * weight(s.Priority)
+		// An hour of one host more, and within an hour of the same, the fuller
+		// one where hosts are to be spared, else the emptier.
+		if p.cfg.Consolidate {
+			if idle {
+				score += peer.Cost * p.cfg.HostHour
+			}
+			score += (1 - with.fill()) * tilt
+		} else {
+			score += with.fill() * tilt
+		}
+		score += max(0, peer.Cost-own.Cost) * tilt
+		out = append(out, Candidate{peer.ID, score})
+	}
+	slices.SortStableFunc(out, func(a, b Candidate) int { return cmp.Compare(a.Score, b.Score) })
+	return out[:min(len(out), p.cfg.Ask)]
+}
+
+// tilt between targets that are equally safe, weighted seconds: less than any
+// move is worth.
+const tilt = 20
+
+// missing is how many seconds the link needs for layers and volumes that the
+// peer has not.
+func (p *Planner) missing(s *Shard, peer *Peer) float64 {
+	bytes := 0.0
+	for _, d := range s.Data {
+		if !peer.Data[d.Digest] {
+			bytes += d.Bytes
+		}
+	}
+	return bytes / peer.Link
+}
