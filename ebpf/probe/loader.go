@@ -47,16 +47,17 @@ type object struct {
 }
 
 var objects = []object{
-	{PartSched, loadSched, []string{schedProgSchedSwitch}, []string{schedProgFlush}},
+	{PartSched, loadSched, []string{schedProgSchedSwitch, schedProgAttachTask}, []string{schedProgFlush}},
 	{PartBlock, loadBlock, []string{blockProgBlockRqIssue, blockProgBlockRqRequeue, blockProgBlockRqComplete}, nil},
 	{PartTCP, loadTcp, []string{tcpProgSetState, tcpProgRetransmit}, []string{tcpProgSurvey}},
+	{PartBirths, loadBirths, []string{birthsProgCgroupMkdir, birthsProgCgroupRmdir}, nil},
 }
 
 // fingerprint changes when what an earlier daemon pinned is of no use: other
 // programs, other layouts, another machine.
 func (p *Probe) fingerprint() string {
 	h := sha256.New()
-	for _, raw := range [][]byte{_SchedBytes, _BlockBytes, _TcpBytes} {
+	for _, raw := range [][]byte{_SchedBytes, _BlockBytes, _TcpBytes, _BirthsBytes} {
 		h.Write(raw)
 	}
 	fmt.Fprint(h, p.cpus, p.cfg.Unified, p.cfg.Host, runtime.GOARCH)
@@ -265,12 +266,15 @@ func (p *Probe) adopt() error {
 			continue
 		}
 		if o.Length > 0 && o.Length <= maxName {
-			p.slots[at] = slot{true, string(o.Name[:o.Length]), Identity{o.Tasks, o.Block, o.Netns}}
+			p.slots[at] = slot{taken: true, name: string(o.Name[:o.Length]), id: Identity{o.Tasks, o.Block, o.Netns}}
 		} else {
 			p.free = append(p.free, uint32(at))
 		}
 	}
-	p.slots[HostSlot] = slot{true, "", p.cfg.Host}
+	p.slots[HostSlot] = slot{taken: true, id: p.cfg.Host}
+	if err := p.adoptBirths(); err != nil {
+		return err
+	}
 	raw := make([]byte, 4)
 	if _, err := p.state.ReadAt(raw, generationAt); err != nil {
 		return err
@@ -278,7 +282,7 @@ func (p *Probe) adopt() error {
 	p.generation = binary.NativeEndian.Uint32(raw)
 	if err := sweep(p.maps[schedMapCgroups], make([]byte, 8), func(key []byte, at uint32) bool {
 		k := binary.NativeEndian.Uint64(key)
-		return at < MaxSlots && p.slots[at].taken && slices.Contains(cgroupKeys(p.slots[at].id), k)
+		return at < MaxSlots && p.slots[at].taken && slices.Contains(cgroupKeys(p.slots[at].id), k) || p.isBirths(k, at)
 	}); err != nil {
 		return fmt.Errorf("map %s: %w", schedMapCgroups, err)
 	}
@@ -292,6 +296,11 @@ func (p *Probe) adopt() error {
 			if err := p.enter(at, p.slots[at].id); err != nil {
 				return err
 			}
+		}
+	}
+	if p.failed[PartBirths] == nil {
+		if err := p.refill(); err != nil {
+			return err
 		}
 	}
 	return p.changed()

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -72,10 +73,12 @@ const (
 	PartSched Part = "sched" // CPU time, wait, switches, faults
 	PartBlock Part = "block" // block bytes, operations, latency
 	PartTCP   Part = "tcp"   // retransmits, connections, round-trip time
+	// PartBirths counts a shard from the moment when its cgroup is made.
+	PartBirths Part = "births"
 )
 
 // Parts lists them all.
-var Parts = []Part{PartSched, PartBlock, PartTCP}
+var Parts = []Part{PartSched, PartBlock, PartTCP, PartBirths}
 
 // Usage is what a slot has counted since it was taken. Durations in
 // nanoseconds; histograms as in ebpf/profile.
@@ -104,16 +107,19 @@ type Probe struct {
 	usage  *ebpf.Memory
 	tcp    *ebpf.Memory
 	state  *ebpf.Memory
+	births *ebpf.Memory
 	// generation of the programs' memory of which cgroup is whose.
 	generation uint32
 	slots      [MaxSlots]slot
-	free       []uint32 // oldest first, so that a slot rests before it is reused
+	free       []uint32     // oldest first, so that a slot rests before it is reused
+	spare      map[int]bool // slots that the kernel has, for births
 }
 
 type slot struct {
 	taken bool
 	name  string
 	id    Identity
+	born  time.Duration // of a slot that was claimed; see Born
 }
 
 // Open loads what this kernel takes. An error means that nothing at all can be
@@ -131,6 +137,7 @@ func Open(cfg Config) (*Probe, error) {
 	p := &Probe{
 		cfg: cfg, cpus: cpus,
 		maps: map[string]*ebpf.Map{}, links: map[string]link.Link{}, progs: map[string]*ebpf.Program{}, failed: map[Part]error{},
+		spare: map[int]bool{},
 	}
 	if err := p.open(); err != nil {
 		return nil, errors.Join(err, p.Close())
@@ -149,7 +156,7 @@ func (p *Probe) open() error {
 	for _, m := range []struct {
 		name string
 		at   **ebpf.Memory
-	}{{schedMapUsage, &p.usage}, {tcpMapTcp, &p.tcp}, {schedMapPercpu, &p.state}} {
+	}{{schedMapUsage, &p.usage}, {tcpMapTcp, &p.tcp}, {schedMapPercpu, &p.state}, {birthsMapBirths, &p.births}} {
 		if *m.at, err = p.maps[m.name].Memory(); err != nil {
 			return fmt.Errorf("memory of map %s: %w", m.name, err)
 		}
@@ -215,11 +222,19 @@ func (p *Probe) Track(name string, id Identity) (int, error) {
 		}
 	}
 	if at < 0 {
-		if len(p.free) == 0 {
+		if b, ok, err := p.bornAs(id); err != nil {
+			return 0, fmt.Errorf("track %s: %w", name, err)
+		} else if ok {
+			return b.Slot, p.claim(name, b, id)
+		}
+		if len(p.free) > 0 {
+			at = int(p.free[0])
+			p.free = p.free[1:]
+		} else if spare, ok := p.unspare(); ok {
+			at = spare
+		} else {
 			return 0, fmt.Errorf("track %s: %w", name, ErrFull)
 		}
-		at = int(p.free[0])
-		p.free = p.free[1:]
 		if err := p.clear(at); err != nil {
 			return 0, fmt.Errorf("track %s: %w", name, err)
 		}
@@ -368,8 +383,9 @@ func (p *Probe) Stats() (Stats, error) {
 	return st, nil
 }
 
-// Entries counts the entries of the maps that could leak, by name. It is a
-// system call an entry.
+// Entries counts the entries of the maps that could leak, by name, without those
+// of births, which come and go with anybody's cgroups. It is a system call an
+// entry.
 func (p *Probe) Entries() (map[string]int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -384,7 +400,11 @@ func (p *Probe) Entries() (map[string]int, error) {
 		}
 		out[name] = n
 	}
-	return out, nil
+	all, err := p.born()
+	for _, b := range all {
+		out[schedMapCgroups] -= len(cgroupKeys(b.ID))
+	}
+	return out, err
 }
 
 // count walks a hash map. A walk that deletions keep sending back to the start

@@ -64,6 +64,7 @@ const (
 	schedMapPercpu       = "percpu"
 	schedMapSeen         = "seen"
 	schedMapUsage        = "usage"
+	schedProgAttachTask  = "attach_task"
 	schedProgFlush       = "flush"
 	schedProgSchedSwitch = "sched_switch"
 	schedVarCpus         = "cpus"
@@ -112,6 +113,7 @@ type schedSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedProgramSpecs struct {
+	AttachTask  *ebpf.ProgramSpec `ebpf:"attach_task"`
 	Flush       *ebpf.ProgramSpec `ebpf:"flush"`
 	SchedSwitch *ebpf.ProgramSpec `ebpf:"sched_switch"`
 }
@@ -184,12 +186,14 @@ type schedVariables struct {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedPrograms struct {
+	AttachTask  *ebpf.Program `ebpf:"attach_task"`
 	Flush       *ebpf.Program `ebpf:"flush"`
 	SchedSwitch *ebpf.Program `ebpf:"sched_switch"`
 }
 
 func (p *schedPrograms) Close() error {
 	return _SchedClose(
+		p.AttachTask,
 		p.Flush,
 		p.SchedSwitch,
 	)

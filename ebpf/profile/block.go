@@ -122,7 +122,8 @@ func (b *Block) Append(dst []byte) []byte {
 	plain = binary.LittleEndian.AppendUint64(plain, uint64(b.Hour.Unix()))
 	plain = binary.LittleEndian.AppendUint64(plain, present)
 	for _, p := range points {
-		plain = append(plain, byte(math.Round(float64(p.Covered)/float64(Minute)*255)))
+		// A life of 50 ms is short, not nothing.
+		plain = append(plain, byte(max(1, math.Round(float64(p.Covered)/float64(Minute)*255))))
 	}
 	for _, c := range columns() {
 		plain = appendColumn(plain, c, points)

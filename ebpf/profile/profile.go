@@ -37,6 +37,8 @@ type Profile struct {
 	started bool
 	// Gaps counts why time is missing.
 	Gaps map[GapReason]int
+	// OnTen, if set, is given each ten seconds that end, from within Observe.
+	OnTen func(*Point)
 
 	seconds, tens ring
 	second        roller
@@ -71,7 +73,7 @@ func (p *Profile) Observe(s *Sample) (minutes []Point, gap GapReason) {
 		p.seconds.push(pt)
 	}
 	if pt, ok := p.ten.add(&iv); ok {
-		p.tens.push(pt)
+		p.ended(&pt)
 	}
 	if pt, ok := p.minute.add(&iv); ok {
 		minutes = append(minutes, pt)
@@ -85,12 +87,20 @@ func (p *Profile) passed(now time.Time) []Point {
 		p.seconds.push(pt)
 	}
 	if pt, ok := p.ten.close(now); ok {
-		p.tens.push(pt)
+		p.ended(&pt)
 	}
 	if pt, ok := p.minute.close(now); ok {
 		return []Point{pt}
 	}
 	return nil
+}
+
+// ended files ten seconds.
+func (p *Profile) ended(ten *Point) {
+	p.tens.push(*ten)
+	if p.OnTen != nil {
+		p.OnTen(ten)
+	}
 }
 
 // Flush ends the current minute early, when the shard goes or the daemon stops.

@@ -35,6 +35,9 @@ func (s *Sample) Set(sig Signal, v float64) {
 	s.Has = s.Has.With(sig)
 }
 
+// Clear makes a signal absent.
+func (s *Sample) Clear(sig Signal) { s.Values[sig], s.Has = 0, s.Has&^(1<<sig) }
+
 // Get returns a signal and whether it was measured.
 func (s *Sample) Get(sig Signal) (float64, bool) { return s.Values[sig], s.Has.Has(sig) }
 

@@ -30,6 +30,7 @@ typedef __u64 u64;
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_QUEUE = 22,
 };
 
 enum {
@@ -52,13 +53,19 @@ struct cgroup_subsys_state {
 	struct cgroup_subsys_state *parent;
 };
 
+struct cgroup_root {
+	unsigned int subsys_mask; /* controllers of the hierarchy */
+};
+
 struct cgroup {
 	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
+	struct cgroup_root *root;
 };
 
 enum cgroup_subsys_id {
-	cpu_cgrp_id = 1, /* the number is the kernel's own (CO-RE) */
+	cpu_cgrp_id = 1, /* the numbers are the kernel's own (CO-RE) */
+	io_cgrp_id = 2,
 };
 
 struct css_set {

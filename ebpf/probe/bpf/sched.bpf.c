@@ -9,7 +9,7 @@
  * cgroup, and one switch, forced or voluntary by the kernel's own rule. So the
  * sums are the kernel's own, and a switch costs no reading of a clock. `flush`,
  * which user space runs on every CPU before it reads, does the same for the task
- * that is running just then.
+ * that is running just then, and `attach_task` for one that changes its cgroup.
  *
  * The wait of the task that comes is the run queue's clock less last_queued,
  * which is what sched_info_arrive() is about to add to run_delay. A task that
@@ -171,6 +171,22 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 	r->slot = slot_of_task(next, r);
 	remember(r, next);
 	arrive(next, pid, r->slot, cpu);
+	return 0;
+}
+
+/* A task that moves itself has used its turn so far where it came from. One that
+ * is moved by another is not running, or will be charged at its next switch. */
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(attach_task, struct cgroup *to, const char *path, struct task_struct *task, bool threadgroup)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
+
+	if (!r || r->task != (u64)task)
+		return 0;
+	charge(r, task, cpu);
+	remember(r, task);
+	r->slot = slot_of_task(task, r);
 	return 0;
 }
 
