@@ -42,9 +42,13 @@ func Collect(ctx context.Context) (Snapshot, error) {
 	if s.Host, err = os.Hostname(); err != nil {
 		return s, err
 	}
-	spaces, err := s.processes()
+	objects := bpfObjects{}
+	spaces, err := s.processes(objects)
 	if err != nil {
 		return s, fmt.Errorf("processes: %w", err)
+	}
+	if err := s.bpf(objects); err != nil {
+		return s, fmt.Errorf("BPF objects: %w", err)
 	}
 	if err := s.mounts(spaces); err != nil {
 		return s, fmt.Errorf("mounts: %w", err)
@@ -93,7 +97,7 @@ func (n netspaces) hold(link, holder, enter string) {
 
 // processes lists processes, their descriptors, and the network namespaces that
 // they are in or hold. What ends while it is looked at is skipped.
-func (s *Snapshot) processes() (netspaces, error) {
+func (s *Snapshot) processes(objects bpfObjects) (netspaces, error) {
 	spaces := netspaces{}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -133,6 +137,11 @@ func (s *Snapshot) processes() (netspaces, error) {
 			if err != nil {
 				continue // closed meanwhile
 			}
+			if strings.HasPrefix(link, "anon_inode:bpf") {
+				if err := objects.note(e.Name(), fd.Name(), st.name, ""); err != nil {
+					return nil, err
+				}
+			}
 			s.descriptor(st, pid, link)
 			spaces.hold(link, "descriptor of "+st.name, path)
 		}
@@ -142,8 +151,8 @@ func (s *Snapshot) processes() (netspaces, error) {
 
 // descriptor notes a userfaultfd of anybody, and what the daemons hold. Of the
 // latter sockets, pipes and the event loop's own are left out: they follow
-// connections to peers, which live on between migrations. So are BPF objects:
-// a daemon that was started anew finds them pinned and holds them differently.
+// connections to peers, which live on between migrations. BPF objects are counted
+// by what they are (bpf.go), not by who holds them how often.
 func (s *Snapshot) descriptor(st stat, pid int, link string) {
 	at := fmt.Sprintf("pid %d", pid)
 	if link == "anon_inode:[userfaultfd]" {

@@ -34,6 +34,7 @@ const (
 	Nft        Category = "nft object"
 	Uffd       Category = "userfaultfd"
 	Descriptor Category = "descriptor"
+	BPF        Category = "BPF object"
 	Container  Category = "container"
 	Task       Category = "task"
 	Snap       Category = "snapshot"
@@ -44,7 +45,7 @@ const (
 	Tmpfs      Category = "tmpfs usage"
 )
 
-var categories = []Category{Process, Cgroup, Mount, Netns, Link, Nft, Uffd, Descriptor, Container, Task, Snap, Lease, Image, Content, File, Tmpfs}
+var categories = []Category{Process, Cgroup, Mount, Netns, Link, Nft, Uffd, Descriptor, BPF, Container, Task, Snap, Lease, Image, Content, File, Tmpfs}
 
 // Item is one thing. Two things with one Key are the same to Diff, which counts
 // them; so a key holds no pid, inode or random name. Detail is for people.
