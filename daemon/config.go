@@ -198,6 +198,9 @@ func (c Config) validate() error {
 	if d := c.Profile.HistoryDays; d < 1 || d > 31 {
 		bad("profile.history_days: %d is not between 1 and 31", d)
 	}
+	if m := c.Profile.DirtyMinutes; m < 0 || m > 1440 {
+		bad("profile.dirty_minutes: %d is not between 0 (only on demand) and 1440", m)
+	}
 	seen := map[string]bool{c.Node: true}
 	for i, p := range c.Peers {
 		switch {

@@ -12,6 +12,7 @@ import (
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/forecasts"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/profiler"
 )
@@ -26,10 +27,13 @@ type ProfileConfig struct {
 	BTF string `toml:"btf"`
 	// HistoryDays is how far profiles go back on disk, at one point a minute.
 	HistoryDays int `toml:"history_days"`
+	// DirtyMinutes is how often the rate at which a shard writes to its memory is
+	// measured, which stops it for a fraction of a millisecond; 0 is only on demand.
+	DirtyMinutes int `toml:"dirty_minutes"`
 }
 
 func defaultProfileConfig() ProfileConfig {
-	return ProfileConfig{Enabled: true, PinDir: "/sys/fs/bpf/tranship", HistoryDays: 14}
+	return ProfileConfig{Enabled: true, PinDir: "/sys/fs/bpf/tranship", HistoryDays: 14, DirtyMinutes: 15}
 }
 
 // startProfiles begins to profile. A host that cannot is a host without
@@ -43,11 +47,16 @@ func (h *host) startProfiles() {
 	if h.facts.tracker == track.None {
 		why = "this kernel cannot track written pages"
 	}
-	p, err := profiler.New(profiler.Config{
+	keeper := h.openForecasts()
+	conf := profiler.Config{
 		Node: h.cfg.Node, Tasks: h.rt, PinDir: cfg.PinDir, BTF: cfg.BTF,
 		StorePath: filepath.Join(h.cfg.StateDir, "profiles.db"), Retention: time.Duration(cfg.HistoryDays) * 24 * time.Hour,
-		TrackerWhy: why, CameFrom: h.moves.CameFrom, Fetch: h.fetchHistory, Dirty: h.moves.DirtyRate, Log: h.log,
-	})
+		TrackerWhy: why, CameFrom: h.moves.CameFrom, Fetch: h.fetchHistory, Dirty: h.moves.DirtyRate, DirtyEvery: time.Duration(cfg.DirtyMinutes) * time.Minute, Log: h.log,
+	}
+	if keeper != nil {
+		conf.Forecasts = keeper
+	}
+	p, err := profiler.New(conf)
 	if err != nil {
 		h.log.Warn("shards are not profiled", "err", err)
 		return
@@ -55,22 +64,37 @@ func (h *host) startProfiles() {
 	h.profiles = p
 	h.onClose(p.Close)
 	h.metrics.MustRegister(p.NewCollector())
+	if keeper != nil {
+		h.metrics.MustRegister(keeper.NewCollector())
+	}
+}
+
+// openForecasts opens the forecasters' store; nil if that fails: profiles are
+// worth having without forecasts.
+func (h *host) openForecasts() *forecasts.Keeper {
+	k, err := forecasts.Open(filepath.Join(h.cfg.StateDir, "forecasts.db"), h.cfg.Node, h.log)
+	if err != nil {
+		h.log.Warn("shards are not forecast", "err", err)
+		return nil
+	}
+	h.onClose(k.Close)
+	return k
 }
 
 // fetchHistory asks another host of the pool what it knows of a shard.
-func (h *host) fetchHistory(ctx context.Context, node, namespace, name string) ([][]byte, error) {
+func (h *host) fetchHistory(ctx context.Context, node, namespace, name string) (profiler.Travelling, error) {
 	if h.peers == nil {
-		return nil, errors.New("this host has no peers")
+		return profiler.Travelling{}, errors.New("this host has no peers")
 	}
 	client, err := h.peers.Client(node)
 	if err != nil {
-		return nil, err
+		return profiler.Travelling{}, err
 	}
 	resp, err := client.History(ctx, connect.NewRequest(&v1.HistoryRequest{Namespace: namespace, Shard: name}))
 	if err != nil {
-		return nil, err
+		return profiler.Travelling{}, err
 	}
-	return resp.Msg.GetBlocks(), nil
+	return profiler.Travelling{Blocks: resp.Msg.GetBlocks(), Forecasts: resp.Msg.GetForecasts()}, nil
 }
 
 // profileHandler answers for profiles on the local socket; nil without any.
@@ -117,11 +141,11 @@ func (h *host) withProfiles(to migrate.Host) migrate.Host {
 	local := &profiler.Handler{P: h.profiles}
 	to.Load = func(_ context.Context, req *v1.LoadRequest) (*v1.LoadResponse, error) { return local.Local(req), nil }
 	to.History = func(_ context.Context, req *v1.HistoryRequest) (*v1.HistoryResponse, error) {
-		blocks, err := h.profiles.History(req.GetNamespace(), req.GetShard())
+		t, err := h.profiles.Travelling(req.GetNamespace(), req.GetShard())
 		if err != nil {
 			return nil, err
 		}
-		return &v1.HistoryResponse{Blocks: blocks}, nil
+		return &v1.HistoryResponse{Blocks: t.Blocks, Forecasts: t.Forecasts}, nil
 	}
 	return to
 }

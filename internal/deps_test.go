@@ -42,6 +42,8 @@ var forbidden = []struct{ from, to, why string }{
 	{"transfer", "ext:github.com/containerd/containerd/v2", "daemon/runtime is the only door to containerd"},
 	{"checkpoint", "ext:github.com/quic-go/quic-go", "transfer is the only door to QUIC"},
 	{"daemon/runtime", "ext:github.com/quic-go/quic-go", "transfer is the only door to QUIC"},
+	{"daemon/forecasts", "ebpf/probe", "forecasts come from profiles, whoever counts"},
+	{"daemon/forecasts", "daemon/runtime", "forecasts come from profiles, whoever counts"},
 	{"ebpf", "daemon", "the daemon wires the towers, not the other way round"},
 	{"ebpf", "checkpoint", "the towers meet only in the daemon"},
 	{"ebpf", "transfer", "the towers meet only in the daemon"},

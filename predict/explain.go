@@ -40,6 +40,31 @@ var seasonalMembers = [2][]int{{7, 8, 10, 11, 12, 13}, {7, 10, 11, 12, 13}}
 
 var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes"}
 
+// Samples is how many cells were observed.
+func (f *Forecaster) Samples() int64 { return f.hist.cells }
+
+// Settled is how many forecasts of a configured horizon have met their outcome;
+// 0 for another horizon.
+func (f *Forecaster) Settled(h time.Duration) int64 {
+	for _, l := range f.lanes {
+		if l.h == h {
+			return int64(l.of[Value].n)
+		}
+	}
+	return 0
+}
+
+// Held95 is the recent share of outcomes of a configured horizon below the 95 %
+// bound as issued; 0 for another horizon.
+func (f *Forecaster) Held95(h time.Duration, t Target) float64 {
+	for _, l := range f.lanes {
+		if l.h == h {
+			return l.half(t).cover95
+		}
+	}
+	return 0
+}
+
 // Explain describes the current state. It allocates.
 func (f *Forecaster) Explain() Explanation {
 	x := Explanation{Samples: f.hist.cells, Step: f.cfg.Step, Shifted: f.hist.run > 0}

@@ -4,18 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tranship/tranship/daemon/control"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/predict"
 	"github.com/tranship/tranship/predict/backtest"
 )
@@ -151,6 +155,53 @@ func (g *globals) seriesOf(ctx context.Context, name, signal string) ([]backtest
 	}
 	s, err := g.recorded(ctx, name, signal)
 	return []backtest.Series{s}, err
+}
+
+// recorded reads one signal of a shard's profile, a minute a sample.
+func (g *globals) recorded(ctx context.Context, shard, signal string) (backtest.Series, error) {
+	s := backtest.Series{File: shard, Column: signal}
+	client, err := g.client()
+	if err != nil {
+		return s, err
+	}
+	defer client.Close()
+	resp, err := client.Profiles.Points(ctx, connect.NewRequest(&v1.PointsRequest{Namespace: g.namespace, Shard: shard, StepSeconds: 60}))
+	if err != nil {
+		return s, profilesOff(err)
+	}
+	points := resp.Msg.GetPoints()
+	if len(points) == 0 {
+		return s, fmt.Errorf("nothing is recorded of %s yet: the first minute must end, and this must be its host (tranship ps)", shard)
+	}
+	found := seriesIn(points, signal, time.Minute)
+	s.Times, s.Values = found.Times, found.Values
+	if len(s.Values) == 0 {
+		measured := map[string]bool{}
+		for _, p := range points {
+			for name := range p.GetMean() {
+				measured[name] = true
+			}
+		}
+		var names []string
+		for name := range measured {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+		return s, usagef("--signal %q is not recorded of %s; there are %s", signal, shard, strings.Join(names, ", "))
+	}
+	return s, nil
+}
+
+// seriesIn picks one signal out of points of a step.
+func seriesIn(points []*v1.LoadPoint, signal string, step time.Duration) (s backtest.Series) {
+	for _, p := range points {
+		if v, ok := p.GetMean()[signal]; ok && !math.IsNaN(v) {
+			// The sample stands for its step, and lies in its middle.
+			s.Times = append(s.Times, time.UnixMilli(p.GetStartUnixMs()).UTC().Add(step/2))
+			s.Values = append(s.Values, v)
+		}
+	}
+	return s
 }
 
 func readSeries(file string) ([]backtest.Series, error) {

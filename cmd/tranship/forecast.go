@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
-	"math"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -15,8 +13,6 @@ import (
 
 	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
-	"github.com/tranship/tranship/predict"
-	"github.com/tranship/tranship/predict/backtest"
 )
 
 // forecastDocument is what -o json prints. Values are in the signal's unit a
@@ -29,6 +25,7 @@ type forecastDocument struct {
 	StepS     float64           `json:"step_s"`
 	Samples   int64             `json:"samples"`
 	SeasonS   float64           `json:"season_s"` // 0: none was found
+	Borrowed  string            `json:"borrowed"` // whose shards lent to it when it was cold; "" nobody's
 	At        time.Time         `json:"at"`
 	Horizons  []forecastHorizon `json:"horizons"`
 	History   []forecastPoint   `json:"history"`
@@ -71,23 +68,20 @@ func newForecastCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "forecast SHARD",
 		Short: "Forecast what a shard will need, from what it used",
-		Long: `Forecast what a shard will need, from its recorded profile: quantiles of its load
-at t+h ("value") and of its peak over (t, t+h], and what they rest on. HELD is
-the share of recent outcomes that stayed below the 95 % bound.`,
+		Long: `Forecast what a shard will need: quantiles of its load at t+h ("value") and of its
+peak over (t, t+h], and what they rest on. The daemon of its host learns from
+every ten seconds; a shard that is new borrows from those of its workload, tenant
+or host. HELD is the share of recent outcomes that stayed below the 95 % bound. A
+week ahead is forecast once there is history of more than a week.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if past <= 0 || ahead <= 0 || ahead > 24*time.Hour {
-				return usagef("--past must be positive, and --ahead within 24h")
+			if past <= 0 || ahead <= 0 || ahead > 7*24*time.Hour {
+				return usagef("--past must be positive, and --ahead within 168h")
 			}
-			s, err := g.recorded(cmd.Context(), args[0], signal)
+			doc, err := g.forecast(cmd.Context(), args[0], signal, past, ahead)
 			if err != nil {
 				return err
 			}
-			doc, err := forecastOf(s, past, ahead)
-			if err != nil {
-				return fmt.Errorf("forecast %s of %s: %w", signal, args[0], err)
-			}
-			doc.Shard, doc.Namespace, doc.Signal = args[0], g.namespace, signal
 			if svg != "" {
 				if err := os.WriteFile(svg, []byte(forecastSVG(doc)), 0o644); err != nil {
 					return err
@@ -100,99 +94,81 @@ the share of recent outcomes that stayed below the 95 % bound.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&signal, "signal", "cpu", "what to forecast: cpu, working_set, receive_bytes, transmit_bytes, read_bytes, write_bytes, …")
+	flags.StringVar(&signal, "signal", "cpu", "what to forecast: cpu, working_set, receive_bytes, transmit_bytes, read_bytes or write_bytes")
 	flags.StringVar(&svg, "svg", "", "write the plot to this file too")
 	flags.DurationVar(&past, "past", 3*time.Hour, "how much history the plot shows")
 	flags.DurationVar(&ahead, "ahead", time.Hour, "how far ahead the plot looks")
 	return cmd
 }
 
-// recorded reads one signal of a shard's profile, a minute a sample.
-func (g *globals) recorded(ctx context.Context, shard, signal string) (backtest.Series, error) {
-	s := backtest.Series{File: shard, Column: signal}
+// forecast asks the daemon for a forecast, and for the history to show with it.
+func (g *globals) forecast(ctx context.Context, shard, signal string, past, ahead time.Duration) (*forecastDocument, error) {
 	client, err := g.client()
-	if err != nil {
-		return s, err
-	}
-	defer client.Close()
-	resp, err := client.Profiles.Points(ctx, connect.NewRequest(&v1.PointsRequest{Namespace: g.namespace, Shard: shard, StepSeconds: 60}))
-	if err != nil {
-		return s, profilesOff(err)
-	}
-	points := resp.Msg.GetPoints()
-	if len(points) == 0 {
-		return s, fmt.Errorf("nothing is recorded of %s yet: the first minute must end, and this must be its host (tranship ps)", shard)
-	}
-	measured := map[string]bool{}
-	for _, p := range points {
-		for name := range p.GetMean() {
-			measured[name] = true
-		}
-		if v, ok := p.GetMean()[signal]; ok && !math.IsNaN(v) {
-			// The sample stands for its minute, and lies in its middle.
-			s.Times = append(s.Times, time.UnixMilli(p.GetStartUnixMs()).UTC().Add(30*time.Second))
-			s.Values = append(s.Values, v)
-		}
-	}
-	if len(s.Values) == 0 {
-		var names []string
-		for name := range measured {
-			names = append(names, name)
-		}
-		slices.Sort(names)
-		return s, usagef("--signal %q is not recorded of %s; there are %s", signal, shard, strings.Join(names, ", "))
-	}
-	return s, nil
-}
-
-// forecastOf runs the forecaster over the whole history.
-func forecastOf(s backtest.Series, past, ahead time.Duration) (*forecastDocument, error) {
-	f, err := predict.New(predict.Config{Step: time.Minute})
 	if err != nil {
 		return nil, err
 	}
-	for i, at := range s.Times {
-		f.Observe(at, s.Values[i])
+	defer client.Close()
+	resp, err := client.Profiles.Forecast(ctx, connect.NewRequest(&v1.ForecastRequest{
+		Namespace: g.namespace, Shard: shard, Signal: signal, AheadMs: ahead.Milliseconds(), Points: pathPoints,
+	}))
+	switch {
+	case connect.CodeOf(err) == connect.CodeInvalidArgument:
+		return nil, usagef("--signal: %v", err)
+	case connect.CodeOf(err) == connect.CodeUnimplemented:
+		return nil, profilesOff(err)
+	case err != nil:
+		return nil, err
 	}
-	last := s.Times[len(s.Times)-1]
-	f.Advance(last.Add(30*time.Second + 1))
-	x := f.Explain()
-	doc := &forecastDocument{
-		Document: control.NewDocument(), StepS: x.Step.Seconds(), Samples: x.Samples, SeasonS: x.Season.Seconds(), At: last,
-		Horizons: []forecastHorizon{}, History: []forecastPoint{}, Path: []forecastPath{},
-	}
-	for _, h := range x.Horizons {
-		q, err := f.Forecast(h.Horizon, h.Target)
+	doc := forecastOf(resp.Msg)
+	doc.Shard, doc.Namespace, doc.Signal = shard, g.namespace, signal
+	// Minutes, or of a shard that has none yet, tens of seconds.
+	for _, step := range []int64{60, 10} {
+		if len(doc.History) > 0 {
+			break
+		}
+		points, err := client.Profiles.Points(ctx, connect.NewRequest(&v1.PointsRequest{
+			Namespace: g.namespace, Shard: shard, StepSeconds: step, FromUnixMs: doc.At.Add(-past).UnixMilli(),
+		}))
 		if err != nil {
-			return nil, err
+			return nil, profilesOff(err)
 		}
-		row := forecastHorizon{
-			HorizonS: h.Horizon.Seconds(), Target: h.Target.String(), Settled: h.Settled, Error: h.Error, AsNow: h.AsNow,
-			Quantiles: map[string]float64{"0.1": q.P10, "0.5": q.P50, "0.9": q.P90, "0.95": q.P95, "0.99": q.P99},
-			Coverage:  map[string]float64{"0.9": h.Cover90, "0.95": h.Cover95}, Members: []forecastMember{},
+		s := seriesIn(points.Msg.GetPoints(), signal, time.Duration(step)*time.Second)
+		for i, at := range s.Times {
+			if at.After(doc.At.Add(-past)) {
+				doc.History = append(doc.History, forecastPoint{at, s.Values[i]})
+			}
 		}
-		for _, m := range h.Members {
-			row.Members = append(row.Members, forecastMember{m.Name, m.Weight})
-		}
-		doc.Horizons = append(doc.Horizons, row)
-	}
-	for i, at := range s.Times {
-		if at.After(last.Add(-past)) {
-			doc.History = append(doc.History, forecastPoint{at, s.Values[i]})
-		}
-	}
-	// As many points as a plot can show.
-	for i := range pathPoints {
-		h := max(time.Minute, ahead*time.Duration(i+1)/pathPoints)
-		q, err := f.Forecast(h, predict.Value)
-		if err != nil {
-			return nil, err
-		}
-		doc.Path = append(doc.Path, forecastPath{last.Add(h), q.P10, q.P50, q.P95})
 	}
 	return doc, nil
 }
 
+// forecastOf converts a message.
+func forecastOf(m *v1.ForecastResponse) *forecastDocument {
+	doc := &forecastDocument{
+		Document: control.NewDocument(), StepS: float64(m.GetStepMs()) / 1000, Samples: m.GetSamples(), SeasonS: float64(m.GetSeasonMs()) / 1000,
+		Borrowed: m.GetBorrowed(), At: time.UnixMilli(m.GetAtUnixMs()).UTC(),
+		Horizons: []forecastHorizon{}, History: []forecastPoint{}, Path: []forecastPath{},
+	}
+	for _, h := range m.GetHorizons() {
+		q := h.GetQuantiles()
+		row := forecastHorizon{
+			HorizonS: float64(h.GetHorizonMs()) / 1000, Target: h.GetTarget(), Settled: h.GetSettled(), Error: h.GetError(), AsNow: h.GetAsNow(),
+			Quantiles: map[string]float64{"0.1": q.GetP10(), "0.5": q.GetP50(), "0.9": q.GetP90(), "0.95": q.GetP95(), "0.99": q.GetP99()},
+			Coverage:  map[string]float64{"0.9": h.GetHeld90(), "0.95": h.GetHeld95()}, Members: []forecastMember{},
+		}
+		for _, w := range h.GetMembers() {
+			row.Members = append(row.Members, forecastMember{w.GetName(), w.GetWeight()})
+		}
+		doc.Horizons = append(doc.Horizons, row)
+	}
+	for _, p := range m.GetPath() {
+		q := p.GetQuantiles()
+		doc.Path = append(doc.Path, forecastPath{time.UnixMilli(p.GetAtUnixMs()).UTC(), q.GetP10(), q.GetP50(), q.GetP95()})
+	}
+	return doc
+}
+
+// pathPoints are as many as a plot can show.
 const pathPoints = 60
 
 func printForecast(cmd *cobra.Command, doc *forecastDocument) error {
@@ -201,7 +177,11 @@ func printForecast(cmd *cobra.Command, doc *forecastDocument) error {
 	if doc.SeasonS > 0 {
 		season = "a daily rhythm"
 	}
-	fmt.Fprintf(out, "%s of %s, from %d minutes until %s: %s\n\n", doc.Signal, doc.Shard, doc.Samples, doc.At.Format(time.RFC3339), season)
+	if doc.Borrowed != "" {
+		season += ", begun with what its " + doc.Borrowed + "'s shards knew"
+	}
+	seen := time.Duration(float64(doc.Samples) * doc.StepS * float64(time.Second))
+	fmt.Fprintf(out, "%s of %s, from %v until %s: %s\n\n", doc.Signal, doc.Shard, seen, doc.At.Format(time.RFC3339), season)
 	fmt.Fprintln(out, forecastPlot(doc, 96, 14))
 	rows := make([][]string, 0, len(doc.Horizons))
 	for _, h := range doc.Horizons {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net"
@@ -20,6 +21,8 @@ import (
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/forecasts"
+	"github.com/tranship/tranship/predict"
 )
 
 // recorder is a daemon that has profiles and nothing else.
@@ -33,6 +36,38 @@ func (r *recorder) Points(_ context.Context, req *connect.Request[v1.PointsReque
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("asked for something else"))
 	}
 	return connect.NewResponse(&v1.PointsResponse{Points: r.points[req.Msg.GetShard()]}), nil
+}
+
+// Forecast learns from the recorded minutes, as the daemon does from its shards'
+// ten seconds.
+func (r *recorder) Forecast(_ context.Context, req *connect.Request[v1.ForecastRequest]) (*connect.Response[v1.ForecastResponse], error) {
+	points := r.points[req.Msg.GetShard()]
+	if points == nil {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("forecast of %s: %w", req.Msg.GetShard(), forecasts.ErrUnknown))
+	}
+	if _, ok := points[0].GetMean()[req.Msg.GetSignal()]; !ok {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%w: cpu, receive_bytes are", forecasts.ErrSignal))
+	}
+	ahead := time.Duration(req.Msg.GetAheadMs()) * time.Millisecond
+	if ahead > 24*time.Hour {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, forecasts.ErrReach)
+	}
+	f, err := predict.New(predict.Config{Step: time.Minute})
+	if err != nil {
+		return nil, err
+	}
+	var end time.Time
+	for _, p := range points {
+		at := time.UnixMilli(p.GetStartUnixMs())
+		f.Observe(at.Add(30*time.Second), p.GetMean()[req.Msg.GetSignal()])
+		end = at.Add(time.Minute)
+		f.Advance(end)
+	}
+	resp, err := forecasts.AnswerOf(f, ahead, int(req.Msg.GetPoints()), end)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(resp), nil
 }
 
 // startRecorder serves a shard web with a day's rhythm over three days, in
@@ -107,7 +142,7 @@ func TestForecastIsShownAndDrawn(t *testing.T) {
 	if code != exitDone {
 		t.Fatalf("exit code %d: %s", code, errs)
 	}
-	for _, want := range []string{"receive_bytes of web, from 4260 minutes", "AHEAD", "24h0m0s", "peak", "MB/s", "•", "░", "─", "now"} {
+	for _, want := range []string{"receive_bytes of web, from 71h0m0s", "AHEAD", "24h0m0s", "peak", "MB/s", "•", "░", "─", "now"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
@@ -146,9 +181,10 @@ func TestForecastSaysWhatIsMissing(t *testing.T) {
 		code int
 		says string
 	}{
-		"a shard without a record":  {[]string{"forecast", "db"}, exitFailed, "nothing is recorded of db"},
-		"a signal of no name":       {[]string{"forecast", "web", "--signal", "joy"}, exitUsage, "there are cpu, receive_bytes"},
-		"too far ahead":             {[]string{"forecast", "web", "--ahead", "48h"}, exitUsage, "24h"},
+		"a shard without a record":  {[]string{"forecast", "db"}, exitFailed, "nothing is known of it"},
+		"a signal of no name":       {[]string{"forecast", "web", "--signal", "joy"}, exitUsage, "cpu, receive_bytes are"},
+		"too far ahead":             {[]string{"forecast", "web", "--ahead", "200h"}, exitUsage, "168h"},
+		"farther than the history":  {[]string{"forecast", "web", "--ahead", "48h"}, exitFailed, "too short"},
 		"no shard":                  {[]string{"forecast"}, exitUsage, "arg"},
 		"a store without the shard": {[]string{"backtest", "--store", "cpu", "db"}, exitFailed, "nothing is recorded"},
 	} {

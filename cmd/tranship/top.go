@@ -34,7 +34,8 @@ func newTopCommand(g *globals) *cobra.Command {
 		Use:   "top",
 		Short: "Show what hosts and shards use, live",
 		Long: `Show what hosts and shards use, live: CPU, wait for a CPU, memory, network,
-block I/O, connections. Without a terminal, or with --once, it prints one table.
+block I/O, connections, and the CPUs that a shard's peak of the next hour will
+most likely (95 %) stay below. Without a terminal, or with --once, it prints one table.
 --dirty measures how many bytes a shard writes to its memory, which is what a
 migration of it costs; the shard is stopped for a fraction of a millisecond.`,
 		Args: cobra.NoArgs,

@@ -45,6 +45,8 @@ type ShardLoad struct {
 	CPURecent           []*float64         `json:"cpu_recent"`
 	CPUForecast         *float64           `json:"cpu_forecast,omitempty"`
 	DirtyPagesPerSecond *float64           `json:"dirty_pages_per_second,omitempty"`
+	// Absent are signals that this shard lacks and others of its host have, and why.
+	Absent map[string]string `json:"absent,omitempty"`
 }
 
 // LoadOf converts a message.
@@ -67,7 +69,7 @@ func LoadOf(m *v1.LoadResponse) LoadDocument {
 		doc.Shards = append(doc.Shards, ShardLoad{
 			Node: s.GetNode(), Namespace: s.GetNamespace(), Name: s.GetName(), Tenant: s.GetTenant(), Workload: s.GetWorkload(),
 			Rates: ratesOf(s.GetRates()), CPURecent: recentOf(s.GetCpuRecent()),
-			CPUForecast: s.CpuForecast, DirtyPagesPerSecond: s.DirtyPagesPerSecond,
+			CPUForecast: s.CpuForecast, DirtyPagesPerSecond: s.DirtyPagesPerSecond, Absent: s.GetAbsent(),
 		})
 	}
 	return doc

@@ -17,6 +17,7 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/profile"
+	"github.com/tranship/tranship/predict"
 )
 
 // Handler answers the Profiles service.
@@ -25,9 +26,12 @@ type Handler struct {
 	// Peers names the other hosts, PeerLoad asks one of them; nil without any.
 	Peers    func() []string
 	PeerLoad func(ctx context.Context, node string, req *v1.LoadRequest) (*v1.LoadResponse, error)
-	// Forecast is the CPUs that a shard of this host is expected to need; nil
-	// while nothing forecasts.
-	Forecast func(namespace, name string) (cpus float64, ok bool)
+}
+
+// Forecaster answers for the forecasts of this host's shards.
+type Forecaster interface {
+	Forecast(namespace, name string, signal profile.Signal, h time.Duration, target predict.Target) (predict.Quantiles, error)
+	Answer(*v1.ForecastRequest) (*v1.ForecastResponse, error)
 }
 
 var _ transhipv1connect.ProfilesHandler = (*Handler)(nil)
@@ -87,20 +91,25 @@ func (h *Handler) Local(req *v1.LoadRequest) *v1.LoadResponse {
 	for _, s := range p.subjects {
 		m := &v1.ShardLoad{
 			Node: p.cfg.Node, Namespace: s.namespace, Name: s.name, Tenant: s.tenant, Workload: s.workload,
-			Rates: ratesOf(s.profile, at), CpuRecent: cpuOf(s.profile, at, recent),
+			Rates: ratesOf(s.profile, at), CpuRecent: cpuOf(s.profile, at, recent), Absent: s.absent(),
 		}
 		if s.dirtyKnown {
 			m.DirtyPagesPerSecond = &s.dirty
 		}
-		if h.Forecast != nil {
-			if v, ok := h.Forecast(s.namespace, s.name); ok {
-				m.CpuForecast = &v
+		if p.cfg.Forecasts != nil {
+			// What is not known yet is not shown.
+			if q, err := p.cfg.Forecasts.Forecast(s.namespace, s.name, profile.CPU, roomHorizon, predict.Peak); err == nil {
+				m.CpuForecast = &q.P95
 			}
 		}
 		resp.Shards = append(resp.Shards, m)
 	}
 	return resp
 }
+
+// roomHorizon is how far ahead top's forecast looks: a plan for room is about the
+// peak of the next hour.
+const roomHorizon = time.Hour
 
 // nowWindow is what "now" is the mean of.
 const nowWindow = 10 * time.Second
@@ -184,6 +193,18 @@ func (h *Handler) Points(_ context.Context, r *connect.Request[v1.PointsRequest]
 			}
 		}
 		resp.Points = append(resp.Points, m)
+	}
+	return connect.NewResponse(resp), nil
+}
+
+// Forecast is what a shard is expected to need.
+func (h *Handler) Forecast(_ context.Context, r *connect.Request[v1.ForecastRequest]) (*connect.Response[v1.ForecastResponse], error) {
+	if h.P.cfg.Forecasts == nil {
+		return nil, connect.NewError(connect.CodeUnimplemented, errors.New("this host does not forecast"))
+	}
+	resp, err := h.P.cfg.Forecasts.Answer(r.Msg)
+	if err != nil {
+		return nil, err
 	}
 	return connect.NewResponse(resp), nil
 }

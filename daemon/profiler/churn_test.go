@@ -81,6 +81,7 @@ func running(t *testing.T, change func(*Config)) (*Profiler, *feed) {
 	if change != nil {
 		change(&cfg)
 	}
+	t.Cleanup(func() { removeParents(t) })
 	p, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -95,6 +96,22 @@ func running(t *testing.T, change func(*Config)) (*Profiler, *feed) {
 		}
 	})
 	return p, f
+}
+
+// removeParents removes the directories of containers' cgroups.
+func removeParents(t *testing.T) {
+	host, _, err := runtime.HostPlace()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range host.Dirs {
+		top := filepath.Join(d.Path, fmt.Sprintf("tranship-profiler-%d", os.Getpid()))
+		for _, dir := range []string{filepath.Join(top, "churn"), top} {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+				t.Errorf("%s: %v", dir, err)
+			}
+		}
+	}
 }
 
 // container is a process in cgroups of its own.
@@ -113,11 +130,14 @@ func startContainer(name string) (*container, error) {
 	join := ""
 	seen := map[string]bool{}
 	for _, d := range host.Dirs {
-		dir := filepath.Join(d.Path, fmt.Sprintf("tranship-profiler-%d-%s", os.Getpid(), name))
+		dir := filepath.Join(d.Path, fmt.Sprintf("tranship-profiler-%d", os.Getpid()), "churn", name)
 		if seen[dir] {
 			continue
 		}
 		seen[dir] = true
+		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+			return nil, err
+		}
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, err
 		}
@@ -165,21 +185,6 @@ func (c *container) stop() error {
 	return errors.Join(errs...)
 }
 
-// ranFor is the time that a process was on a processor: the first number of its
-// schedstat (Documentation/scheduler/sched-stats.rst).
-func ranFor(t *testing.T, pid int) time.Duration {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/schedstat", pid))
-	if err != nil {
-		t.Error(err)
-		return 0
-	}
-	var ran int64
-	if _, err := fmt.Sscan(string(raw), &ran); err != nil {
-		t.Error(err)
-	}
-	return time.Duration(ran)
-}
-
 func descriptors(t *testing.T) int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc/self/fd")
@@ -204,11 +209,9 @@ func (p *Profiler) count() int {
 	return len(p.subjects)
 }
 
-func (p *Profiler) has(shard string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.subjects[shard] != nil
-}
+// brief is how long a shard lives at least in the test below: less than what a
+// sample takes, or word of it on a busy machine.
+const brief = 50 * time.Millisecond
 
 func TestFiveHundredShardsInAMinute(t *testing.T) {
 	p, f := running(t, nil)
@@ -237,13 +240,16 @@ func TestFiveHundredShardsInAMinute(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				f.say(c.task, false)
-				// Its life: long enough to be noticed and to use something, on a busy
-				// machine too. What ends before its event is read leaves no trace.
-				eventually(t, "it is noticed", func() bool { return p.has("churn/" + c.task.Name) })
-				from := ranFor(t, c.task.PID)
-				eventually(t, "it has run", func() bool { return ranFor(t, c.task.PID) >= from+10*time.Millisecond })
+				// Word of some comes at once, of others when they are gone already.
+				late := i%3 == 0
+				if !late {
+					f.say(c.task, false)
+				}
+				<-time.After(brief) // its life: nothing waits for anybody to notice
 				err = c.stop()
+				if late {
+					f.say(c.task, false)
+				}
 				// Every other exit is lost, as events may be: then its pidfd tells.
 				if i%2 == 0 {
 					f.say(c.task, true)
@@ -285,7 +291,7 @@ func TestFiveHundredShardsInAMinute(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if len(points) > 0 && points[len(points)-1].Mean[profile.CPU] > 0 {
+				if len(points) > 0 && points[0].Mean[profile.CPU] > 0 && points[0].Covered > 0 {
 					n++
 				}
 			}
@@ -293,7 +299,7 @@ func TestFiveHundredShardsInAMinute(t *testing.T) {
 		return n
 	}
 	eventually(t, "all minutes are written", func() bool { return len(p.writes) == 0 })
-	eventually(t, fmt.Sprintf("%d of %d shards have left what they used, and then all", seen(), count), func() bool { return seen() == count })
+	eventually(t, "all have left what they used", func() bool { return seen() == count })
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.unwatch != 0 || p.dropped != 0 {

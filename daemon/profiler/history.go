@@ -75,16 +75,39 @@ func (p *Profiler) fetch(ctx context.Context, key string) (done bool, err error)
 	wait(ctx, settleBefore)
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
-	blocks, err := p.cfg.Fetch(ctx, node, namespace, name)
+	came, err := p.cfg.Fetch(ctx, node, namespace, name)
 	if err != nil {
 		return false, fmt.Errorf("history of %s from %s: %w", key, node, err)
 	}
-	return true, p.store.Import(key, migration, blocks, time.Now())
+	if p.cfg.Forecasts != nil && len(came.Forecasts) > 0 {
+		// Before the history, whose arrival says that all is done. A state that is
+		// refused (another version's) is no reason to ask again and again.
+		if err := p.cfg.Forecasts.Adopt(ctx, key, came.Forecasts); err != nil {
+			if ctx.Err() != nil {
+				return false, err
+			}
+			p.log.Warn("profiles: a shard is forecast from what was seen of it here", "shard", key, "err", err)
+		}
+	}
+	return true, p.store.Import(key, migration, came.Blocks, time.Now())
 }
 
-// History is a shard's history as it travels: blocks of an hour.
-func (p *Profiler) History(namespace, name string) ([][]byte, error) {
-	return p.store.Blocks(namespace + "/" + name)
+// Travelling is what a host knows of a shard as it follows it: blocks of an hour
+// of its history, and the state of its forecasters, if there are any.
+type Travelling struct {
+	Blocks    [][]byte
+	Forecasts []byte
+}
+
+// Travelling is what this host knows of a shard.
+func (p *Profiler) Travelling(namespace, name string) (Travelling, error) {
+	var t Travelling
+	var err error
+	if t.Blocks, err = p.store.Blocks(namespace + "/" + name); err != nil || p.cfg.Forecasts == nil {
+		return t, err
+	}
+	t.Forecasts, err = p.cfg.Forecasts.State(namespace + "/" + name)
+	return t, err
 }
 
 // Points returns what is known of a shard, or with namespace and name "" of the

@@ -93,7 +93,7 @@ func (p *Profiler) NewCollector() *Collector {
 		gaps:      prometheus.NewDesc("tranship_profile_gaps_total", "Intervals that could not be measured, by reason.", []string{"reason"}, nil),
 		missed:    prometheus.NewDesc("tranship_profile_missed_events_total", "Events for which a program did not run, because it interrupted itself.", nil, nil),
 		lost:      prometheus.NewDesc("tranship_profile_lost_connections_total", "TCP connections for which the map had no place.", nil, nil),
-		unwatched: prometheus.NewDesc("tranship_profile_unseen_shards_total", "Shards that ended before they could be profiled.", nil, nil),
+		unwatched: prometheus.NewDesc("tranship_profile_unseen_shards_total", "Shards that ended before they could be profiled, and of which no count was found.", nil, nil),
 		dropped:   prometheus.NewDesc("tranship_profile_dropped_batches_total", "Batches of minutes that the disk was too slow for.", nil, nil),
 		spent:     prometheus.NewDesc("tranship_profile_sampling_seconds_total", "Time spent taking samples.", nil, nil),
 		shards:    prometheus.NewDesc("tranship_profile_shards", "Shards that are profiled.", nil, nil),

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/tranship/tranship/daemon/forecasts"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/probe"
 	"github.com/tranship/tranship/ebpf/profile"
@@ -62,11 +63,31 @@ type Config struct {
 	// a host without migrations.
 	CameFrom func(namespace, name string) (migration, node string, ok bool)
 	// Fetch asks a node for a shard's history.
-	Fetch func(ctx context.Context, node, namespace, name string) ([][]byte, error)
+	Fetch func(ctx context.Context, node, namespace, name string) (Travelling, error)
+	// Forecasts is told what shards use; nil without any.
+	Forecasts Forecasts
 	// Dirty measures a shard's dirty rate; see DirtyRate.
 	Dirty func(ctx context.Context, namespace, name string, window time.Duration) (pagesPerSecond float64, err error)
-	Log   *slog.Logger
+	// DirtyEvery is how often each shard's dirty rate is measured without being
+	// asked; 0 is never.
+	DirtyEvery time.Duration
+	Log        *slog.Logger
 }
+
+// Forecasts is what the profiler needs of daemon/forecasts. Run returns when its
+// ctx ends; the profiler, which feeds it, starts it. Offer and End do not block;
+// Adopt takes what State returned on the host that a shard came from, and
+// may be called again with the same.
+type Forecasts interface {
+	Run(ctx context.Context) error
+	Offer(key string, labels forecasts.Labels, ten *profile.Point)
+	End(key string)
+	Adopt(ctx context.Context, key string, state []byte) error
+	State(key string) ([]byte, error)
+	Forecaster
+}
+
+var _ Forecasts = (*forecasts.Keeper)(nil)
 
 // Profiler profiles one host. Its methods may be called concurrently.
 type Profiler struct {
@@ -86,6 +107,10 @@ type Profiler struct {
 	spent    time.Duration // in sampling
 	tick     int
 	unwatch  int // tasks that ended before they could be profiled
+	// births are the counts of provisional slots as of the last sample; they are
+	// the host's until a shard claims the slot.
+	births map[int]probe.Usage
+	brief  map[string]int // shards that had ended when they were heard of: their pid
 
 	writes  chan map[string][]profile.Point
 	dropped int
@@ -113,6 +138,7 @@ const (
 func New(cfg Config) (*Profiler, error) {
 	p := &Profiler{
 		cfg: cfg, log: cfg.Log, subjects: map[string]*subject{}, gaps: map[profile.GapReason]float64{},
+		births: map[int]probe.Usage{}, brief: map[string]int{},
 		writes: make(chan map[string][]profile.Point, writeQueue), pulls: make(chan string, pullQueue),
 	}
 	var unified bool
@@ -181,7 +207,14 @@ func (p *Profiler) Sources() []Source { return slices.Clone(p.sources) }
 func (p *Profiler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return p.watch(ctx) })
+	if p.cfg.Forecasts != nil {
+		g.Go(func() error { return p.cfg.Forecasts.Run(ctx) })
+	}
 	g.Go(func() error { return p.pull(ctx) })
+	g.Go(func() error {
+		p.measureDirty(ctx)
+		return nil
+	})
 	g.Go(func() error {
 		defer close(p.writes)
 		p.sampleLoop(ctx)
@@ -304,6 +337,7 @@ func (p *Profiler) sample() error {
 	for _, s := range p.subjects {
 		p.observe(s, minutes)
 	}
+	err = errors.Join(err, p.observeBirths())
 	p.observeHost(minutes)
 	p.queue(minutes)
 	return err

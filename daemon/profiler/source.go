@@ -76,7 +76,7 @@ func sources(p *probe.Probe, probeWhy error, place runtime.Place, trackerWhy str
 	}
 	set(Absent, why, profile.Instructions, profile.CacheMisses)
 	if trackerWhy == "" {
-		set("tracker", "on demand: tranship top --dirty SHARD", profile.DirtyPages)
+		set("tracker", "every profile.dirty_minutes, and on demand: tranship top --dirty SHARD", profile.DirtyPages)
 	} else {
 		set(Absent, trackerWhy, profile.DirtyPages)
 	}

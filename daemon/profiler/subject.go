@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tranship/tranship/daemon/forecasts"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/probe"
 	"github.com/tranship/tranship/ebpf/profile"
@@ -25,11 +26,35 @@ type subject struct {
 	since           time.Time
 	files           *files
 	links           *links // nil when it shares the host's network
+	noNetwork       string // why links is nil
 	profile         *profile.Profile
 	usage           probe.Usage // as of the last sample
 	// dirty is the rate as last measured; fresh until a sample has it.
 	dirty                  float64
 	dirtyKnown, dirtyFresh bool
+	dirtyTried             time.Time
+}
+
+// sharedNetwork: the interfaces are the host's, and nothing on them says whose a
+// packet is; a program for every packet of the host would cost more than it tells.
+const sharedNetwork = "it shares the host's network, whose interfaces count all of it"
+
+// network signals come from a shard's own interfaces and connections.
+var network = []profile.Signal{
+	profile.ReceiveBytes, profile.TransmitBytes, profile.ReceivePackets, profile.TransmitPackets,
+	profile.Retransmits, profile.Connections, profile.RoundTrip,
+}
+
+// absent says which signals this shard lacks, unlike others of the host, and why.
+func (s *subject) absent() map[string]string {
+	if s.links != nil {
+		return nil
+	}
+	out := map[string]string{}
+	for _, sig := range network {
+		out[sig.String()] = s.noNetwork
+	}
+	return out
 }
 
 func (s *subject) close() error {
@@ -56,10 +81,9 @@ func (p *Profiler) begin(ctx context.Context, t runtime.Task) {
 	}
 	s, err := p.newSubject(t)
 	if err != nil {
-		p.mu.Lock()
-		p.unwatch++
-		p.mu.Unlock()
-		p.log.Debug("profiles: a shard ended before it was seen", "shard", key, "err", err)
+		if cerr := p.claim(t); cerr != nil {
+			p.log.Debug("profiles: a shard ended before it was seen", "shard", key, "err", errors.Join(err, cerr))
+		}
 		return
 	}
 	labels, err := p.cfg.Tasks.Labels(ctx, t.Namespace, t.Name)
@@ -91,8 +115,11 @@ func (p *Profiler) newSubject(t runtime.Task) (*subject, error) {
 		return nil, errors.Join(err, s.close())
 	}
 	s.files = newFiles(place, p.instead)
+	s.noNetwork = sharedNetwork
 	if place.Netns != 0 {
+		s.noNetwork = ""
 		if s.links, err = openLinks(t.PID, p.instead.Has(profile.Retransmits)); err != nil {
+			s.noNetwork = err.Error()
 			// Without the network's counters, but not without the rest.
 			p.log.Warn("profiles: network", "shard", s.key, "err", err)
 		}
@@ -121,12 +148,16 @@ func (p *Profiler) insert(s *subject) error {
 			return err
 		} else {
 			s.slot = slot
-			if s.usage, _, err = p.probe.Read(slot); err != nil {
+			if err := p.began(s); err != nil {
 				return err
 			}
 		}
 	}
 	p.subjects[s.key] = s
+	if fc := p.cfg.Forecasts; fc != nil {
+		labels := forecasts.Labels{Tenant: s.tenant, Workload: s.workload}
+		s.profile.OnTen = func(ten *profile.Point) { fc.Offer(s.key, labels, ten) }
+	}
 	p.observe(s, map[string][]profile.Point{}) // the first only begins
 	return nil
 }
@@ -148,6 +179,9 @@ func (p *Profiler) remove(key string, minutes map[string][]profile.Point) {
 	s := p.subjects[key]
 	p.retire(s, minutes)
 	delete(p.subjects, key)
+	if p.cfg.Forecasts != nil {
+		p.cfg.Forecasts.End(key)
+	}
 	if s.slot > 0 {
 		if err := p.probe.Release(s.slot); err != nil {
 			p.log.Warn("profiles: release", "shard", key, "err", err)
@@ -197,6 +231,8 @@ func (p *Profiler) observe(s *subject, minutes map[string][]profile.Point) {
 			p.take(&sm, &u)
 			if s.links != nil {
 				p.takeConnections(&sm, conns)
+			} else {
+				sm.Clear(profile.Retransmits)
 			}
 			p.host.add(&s.usage, &u)
 			s.usage = u

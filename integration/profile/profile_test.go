@@ -115,6 +115,25 @@ func points(t *testing.T, host, shard string) (starts []time.Time, cpu []float64
 	return starts, cpu
 }
 
+// samples is how many ten seconds of a shard's CPU its host's forecast rests on;
+// 0 if it does not forecast it yet.
+func samples(t *testing.T, host, shard string) int {
+	t.Helper()
+	h, err := theLab.Host(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := h.Exec(t.Context(), "tranship", "forecast", shard, "-o", "json")
+	if err != nil {
+		return 0
+	}
+	var doc struct{ Samples int }
+	if err := json.Unmarshal(out, &doc); err != nil {
+		t.Fatalf("%v in %s", err, out)
+	}
+	return doc.Samples
+}
+
 func TestHistoryFollowsAShardThatMoves(t *testing.T) {
 	h := host(t, "host-1")
 	start(t, h, "moves", "stress-ng", "--cpu", "1", "--cpu-load", "20", "--timeout", "600")
@@ -123,6 +142,10 @@ func TestHistoryFollowsAShardThatMoves(t *testing.T) {
 		return len(starts) > 0
 	})
 	before, _ := points(t, "host-1", "moves")
+	learnt := samples(t, "host-1", "moves")
+	if learnt < 6 {
+		t.Errorf("%d samples after a minute", learnt)
+	}
 	// A measurement gives way to the migration.
 	measured := make(chan error, 1)
 	go func() {
@@ -151,6 +174,23 @@ func TestHistoryFollowsAShardThatMoves(t *testing.T) {
 		}
 		return false
 	})
+	// So do its forecasts: more is known than can have been seen here.
+	eventually(t, "host-2 goes on forecasting where host-1 stopped", func() bool {
+		return samples(t, "host-2", "moves") >= learnt+int(time.Since(begun)/(10*time.Second))-2
+	})
+	// And they survive the daemon's death, but for the last minute.
+	h2 := host(t, "host-2")
+	learnt = samples(t, "host-2", "moves")
+	if err := h2.KillDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := h2.StartDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the daemon forecasts again", func() bool { return samples(t, "host-2", "moves") > 0 })
+	if n := samples(t, "host-2", "moves"); n < learnt-6 {
+		t.Errorf("%d samples, %d before the daemon was killed", n, learnt)
+	}
 	out := must(t, host(t, "host-2"), "tranship", "top", "--dirty", "moves", "-o", "json")
 	var dirty struct {
 		Pages float64 `json:"pages_per_second"`
@@ -224,7 +264,7 @@ func TestShardsThatComeAndGo(t *testing.T) {
 		wg.Go(func() {
 			for i := range count / abreast {
 				name := fmt.Sprintf("brief-%d-%d", worker, i)
-				if out, err := h.Exec(t.Context(), "ctr", "run", "--rm", image, name, "sh", "-c", "sleep 0.3"); err != nil {
+				if out, err := h.Exec(t.Context(), "ctr", "run", "--rm", image, name, "sh", "-c", "sleep 0.05"); err != nil {
 					t.Errorf("%v %s", err, out)
 				}
 			}
@@ -238,6 +278,15 @@ func TestShardsThatComeAndGo(t *testing.T) {
 	})
 	if v := value(t, scrape(t, h), "tranship_profile_unseen_shards_total"); v != unseen {
 		t.Errorf("%v shards were not seen", v-unseen)
+	}
+	for worker := range abreast {
+		for i := range count / abreast {
+			name := fmt.Sprintf("brief-%d-%d", worker, i)
+			eventually(t, name+" has left what it used", func() bool {
+				_, cpu := points(t, "host-1", name)
+				return len(cpu) > 0 && cpu[0] > 0
+			})
+		}
 	}
 }
 

@@ -2720,8 +2720,9 @@ type ShardLoad struct {
 	Workload            string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`
 	Rates               map[string]float64     `protobuf:"bytes,6,rep,name=rates,proto3" json:"rates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
 	CpuRecent           []float64              `protobuf:"fixed64,7,rep,packed,name=cpu_recent,json=cpuRecent,proto3" json:"cpu_recent,omitempty"`
-	CpuForecast         *float64               `protobuf:"fixed64,8,opt,name=cpu_forecast,json=cpuForecast,proto3,oneof" json:"cpu_forecast,omitempty"`                             // of CPUs, when there is one
-	DirtyPagesPerSecond *float64               `protobuf:"fixed64,9,opt,name=dirty_pages_per_second,json=dirtyPagesPerSecond,proto3,oneof" json:"dirty_pages_per_second,omitempty"` // as last measured
+	CpuForecast         *float64               `protobuf:"fixed64,8,opt,name=cpu_forecast,json=cpuForecast,proto3,oneof" json:"cpu_forecast,omitempty"`                                       // 95 % bound of the peak over the next hour, in CPUs
+	DirtyPagesPerSecond *float64               `protobuf:"fixed64,9,opt,name=dirty_pages_per_second,json=dirtyPagesPerSecond,proto3,oneof" json:"dirty_pages_per_second,omitempty"`           // as last measured
+	Absent              map[string]string      `protobuf:"bytes,10,rep,name=absent,proto3" json:"absent,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // signals that this shard lacks and others here have, and why
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -2817,6 +2818,13 @@ func (x *ShardLoad) GetDirtyPagesPerSecond() float64 {
 		return *x.DirtyPagesPerSecond
 	}
 	return 0
+}
+
+func (x *ShardLoad) GetAbsent() map[string]string {
+	if x != nil {
+		return x.Absent
+	}
+	return nil
 }
 
 type PointsRequest struct {
@@ -3119,6 +3127,470 @@ func (x *DirtyRateResponse) GetBytesPerSecond() float64 {
 	return 0
 }
 
+type ForecastRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Shard         string                 `protobuf:"bytes,2,opt,name=shard,proto3" json:"shard,omitempty"`
+	Signal        string                 `protobuf:"bytes,3,opt,name=signal,proto3" json:"signal,omitempty"`
+	AheadMs       int64                  `protobuf:"varint,4,opt,name=ahead_ms,json=aheadMs,proto3" json:"ahead_ms,omitempty"` // how far the path goes
+	Points        uint32                 `protobuf:"varint,5,opt,name=points,proto3" json:"points,omitempty"`                  // of the path
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastRequest) Reset() {
+	*x = ForecastRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastRequest) ProtoMessage() {}
+
+func (x *ForecastRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastRequest.ProtoReflect.Descriptor instead.
+func (*ForecastRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ForecastRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ForecastRequest) GetShard() string {
+	if x != nil {
+		return x.Shard
+	}
+	return ""
+}
+
+func (x *ForecastRequest) GetSignal() string {
+	if x != nil {
+		return x.Signal
+	}
+	return ""
+}
+
+func (x *ForecastRequest) GetAheadMs() int64 {
+	if x != nil {
+		return x.AheadMs
+	}
+	return 0
+}
+
+func (x *ForecastRequest) GetPoints() uint32 {
+	if x != nil {
+		return x.Points
+	}
+	return 0
+}
+
+type ForecastQuantiles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	P10           float64                `protobuf:"fixed64,1,opt,name=p10,proto3" json:"p10,omitempty"`
+	P50           float64                `protobuf:"fixed64,2,opt,name=p50,proto3" json:"p50,omitempty"`
+	P90           float64                `protobuf:"fixed64,3,opt,name=p90,proto3" json:"p90,omitempty"`
+	P95           float64                `protobuf:"fixed64,4,opt,name=p95,proto3" json:"p95,omitempty"`
+	P99           float64                `protobuf:"fixed64,5,opt,name=p99,proto3" json:"p99,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastQuantiles) Reset() {
+	*x = ForecastQuantiles{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastQuantiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastQuantiles) ProtoMessage() {}
+
+func (x *ForecastQuantiles) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastQuantiles.ProtoReflect.Descriptor instead.
+func (*ForecastQuantiles) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ForecastQuantiles) GetP10() float64 {
+	if x != nil {
+		return x.P10
+	}
+	return 0
+}
+
+func (x *ForecastQuantiles) GetP50() float64 {
+	if x != nil {
+		return x.P50
+	}
+	return 0
+}
+
+func (x *ForecastQuantiles) GetP90() float64 {
+	if x != nil {
+		return x.P90
+	}
+	return 0
+}
+
+func (x *ForecastQuantiles) GetP95() float64 {
+	if x != nil {
+		return x.P95
+	}
+	return 0
+}
+
+func (x *ForecastQuantiles) GetP99() float64 {
+	if x != nil {
+		return x.P99
+	}
+	return 0
+}
+
+type ForecastWeight struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Weight        float64                `protobuf:"fixed64,2,opt,name=weight,proto3" json:"weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastWeight) Reset() {
+	*x = ForecastWeight{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastWeight) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastWeight) ProtoMessage() {}
+
+func (x *ForecastWeight) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastWeight.ProtoReflect.Descriptor instead.
+func (*ForecastWeight) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *ForecastWeight) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ForecastWeight) GetWeight() float64 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+type ForecastHorizon struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HorizonMs     int64                  `protobuf:"varint,1,opt,name=horizon_ms,json=horizonMs,proto3" json:"horizon_ms,omitempty"`
+	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"` // value: at t+h | peak: over (t, t+h]
+	Quantiles     *ForecastQuantiles     `protobuf:"bytes,3,opt,name=quantiles,proto3" json:"quantiles,omitempty"`
+	Settled       int64                  `protobuf:"varint,4,opt,name=settled,proto3" json:"settled,omitempty"` // forecasts whose outcome is known
+	Error         float64                `protobuf:"fixed64,5,opt,name=error,proto3" json:"error,omitempty"`    // recent mean absolute error
+	Held90        float64                `protobuf:"fixed64,6,opt,name=held90,proto3" json:"held90,omitempty"`  // recent share of outcomes below the bound
+	Held95        float64                `protobuf:"fixed64,7,opt,name=held95,proto3" json:"held95,omitempty"`
+	AsNow         bool                   `protobuf:"varint,8,opt,name=as_now,json=asNow,proto3" json:"as_now,omitempty"` // the median is the last value, because nothing did better
+	Members       []*ForecastWeight      `protobuf:"bytes,9,rep,name=members,proto3" json:"members,omitempty"`           // the heaviest first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastHorizon) Reset() {
+	*x = ForecastHorizon{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastHorizon) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastHorizon) ProtoMessage() {}
+
+func (x *ForecastHorizon) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastHorizon.ProtoReflect.Descriptor instead.
+func (*ForecastHorizon) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *ForecastHorizon) GetHorizonMs() int64 {
+	if x != nil {
+		return x.HorizonMs
+	}
+	return 0
+}
+
+func (x *ForecastHorizon) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *ForecastHorizon) GetQuantiles() *ForecastQuantiles {
+	if x != nil {
+		return x.Quantiles
+	}
+	return nil
+}
+
+func (x *ForecastHorizon) GetSettled() int64 {
+	if x != nil {
+		return x.Settled
+	}
+	return 0
+}
+
+func (x *ForecastHorizon) GetError() float64 {
+	if x != nil {
+		return x.Error
+	}
+	return 0
+}
+
+func (x *ForecastHorizon) GetHeld90() float64 {
+	if x != nil {
+		return x.Held90
+	}
+	return 0
+}
+
+func (x *ForecastHorizon) GetHeld95() float64 {
+	if x != nil {
+		return x.Held95
+	}
+	return 0
+}
+
+func (x *ForecastHorizon) GetAsNow() bool {
+	if x != nil {
+		return x.AsNow
+	}
+	return false
+}
+
+func (x *ForecastHorizon) GetMembers() []*ForecastWeight {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+type ForecastPath struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AtUnixMs      int64                  `protobuf:"varint,1,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"`
+	Quantiles     *ForecastQuantiles     `protobuf:"bytes,2,opt,name=quantiles,proto3" json:"quantiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastPath) Reset() {
+	*x = ForecastPath{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastPath) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastPath) ProtoMessage() {}
+
+func (x *ForecastPath) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastPath.ProtoReflect.Descriptor instead.
+func (*ForecastPath) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ForecastPath) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
+func (x *ForecastPath) GetQuantiles() *ForecastQuantiles {
+	if x != nil {
+		return x.Quantiles
+	}
+	return nil
+}
+
+type ForecastResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	AtUnixMs      int64                  `protobuf:"varint,2,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"` // the end of what it rests on
+	StepMs        int64                  `protobuf:"varint,3,opt,name=step_ms,json=stepMs,proto3" json:"step_ms,omitempty"`
+	Samples       int64                  `protobuf:"varint,4,opt,name=samples,proto3" json:"samples,omitempty"`
+	SeasonMs      int64                  `protobuf:"varint,5,opt,name=season_ms,json=seasonMs,proto3" json:"season_ms,omitempty"` // 0: none was found
+	Borrowed      string                 `protobuf:"bytes,6,opt,name=borrowed,proto3" json:"borrowed,omitempty"`                  // workload | tenant | pool, whose shards lent to this one; "" nobody's
+	Horizons      []*ForecastHorizon     `protobuf:"bytes,7,rep,name=horizons,proto3" json:"horizons,omitempty"`                  // those beyond the history's reach are left out
+	Path          []*ForecastPath        `protobuf:"bytes,8,rep,name=path,proto3" json:"path,omitempty"`                          // of the value
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForecastResponse) Reset() {
+	*x = ForecastResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForecastResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForecastResponse) ProtoMessage() {}
+
+func (x *ForecastResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForecastResponse.ProtoReflect.Descriptor instead.
+func (*ForecastResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ForecastResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ForecastResponse) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
+func (x *ForecastResponse) GetStepMs() int64 {
+	if x != nil {
+		return x.StepMs
+	}
+	return 0
+}
+
+func (x *ForecastResponse) GetSamples() int64 {
+	if x != nil {
+		return x.Samples
+	}
+	return 0
+}
+
+func (x *ForecastResponse) GetSeasonMs() int64 {
+	if x != nil {
+		return x.SeasonMs
+	}
+	return 0
+}
+
+func (x *ForecastResponse) GetBorrowed() string {
+	if x != nil {
+		return x.Borrowed
+	}
+	return ""
+}
+
+func (x *ForecastResponse) GetHorizons() []*ForecastHorizon {
+	if x != nil {
+		return x.Horizons
+	}
+	return nil
+}
+
+func (x *ForecastResponse) GetPath() []*ForecastPath {
+	if x != nil {
+		return x.Path
+	}
+	return nil
+}
+
 type HistoryRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -3129,7 +3601,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3141,7 +3613,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3626,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *HistoryRequest) GetNamespace() string {
@@ -3173,14 +3645,15 @@ func (x *HistoryRequest) GetShard() string {
 
 type HistoryResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Blocks        [][]byte               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	Blocks        [][]byte               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"`       // ebpf/profile.Block
+	Forecasts     []byte                 `protobuf:"bytes,2,opt,name=forecasts,proto3" json:"forecasts,omitempty"` // the state of its forecasters; empty without any
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HistoryResponse) Reset() {
 	*x = HistoryResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3665,7 @@ func (x *HistoryResponse) String() string {
 func (*HistoryResponse) ProtoMessage() {}
 
 func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,12 +3678,19 @@ func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryResponse.ProtoReflect.Descriptor instead.
 func (*HistoryResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *HistoryResponse) GetBlocks() [][]byte {
 	if x != nil {
 		return x.Blocks
+	}
+	return nil
+}
+
+func (x *HistoryResponse) GetForecasts() []byte {
+	if x != nil {
+		return x.Forecasts
 	}
 	return nil
 }
@@ -3223,7 +3703,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3715,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3728,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{53}
 }
 
 type ClockResponse struct {
@@ -3260,7 +3740,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3272,7 +3752,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3285,7 +3765,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -3303,7 +3783,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3315,7 +3795,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3328,7 +3808,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{55}
 }
 
 type StatusResponse struct {
@@ -3342,7 +3822,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3354,7 +3834,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3367,7 +3847,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -3411,7 +3891,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3423,7 +3903,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3436,7 +3916,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -3533,7 +4013,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3545,7 +4025,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3558,7 +4038,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -3586,7 +4066,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[53]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +4078,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[53]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +4091,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{53}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -3645,7 +4125,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[54]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3657,7 +4137,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[54]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3670,7 +4150,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{54}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -3696,7 +4176,7 @@ type RedirectRequest struct {
 
 func (x *RedirectRequest) Reset() {
 	*x = RedirectRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[55]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3708,7 +4188,7 @@ func (x *RedirectRequest) String() string {
 func (*RedirectRequest) ProtoMessage() {}
 
 func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[55]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3721,7 +4201,7 @@ func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
 func (*RedirectRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{55}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RedirectRequest) GetId() string {
@@ -3739,7 +4219,7 @@ type RedirectResponse struct {
 
 func (x *RedirectResponse) Reset() {
 	*x = RedirectResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[56]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3751,7 +4231,7 @@ func (x *RedirectResponse) String() string {
 func (*RedirectResponse) ProtoMessage() {}
 
 func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[56]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3764,7 +4244,7 @@ func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
 func (*RedirectResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{56}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
 }
 
 type SealRequest struct {
@@ -3778,7 +4258,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[57]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3790,7 +4270,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[57]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3803,7 +4283,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{57}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *SealRequest) GetId() string {
@@ -3836,7 +4316,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[58]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3848,7 +4328,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[58]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3861,7 +4341,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{58}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -3880,7 +4360,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[59]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3892,7 +4372,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[59]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3905,7 +4385,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{59}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -3927,7 +4407,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[60]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3939,7 +4419,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[60]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3952,7 +4432,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{60}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -3993,7 +4473,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4005,7 +4485,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4018,7 +4498,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -4043,7 +4523,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4055,7 +4535,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4068,7 +4548,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{68}
 }
 
 type DecisionRequest struct {
@@ -4080,7 +4560,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4092,7 +4572,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4105,7 +4585,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -4124,7 +4604,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4136,7 +4616,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4149,7 +4629,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -4389,7 +4869,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
 	"RatesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xa5\x03\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\x9c\x04\n" +
 	"\tShardLoad\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -4400,11 +4880,16 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
 	"cpu_recent\x18\a \x03(\x01R\tcpuRecent\x12&\n" +
 	"\fcpu_forecast\x18\b \x01(\x01H\x00R\vcpuForecast\x88\x01\x01\x128\n" +
-	"\x16dirty_pages_per_second\x18\t \x01(\x01H\x01R\x13dirtyPagesPerSecond\x88\x01\x01\x1a8\n" +
+	"\x16dirty_pages_per_second\x18\t \x01(\x01H\x01R\x13dirtyPagesPerSecond\x88\x01\x01\x12:\n" +
+	"\x06absent\x18\n" +
+	" \x03(\v2\".tranship.v1.ShardLoad.AbsentEntryR\x06absent\x1a8\n" +
 	"\n" +
 	"RatesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01B\x0f\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\x1a9\n" +
+	"\vAbsentEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x0f\n" +
 	"\r_cpu_forecastB\x19\n" +
 	"\x17_dirty_pages_per_second\"\x88\x01\n" +
 	"\rPointsRequest\x12\x1c\n" +
@@ -4433,12 +4918,53 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x0fforce_namespace\x18\x04 \x01(\bR\x0eforceNamespace\"g\n" +
 	"\x11DirtyRateResponse\x12(\n" +
 	"\x10pages_per_second\x18\x01 \x01(\x01R\x0epagesPerSecond\x12(\n" +
-	"\x10bytes_per_second\x18\x02 \x01(\x01R\x0ebytesPerSecond\"D\n" +
+	"\x10bytes_per_second\x18\x02 \x01(\x01R\x0ebytesPerSecond\"\x90\x01\n" +
+	"\x0fForecastRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x16\n" +
+	"\x06signal\x18\x03 \x01(\tR\x06signal\x12\x19\n" +
+	"\bahead_ms\x18\x04 \x01(\x03R\aaheadMs\x12\x16\n" +
+	"\x06points\x18\x05 \x01(\rR\x06points\"m\n" +
+	"\x11ForecastQuantiles\x12\x10\n" +
+	"\x03p10\x18\x01 \x01(\x01R\x03p10\x12\x10\n" +
+	"\x03p50\x18\x02 \x01(\x01R\x03p50\x12\x10\n" +
+	"\x03p90\x18\x03 \x01(\x01R\x03p90\x12\x10\n" +
+	"\x03p95\x18\x04 \x01(\x01R\x03p95\x12\x10\n" +
+	"\x03p99\x18\x05 \x01(\x01R\x03p99\"<\n" +
+	"\x0eForecastWeight\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06weight\x18\x02 \x01(\x01R\x06weight\"\xb4\x02\n" +
+	"\x0fForecastHorizon\x12\x1d\n" +
+	"\n" +
+	"horizon_ms\x18\x01 \x01(\x03R\thorizonMs\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12<\n" +
+	"\tquantiles\x18\x03 \x01(\v2\x1e.tranship.v1.ForecastQuantilesR\tquantiles\x12\x18\n" +
+	"\asettled\x18\x04 \x01(\x03R\asettled\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\x01R\x05error\x12\x16\n" +
+	"\x06held90\x18\x06 \x01(\x01R\x06held90\x12\x16\n" +
+	"\x06held95\x18\a \x01(\x01R\x06held95\x12\x15\n" +
+	"\x06as_now\x18\b \x01(\bR\x05asNow\x125\n" +
+	"\amembers\x18\t \x03(\v2\x1b.tranship.v1.ForecastWeightR\amembers\"j\n" +
+	"\fForecastPath\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x01 \x01(\x03R\batUnixMs\x12<\n" +
+	"\tquantiles\x18\x02 \x01(\v2\x1e.tranship.v1.ForecastQuantilesR\tquantiles\"\x99\x02\n" +
+	"\x10ForecastResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\x12\x17\n" +
+	"\astep_ms\x18\x03 \x01(\x03R\x06stepMs\x12\x18\n" +
+	"\asamples\x18\x04 \x01(\x03R\asamples\x12\x1b\n" +
+	"\tseason_ms\x18\x05 \x01(\x03R\bseasonMs\x12\x1a\n" +
+	"\bborrowed\x18\x06 \x01(\tR\bborrowed\x128\n" +
+	"\bhorizons\x18\a \x03(\v2\x1c.tranship.v1.ForecastHorizonR\bhorizons\x12-\n" +
+	"\x04path\x18\b \x03(\v2\x19.tranship.v1.ForecastPathR\x04path\"D\n" +
 	"\x0eHistoryRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
-	"\x05shard\x18\x02 \x01(\tR\x05shard\")\n" +
+	"\x05shard\x18\x02 \x01(\tR\x05shard\"G\n" +
 	"\x0fHistoryResponse\x12\x16\n" +
-	"\x06blocks\x18\x01 \x03(\fR\x06blocks\"\x0e\n" +
+	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12\x1c\n" +
+	"\tforecasts\x18\x02 \x01(\fR\tforecasts\"\x0e\n" +
 	"\fClockRequest\"(\n" +
 	"\rClockResponse\x12\x17\n" +
 	"\aunix_ns\x18\x01 \x01(\x03R\x06unixNs\"\x0f\n" +
@@ -4512,11 +5038,12 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\aMigrate\x12\x1b.tranship.v1.MigrateRequest\x1a\x19.tranship.v1.MigrateEvent0\x01\x12A\n" +
 	"\x06Cancel\x12\x1a.tranship.v1.CancelRequest\x1a\x1b.tranship.v1.CancelResponse\x12Y\n" +
 	"\x0eListMigrations\x12\".tranship.v1.ListMigrationsRequest\x1a#.tranship.v1.ListMigrationsResponse\x12D\n" +
-	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\xd6\x01\n" +
+	"\aResolve\x12\x1b.tranship.v1.ResolveRequest\x1a\x1c.tranship.v1.ResolveResponse2\x9f\x02\n" +
 	"\bProfiles\x12;\n" +
 	"\x04Load\x12\x18.tranship.v1.LoadRequest\x1a\x19.tranship.v1.LoadResponse\x12A\n" +
 	"\x06Points\x12\x1a.tranship.v1.PointsRequest\x1a\x1b.tranship.v1.PointsResponse\x12J\n" +
-	"\tDirtyRate\x12\x1d.tranship.v1.DirtyRateRequest\x1a\x1e.tranship.v1.DirtyRateResponse2\xa4\x06\n" +
+	"\tDirtyRate\x12\x1d.tranship.v1.DirtyRateRequest\x1a\x1e.tranship.v1.DirtyRateResponse\x12G\n" +
+	"\bForecast\x12\x1c.tranship.v1.ForecastRequest\x1a\x1d.tranship.v1.ForecastResponse2\xa4\x06\n" +
 	"\x04Peer\x12A\n" +
 	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
 	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
@@ -4543,7 +5070,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                  // 0: tranship.v1.Shard
 	(*Mount)(nil),                  // 1: tranship.v1.Mount
@@ -4590,37 +5117,44 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*PointsResponse)(nil),         // 42: tranship.v1.PointsResponse
 	(*DirtyRateRequest)(nil),       // 43: tranship.v1.DirtyRateRequest
 	(*DirtyRateResponse)(nil),      // 44: tranship.v1.DirtyRateResponse
-	(*HistoryRequest)(nil),         // 45: tranship.v1.HistoryRequest
-	(*HistoryResponse)(nil),        // 46: tranship.v1.HistoryResponse
-	(*ClockRequest)(nil),           // 47: tranship.v1.ClockRequest
-	(*ClockResponse)(nil),          // 48: tranship.v1.ClockResponse
-	(*StatusRequest)(nil),          // 49: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),         // 50: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),         // 51: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),        // 52: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),         // 53: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),        // 54: tranship.v1.PrepareResponse
-	(*RedirectRequest)(nil),        // 55: tranship.v1.RedirectRequest
-	(*RedirectResponse)(nil),       // 56: tranship.v1.RedirectResponse
-	(*SealRequest)(nil),            // 57: tranship.v1.SealRequest
-	(*SealResponse)(nil),           // 58: tranship.v1.SealResponse
-	(*CommitRequest)(nil),          // 59: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),         // 60: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),           // 61: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),          // 62: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),        // 63: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),       // 64: tranship.v1.DecisionResponse
-	nil,                            // 65: tranship.v1.Shard.LabelsEntry
-	nil,                            // 66: tranship.v1.RunRequest.LabelsEntry
-	nil,                            // 67: tranship.v1.HostLoad.RatesEntry
-	nil,                            // 68: tranship.v1.ShardLoad.RatesEntry
-	nil,                            // 69: tranship.v1.LoadPoint.MeanEntry
-	nil,                            // 70: tranship.v1.LoadPoint.PeakEntry
+	(*ForecastRequest)(nil),        // 45: tranship.v1.ForecastRequest
+	(*ForecastQuantiles)(nil),      // 46: tranship.v1.ForecastQuantiles
+	(*ForecastWeight)(nil),         // 47: tranship.v1.ForecastWeight
+	(*ForecastHorizon)(nil),        // 48: tranship.v1.ForecastHorizon
+	(*ForecastPath)(nil),           // 49: tranship.v1.ForecastPath
+	(*ForecastResponse)(nil),       // 50: tranship.v1.ForecastResponse
+	(*HistoryRequest)(nil),         // 51: tranship.v1.HistoryRequest
+	(*HistoryResponse)(nil),        // 52: tranship.v1.HistoryResponse
+	(*ClockRequest)(nil),           // 53: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),          // 54: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),          // 55: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),         // 56: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),         // 57: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),        // 58: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),         // 59: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),        // 60: tranship.v1.PrepareResponse
+	(*RedirectRequest)(nil),        // 61: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),       // 62: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),            // 63: tranship.v1.SealRequest
+	(*SealResponse)(nil),           // 64: tranship.v1.SealResponse
+	(*CommitRequest)(nil),          // 65: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),         // 66: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),           // 67: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),          // 68: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),        // 69: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),       // 70: tranship.v1.DecisionResponse
+	nil,                            // 71: tranship.v1.Shard.LabelsEntry
+	nil,                            // 72: tranship.v1.RunRequest.LabelsEntry
+	nil,                            // 73: tranship.v1.HostLoad.RatesEntry
+	nil,                            // 74: tranship.v1.ShardLoad.RatesEntry
+	nil,                            // 75: tranship.v1.ShardLoad.AbsentEntry
+	nil,                            // 76: tranship.v1.LoadPoint.MeanEntry
+	nil,                            // 77: tranship.v1.LoadPoint.PeakEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	65, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	71, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,  // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	66, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	72, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,  // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,  // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,  // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -4639,80 +5173,88 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	28, // 18: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
 	38, // 19: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
 	39, // 20: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
-	67, // 21: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	73, // 21: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
 	37, // 22: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
-	68, // 23: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
-	69, // 24: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
-	70, // 25: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
-	41, // 26: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
-	14, // 27: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,  // 28: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,  // 29: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	15, // 30: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,  // 31: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	21, // 32: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	26, // 33: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	2,  // 34: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,  // 35: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,  // 36: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,  // 37: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10, // 38: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12, // 39: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	16, // 40: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	18, // 41: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	20, // 42: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	23, // 43: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	29, // 44: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	31, // 45: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	33, // 46: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	35, // 47: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	40, // 48: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	43, // 49: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	49, // 50: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	47, // 51: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	51, // 52: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	53, // 53: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	55, // 54: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	57, // 55: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	59, // 56: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	61, // 57: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	35, // 58: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	45, // 59: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,  // 60: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	63, // 61: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,  // 62: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,  // 63: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,  // 64: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,  // 65: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11, // 66: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13, // 67: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	17, // 68: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	19, // 69: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	22, // 70: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	24, // 71: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	30, // 72: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	32, // 73: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	34, // 74: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	36, // 75: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	42, // 76: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	44, // 77: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	50, // 78: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	48, // 79: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	52, // 80: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	54, // 81: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	56, // 82: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	58, // 83: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	60, // 84: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	62, // 85: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	36, // 86: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	46, // 87: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,  // 88: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	64, // 89: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	62, // [62:90] is the sub-list for method output_type
-	34, // [34:62] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	74, // 23: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	75, // 24: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
+	76, // 25: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	77, // 26: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	41, // 27: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
+	46, // 28: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
+	47, // 29: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
+	46, // 30: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
+	48, // 31: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
+	49, // 32: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
+	14, // 33: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,  // 34: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,  // 35: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	15, // 36: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,  // 37: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	21, // 38: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	26, // 39: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	2,  // 40: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,  // 41: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,  // 42: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,  // 43: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10, // 44: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12, // 45: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	16, // 46: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	18, // 47: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	20, // 48: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	23, // 49: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	29, // 50: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	31, // 51: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	33, // 52: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	35, // 53: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	40, // 54: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	43, // 55: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	45, // 56: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	55, // 57: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	53, // 58: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	57, // 59: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	59, // 60: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	61, // 61: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	63, // 62: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	65, // 63: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	67, // 64: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	35, // 65: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	51, // 66: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,  // 67: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	69, // 68: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	3,  // 69: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,  // 70: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,  // 71: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,  // 72: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11, // 73: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13, // 74: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	17, // 75: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	19, // 76: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	22, // 77: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	24, // 78: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	30, // 79: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	32, // 80: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	34, // 81: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	36, // 82: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	42, // 83: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	44, // 84: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	50, // 85: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	56, // 86: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	54, // 87: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	58, // 88: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	60, // 89: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	62, // 90: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	64, // 91: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	66, // 92: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	68, // 93: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	36, // 94: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	52, // 95: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,  // 96: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	70, // 97: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	69, // [69:98] is the sub-list for method output_type
+	40, // [40:69] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -4727,7 +5269,7 @@ func file_daemon_control_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   71,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   5,
 		},

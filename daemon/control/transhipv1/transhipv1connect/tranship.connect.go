@@ -78,6 +78,8 @@ const (
 	ProfilesPointsProcedure = "/tranship.v1.Profiles/Points"
 	// ProfilesDirtyRateProcedure is the fully-qualified name of the Profiles's DirtyRate RPC.
 	ProfilesDirtyRateProcedure = "/tranship.v1.Profiles/DirtyRate"
+	// ProfilesForecastProcedure is the fully-qualified name of the Profiles's Forecast RPC.
+	ProfilesForecastProcedure = "/tranship.v1.Profiles/Forecast"
 	// PeerStatusProcedure is the fully-qualified name of the Peer's Status RPC.
 	PeerStatusProcedure = "/tranship.v1.Peer/Status"
 	// PeerClockProcedure is the fully-qualified name of the Peer's Clock RPC.
@@ -592,6 +594,8 @@ type ProfilesClient interface {
 	Points(context.Context, *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error)
 	// DirtyRate measures how many pages a shard writes, for a short window.
 	DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error)
+	// Forecast is what a shard of this host is expected to need.
+	Forecast(context.Context, *connect.Request[transhipv1.ForecastRequest]) (*connect.Response[transhipv1.ForecastResponse], error)
 }
 
 // NewProfilesClient constructs a client for the tranship.v1.Profiles service. By default, it uses
@@ -623,6 +627,12 @@ func NewProfilesClient(httpClient connect.HTTPClient, baseURL string, opts ...co
 			connect.WithSchema(profilesMethods.ByName("DirtyRate")),
 			connect.WithClientOptions(opts...),
 		),
+		forecast: connect.NewClient[transhipv1.ForecastRequest, transhipv1.ForecastResponse](
+			httpClient,
+			baseURL+ProfilesForecastProcedure,
+			connect.WithSchema(profilesMethods.ByName("Forecast")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -631,6 +641,7 @@ type profilesClient struct {
 	load      *connect.Client[transhipv1.LoadRequest, transhipv1.LoadResponse]
 	points    *connect.Client[transhipv1.PointsRequest, transhipv1.PointsResponse]
 	dirtyRate *connect.Client[transhipv1.DirtyRateRequest, transhipv1.DirtyRateResponse]
+	forecast  *connect.Client[transhipv1.ForecastRequest, transhipv1.ForecastResponse]
 }
 
 // Load calls tranship.v1.Profiles.Load.
@@ -648,6 +659,11 @@ func (c *profilesClient) DirtyRate(ctx context.Context, req *connect.Request[tra
 	return c.dirtyRate.CallUnary(ctx, req)
 }
 
+// Forecast calls tranship.v1.Profiles.Forecast.
+func (c *profilesClient) Forecast(ctx context.Context, req *connect.Request[transhipv1.ForecastRequest]) (*connect.Response[transhipv1.ForecastResponse], error) {
+	return c.forecast.CallUnary(ctx, req)
+}
+
 // ProfilesHandler is an implementation of the tranship.v1.Profiles service.
 type ProfilesHandler interface {
 	// Load is what hosts and shards use now.
@@ -656,6 +672,8 @@ type ProfilesHandler interface {
 	Points(context.Context, *connect.Request[transhipv1.PointsRequest]) (*connect.Response[transhipv1.PointsResponse], error)
 	// DirtyRate measures how many pages a shard writes, for a short window.
 	DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error)
+	// Forecast is what a shard of this host is expected to need.
+	Forecast(context.Context, *connect.Request[transhipv1.ForecastRequest]) (*connect.Response[transhipv1.ForecastResponse], error)
 }
 
 // NewProfilesHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -683,6 +701,12 @@ func NewProfilesHandler(svc ProfilesHandler, opts ...connect.HandlerOption) (str
 		connect.WithSchema(profilesMethods.ByName("DirtyRate")),
 		connect.WithHandlerOptions(opts...),
 	)
+	profilesForecastHandler := connect.NewUnaryHandler(
+		ProfilesForecastProcedure,
+		svc.Forecast,
+		connect.WithSchema(profilesMethods.ByName("Forecast")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tranship.v1.Profiles/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ProfilesLoadProcedure:
@@ -691,6 +715,8 @@ func NewProfilesHandler(svc ProfilesHandler, opts ...connect.HandlerOption) (str
 			profilesPointsHandler.ServeHTTP(w, r)
 		case ProfilesDirtyRateProcedure:
 			profilesDirtyRateHandler.ServeHTTP(w, r)
+		case ProfilesForecastProcedure:
+			profilesForecastHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -710,6 +736,10 @@ func (UnimplementedProfilesHandler) Points(context.Context, *connect.Request[tra
 
 func (UnimplementedProfilesHandler) DirtyRate(context.Context, *connect.Request[transhipv1.DirtyRateRequest]) (*connect.Response[transhipv1.DirtyRateResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Profiles.DirtyRate is not implemented"))
+}
+
+func (UnimplementedProfilesHandler) Forecast(context.Context, *connect.Request[transhipv1.ForecastRequest]) (*connect.Response[transhipv1.ForecastResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Profiles.Forecast is not implemented"))
 }
 
 // PeerClient is a client for the tranship.v1.Peer service.
