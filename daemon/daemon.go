@@ -165,6 +165,10 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 			h.log.Warn("criu", "err", err)
 		}
 	}
+	unchanged, err := criu.PrepareUnchanged(ctx, binary, filepath.Join(h.cfg.RunDir, "criu.kdat"))
+	if err != nil && binary != "" {
+		h.log.Info("blackouts grow with memory", "err", err)
+	}
 	kind, why := track.Probe()
 	if kind == track.None {
 		h.log.Warn("written memory cannot be tracked: moves copy everything while the shard stands still", "err", why)
@@ -179,7 +183,7 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 		pool = h.peers
 	}
 	h.moves, err = migrate.New(migrate.Config{
-		Node: h.cfg.Node, StoreDir: store, TmpfsDir: filepath.Join(h.cfg.RunDir, "tmpfs"), Daemon: self, CRIU: binary, CRIULogLevel: h.cfg.CRIU.LogLevel,
+		Node: h.cfg.Node, StoreDir: store, TmpfsDir: filepath.Join(h.cfg.RunDir, "tmpfs"), Daemon: self, CRIU: binary, CRIULogLevel: h.cfg.CRIU.LogLevel, Unchanged: unchanged,
 		Versions: h.facts.versions, Subnet: h.cfg.Network.Subnet, Tracker: kind,
 	}, h.journal, h.rt, pool, migrate.NewMetrics(h.metrics), h.log)
 	if err != nil {

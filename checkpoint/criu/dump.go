@@ -38,6 +38,9 @@ type DumpConfig struct {
 	TCPEstablished bool
 	// LazyPages leaves private anonymous memory out of the images.
 	LazyPages bool
+	// Parent is a directory of image.WriteParent, relative to ImageDir; "" for
+	// none. The dump depends on it until image.Settle.
+	Parent string
 	// IgnoreCgroups skips CRIU's cgroup walk: right only for a shard without
 	// cgroups of its own below the container's.
 	IgnoreCgroups bool
@@ -50,9 +53,10 @@ type Dumper struct {
 	once sync.Once
 }
 
-// StartDumper starts CRIU. The caller must Kill it in every case.
-func StartDumper(path string) (*Dumper, error) {
-	w, err := startWorker(path)
+// StartDumper starts CRIU, for a dump with DumpConfig.Parent if u is not nil. The
+// caller must Kill it in every case.
+func StartDumper(path string, u *Unchanged) (*Dumper, error) {
+	w, err := startWorker(path, u)
 	if err != nil {
 		return nil, err
 	}
@@ -138,6 +142,9 @@ func (cfg DumpConfig) rpc(images, work *os.File) *rpc.CriuOpts {
 		LazyPages:         proto.Bool(cfg.LazyPages),
 		// Never alive by CRIU's own decision: it is killed before it decides.
 		LeaveRunning: proto.Bool(false),
+	}
+	if cfg.Parent != "" {
+		opts.TrackMem, opts.ParentImg = proto.Bool(true), proto.String(cfg.Parent)
 	}
 	if cfg.FreezeCgroup != "" {
 		opts.FreezeCgroup = proto.String(cfg.FreezeCgroup)

@@ -56,7 +56,12 @@ type victim struct {
 func startVictim(t *testing.T) *victim {
 	t.Helper()
 	v := &victim{cgroup: freezerCgroup(t)}
-	cmd := exec.Command("/proc/self/exe")
+	// By its path: /proc/self/exe may be of another mount namespace.
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self)
 	cmd.Env = append(os.Environ(), "CRIU_TEST_ECHO=1", "GODEBUG=multipathtcp=0")
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	out, err := cmd.StdoutPipe()
@@ -175,7 +180,7 @@ func (v *victim) config(t *testing.T) DumpConfig {
 func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
 	path := needCRIU(t)
 	v := startVictim(t)
-	d, err := StartDumper(path)
+	d, err := StartDumper(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +241,7 @@ func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
 func TestARefusedDumpLeavesTheProcessAsItWas(t *testing.T) {
 	path := needCRIU(t)
 	v := startVictim(t)
-	d, err := StartDumper(path)
+	d, err := StartDumper(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +266,7 @@ func TestARefusedDumpLeavesTheProcessAsItWas(t *testing.T) {
 func TestADumpObeysItsContext(t *testing.T) {
 	path := needCRIU(t)
 	v := startVictim(t)
-	d, err := StartDumper(path)
+	d, err := StartDumper(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

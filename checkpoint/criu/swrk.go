@@ -39,7 +39,7 @@ type worker struct {
 	err  error         // from Wait, valid after done
 }
 
-func startWorker(path string) (*worker, error) {
+func startWorker(path string, u *Unchanged) (*worker, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("socket to criu: %w", err)
@@ -58,7 +58,7 @@ func startWorker(path string) (*worker, error) {
 	// the tasks to the state that the cgroup freezer says. Not Pdeathsig: that
 	// fires when the starting thread ends, not the process.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	if err := u.start(cmd.Start); err != nil {
 		_ = local.Close()
 		return nil, fmt.Errorf("start %s swrk: %w", path, err)
 	}

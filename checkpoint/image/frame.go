@@ -44,6 +44,7 @@ const (
 	inventoryMagic magic = 0x58313116
 	pstreeMagic    magic = 0x50273030
 	pagemapMagic   magic = 0x56084025 // of tasks and of shared memory alike
+	coreMagic      magic = 0x55053847
 	idsMagic       magic = 0x54432030
 	mmMagic        magic = 0x57492820
 	filesMagic     magic = 0x56303138

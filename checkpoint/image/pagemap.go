@@ -50,35 +50,48 @@ const maxAddr = 1 << 62
 // go-criu 7.2, which know only that, decode its images as empty; hence by hand.
 func ReadPagemap(r io.Reader) (Pagemap, error) {
 	var p Pagemap
-	img, err := openImage(bufio.NewReader(r), pagemapMagic)
-	if err != nil {
-		return p, err
-	}
-	head := false
-	err = img.each(func(raw []byte) error {
-		if !head {
-			head = true
-			return fields(raw, func(f field) error {
-				if f.num == 1 {
-					p.PagesID = uint32(f.value)
-				}
-				return nil
-			}, 1)
-		}
-		run, err := parseRun(raw)
-		if err != nil {
-			return err
-		}
+	err := eachRun(r, func(id uint32) error { p.PagesID = id; return nil }, func(run Run) error {
 		p.Runs = append(p.Runs, run)
 		return nil
 	})
-	if err == nil && !head {
-		err = fmt.Errorf("%w: it has no head", ErrTruncated)
-	}
 	if err != nil {
 		return Pagemap{}, fmt.Errorf("pagemap: %w", err)
 	}
 	return p, nil
+}
+
+// eachRun calls head with the id of the pages image, then run for every run.
+func eachRun(r io.Reader, head func(pagesID uint32) error, run func(Run) error) error {
+	img, err := openImage(bufio.NewReader(r), pagemapMagic)
+	if err != nil {
+		return err
+	}
+	hasHead := false
+	err = img.each(func(raw []byte) error {
+		if !hasHead {
+			hasHead = true
+			var id uint32
+			err := fields(raw, func(f field) error {
+				if f.num == 1 {
+					id = uint32(f.value)
+				}
+				return nil
+			}, 1)
+			if err != nil {
+				return err
+			}
+			return head(id)
+		}
+		next, err := parseRun(raw)
+		if err != nil {
+			return err
+		}
+		return run(next)
+	})
+	if err == nil && !hasHead {
+		err = fmt.Errorf("%w: it has no head", ErrTruncated)
+	}
+	return err
 }
 
 func parseRun(raw []byte) (Run, error) {
@@ -129,7 +142,10 @@ func parseRun(raw []byte) (Run, error) {
 }
 
 // WritePagemap writes the form of CRIU 4.2.
-func WritePagemap(w io.Writer, p Pagemap) error {
+func WritePagemap(w io.Writer, p Pagemap) error { return writePagemap(w, p, false) }
+
+// writePagemap can also write what every CRIU reads.
+func writePagemap(w io.Writer, p Pagemap, compatible bool) error {
 	buffered := bufio.NewWriter(w)
 	img, err := newImage(buffered, pagemapMagic)
 	if err != nil {
@@ -140,10 +156,7 @@ func WritePagemap(w io.Writer, p Pagemap) error {
 	}
 	var b []byte
 	for _, run := range p.Runs {
-		b = appendVarint(b[:0], 1, run.Addr)
-		b = appendVarint(b, 2, 0) // required, and zero as CRIU has it
-		b = appendVarint(b, 4, uint64(run.Flags))
-		b = appendVarint(b, 5, uint64(run.Pages))
+		b = appendRun(b[:0], run, compatible)
 		if err := img.entry(b); err != nil {
 			return fmt.Errorf("write pagemap: %w", err)
 		}
@@ -152,6 +165,17 @@ func WritePagemap(w io.Writer, p Pagemap) error {
 		return fmt.Errorf("write pagemap: %w", err)
 	}
 	return nil
+}
+
+func appendRun(b []byte, run Run, compatible bool) []byte {
+	b = appendVarint(b, 1, run.Addr)
+	if compatible {
+		b = appendVarint(b, 2, uint64(run.Pages))
+	} else {
+		b = appendVarint(b, 2, 0) // required, and zero as CRIU has it
+	}
+	b = appendVarint(b, 4, uint64(run.Flags))
+	return appendVarint(b, 5, uint64(run.Pages))
 }
 
 func appendVarint(b []byte, num protowire.Number, v uint64) []byte {

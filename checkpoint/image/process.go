@@ -114,6 +114,41 @@ type VMA struct {
 	FDFlags uint32
 }
 
+// Linux's MAP_… bits that decide where pages go; the same on all platforms that
+// tranship runs on.
+const (
+	mapPrivate   = 0x02
+	mapAnonymous = 0x20
+	mapLocked    = 0x2000
+	mapHugeTLB   = 0x40000
+)
+
+// Lazy says whether a dump with lazy pages leaves the mapping's pages out, and
+// the restore has them placed (vma_entry_can_be_lazy in criu/include/vma.h).
+func (v VMA) Lazy() bool {
+	return v.Flags&mapAnonymous != 0 && v.Flags&mapPrivate != 0 && v.Flags&(mapLocked|mapHugeTLB) == 0 &&
+		v.Status&(VDSO|VVAR|Vsyscall) == 0
+}
+
+// ReadStackPointer reads the stack pointer of the thread of a core-<tid>.img.
+func ReadStackPointer(r io.Reader) (uint64, error) {
+	var m criucore.CoreEntry
+	img, err := openImage(bufio.NewReader(r), coreMagic)
+	if err == nil {
+		err = img.only(&m)
+	}
+	switch {
+	case err != nil:
+	case m.GetThreadInfo() != nil:
+		return m.GetThreadInfo().GetGpregs().GetSp(), nil
+	case m.GetTiAarch64() != nil:
+		return m.GetTiAarch64().GetGpregs().GetSp(), nil
+	default:
+		err = malformed("no registers of a platform that is known")
+	}
+	return 0, fmt.Errorf("thread: %w", err)
+}
+
 // MM is mm-<pid>.img.
 type MM struct {
 	StartBrk, Brk uint64

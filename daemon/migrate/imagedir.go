@@ -12,8 +12,11 @@ import (
 
 	"github.com/klauspost/compress/s2"
 	"github.com/zeebo/xxh3"
+	"golang.org/x/sys/unix"
 
+	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/image"
+	"github.com/tranship/tranship/checkpoint/track"
 )
 
 // Limits for an image directory that comes from another host. CRIU writes a few
@@ -132,6 +135,48 @@ func takeImage(root *os.Root, r io.Reader, hdr *tar.Header) error {
 		err = io.ErrUnexpectedEOF
 	}
 	return errors.Join(err, f.Close())
+}
+
+// parentDir holds the images that a dump is built on, beside its own.
+const parentDir = "parent"
+
+// writeParent makes CRIU believe that every page of these processes was dumped
+// before. It returns what CRIU has to be told of it.
+func writeParent(dir string, procs []checkpoint.Process) (string, error) {
+	var up unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
+		return "", fmt.Errorf("parent images: %w", err)
+	}
+	var pids []checkpoint.PID
+	for _, p := range procs {
+		pids = append(pids, p.PID)
+	}
+	return filepath.Join("..", parentDir), image.WriteParent(filepath.Join(dir, parentDir), pids, uint64(up.Nano()/1e3))
+}
+
+// settleImages makes a dump that was built on parentDir whole. CRIU must still
+// hold the processes.
+func settleImages(images string, procs []checkpoint.Process) error {
+	hostPIDs := map[checkpoint.PID]int{}
+	for _, p := range procs {
+		hostPIDs[p.PID] = p.HostPID
+	}
+	_, err := image.Settle(images, func(pid checkpoint.PID, addr uint64, buf []byte) error {
+		host, ok := hostPIDs[pid]
+		if !ok {
+			return fmt.Errorf("process %d was not there when the dump began", pid)
+		}
+		gone := false
+		err := track.ReadMemory(host, addr, buf, func(uint64, checkpoint.Pages) { gone = true })
+		if err == nil && gone {
+			err = errors.New("not mapped any more")
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("settle images: %w", err)
+	}
+	return nil
 }
 
 // mendImages changes, in a dump, what CRIU would restore wrong or not at all.

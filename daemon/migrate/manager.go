@@ -26,6 +26,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/criu"
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
@@ -56,7 +57,10 @@ type Config struct {
 	// CRIU is the binary that dumps, CRIULogLevel its verbosity.
 	CRIU         string
 	CRIULogLevel int
-	Versions     *v1.Versions
+	// Unchanged is what keeps CRIU from touching every page of a dump; nil where
+	// it cannot be kept from it.
+	Unchanged *criu.Unchanged
+	Versions  *v1.Versions
 	// Subnet holds the addresses of all shards of the pool.
 	Subnet netip.Prefix
 	// Tracker is what this host's kernel can do.

@@ -191,7 +191,7 @@ func (o *outgoing) prepare(ctx context.Context) error {
 		return err
 	}
 	dir := o.m.dir(o.entry.ID, Source)
-	for _, sub := range []string{"images", "work"} {
+	for _, sub := range []string{"images", "work", parentDir} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
 			return err
 		}

@@ -25,7 +25,7 @@ import (
 
 func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	o.report.enter(PhaseStopAndCopy)
-	dumper, err := criu.StartDumper(o.m.cfg.CRIU)
+	dumper, err := criu.StartDumper(o.m.cfg.CRIU, o.m.cfg.Unchanged)
 	if err != nil {
 		return err
 	}
@@ -211,12 +211,31 @@ func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) er
 	if err := criu.WriteDescriptors(images, int(o.rec.PID)); err != nil {
 		return err
 	}
-	return dumper.Dump(ctx, criu.DumpConfig{
+	cfg := criu.DumpConfig{
 		InitPID: int(o.rec.PID), ImageDir: images, WorkDir: filepath.Join(dir, "work"),
 		Root:         o.rootfs.Path,
 		FreezeCgroup: o.cgroup.Dir, ExternalMounts: mounts, External: external,
 		TCPEstablished: true, LazyPages: true, LogLevel: o.m.cfg.CRIULogLevel,
-	})
+	}
+	if o.m.cfg.Unchanged == nil {
+		return dumper.Dump(ctx, cfg)
+	}
+	procs, err := o.processes()
+	if err != nil {
+		return err
+	}
+	if cfg.Parent, err = writeParent(dir, procs); err != nil {
+		return err
+	}
+	if err := dumper.Dump(ctx, cfg); err != nil {
+		return err
+	}
+	at := time.Now()
+	if err := settleImages(images, procs); err != nil {
+		return err
+	}
+	o.step("pages into images", at)
+	return nil
 }
 
 // sendUntold sends the pages that CRIU left to tranship and that no round

@@ -1,0 +1,281 @@
+package image
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/inventory"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/tranship/tranship/checkpoint"
+)
+
+// WriteParent writes images of an earlier dump that never was: they say that
+// they have every page of every process. A dump that is told to build on them
+// only notes which pages there are, marked Parent, and touches none; a process
+// that they do not name is dumped as ever. CRIU takes a process that started
+// after an earlier dump for another one with the same id, so this one lies an
+// hour ahead of uptime (microseconds since boot).
+func WriteParent(dir string, pids []checkpoint.PID, uptime uint64) error {
+	const hour = 3600 * 1e6
+	err := writeFile(filepath.Join(dir, "inventory.img"), func(w io.Writer) error {
+		img, err := newImage(w, inventoryMagic)
+		if err != nil {
+			return err
+		}
+		return img.message(&inventory.InventoryEntry{ImgVersion: proto.Uint32(2), DumpUptime: proto.Uint64(uptime + hour)})
+	})
+	if err != nil {
+		return fmt.Errorf("parent images: %w", err)
+	}
+	const pagesID = 1
+	if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("pages-%d.img", pagesID)), nil, 0o600); err != nil {
+		return fmt.Errorf("parent images: %w", err)
+	}
+	everything := Pagemap{PagesID: pagesID}
+	for at := uint64(0); at < parentSpace; at += parentRun * checkpoint.PageSize {
+		everything.Runs = append(everything.Runs, Run{Addr: at, Pages: parentRun, Flags: Parent})
+	}
+	for _, pid := range pids {
+		name := filepath.Join(dir, fmt.Sprintf("pagemap-%d.img", pid))
+		if err := writeFile(name, func(w io.Writer) error { return writePagemap(w, everything, true) }); err != nil {
+			return fmt.Errorf("parent images: %w", err)
+		}
+	}
+	return nil
+}
+
+const (
+	// parentSpace is all that a process of a 64-bit platform can map without
+	// asking for more (48 bits on arm64, 47 on amd64).
+	parentSpace = 1 << 48
+	// parentRun fits the 32 bits in which CRIU before 4.2 counts a run's pages.
+	parentRun = 1 << 30
+)
+
+// Memory reads a process's memory: all of buf, from addr on.
+type Memory func(pid checkpoint.PID, addr uint64, buf []byte) error
+
+// Settle decides, in a dump that was built on WriteParent's images, what becomes
+// of each page marked Parent, by CRIU's own rule for a dump with lazy pages
+// (generate_iovs in criu/mem.c): left to be placed lazily if its mapping can be,
+// and no thread's stack pointer is in it, which is needed at once; else it goes
+// into the pages image, read from the processes, which must still stand as they
+// were dumped. After it the dump depends on no other. It returns how much it read.
+func Settle(dir string, read Memory) (checkpoint.Bytes, error) {
+	tasks, err := readFile(filepath.Join(dir, "pstree.img"), ReadProcessTree)
+	if err != nil {
+		return 0, err
+	}
+	var total checkpoint.Bytes
+	for _, t := range tasks {
+		n, err := settleTask(dir, t, read)
+		total += n
+		if err != nil {
+			return total, fmt.Errorf("pages of process %d: %w", t.PID, err)
+		}
+	}
+	return total, nil
+}
+
+func settleTask(dir string, t Task, read Memory) (checkpoint.Bytes, error) {
+	name := filepath.Join(dir, fmt.Sprintf("pagemap-%d.img", t.PID))
+	old, err := os.Open(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil // a zombie, or the memory of another one
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer old.Close()
+	mm, err := readFile(filepath.Join(dir, fmt.Sprintf("mm-%d.img", t.PID)), ReadMM)
+	if err != nil {
+		return 0, err
+	}
+	s := settler{vmas: mm.VMAs, stacks: map[uint64]bool{}}
+	for _, tid := range t.Threads {
+		sp, err := readFile(filepath.Join(dir, fmt.Sprintf("core-%d.img", tid)), ReadStackPointer)
+		if err != nil {
+			return 0, err
+		}
+		s.stacks[sp&^(checkpoint.PageSize-1)] = true
+	}
+	var pages []storedRun
+	var id uint32
+	var total checkpoint.Bytes
+	err = replaceFile(name, func(w io.Writer) error {
+		// Run by run: a large process has a million of them.
+		id, err = s.pagemap(w, old, func(r Run, fresh bool) {
+			if r.Flags&Present != 0 {
+				pages = append(pages, storedRun{r, fresh})
+			}
+		})
+		if err != nil {
+			return err
+		}
+		name := filepath.Join(dir, fmt.Sprintf("pages-%d.img", id))
+		total, err = settlePages(name, pages, func(addr uint64, buf []byte) error { return read(t.PID, addr, buf) })
+		return err
+	})
+	return total, err
+}
+
+// storedRun is in the pages image; fresh ones were not when CRIU had written it.
+type storedRun struct {
+	Run
+	fresh bool
+}
+
+// settler gives each Parent page its fate. Runs come ascending; neighbours of
+// those that it changed are joined.
+type settler struct {
+	vmas   []VMA
+	stacks map[uint64]bool // pages with stack pointers
+	at     int             // the mapping that was looked at last
+	last   uint64
+	ours   Run // not yet given to emit; none if it has no pages
+}
+
+// pagemap rewrites one and returns its id of pages.
+func (s *settler) pagemap(w io.Writer, r io.Reader, tell func(Run, bool)) (id uint32, err error) {
+	out, err := newImage(w, pagemapMagic)
+	if err != nil {
+		return 0, err
+	}
+	var b []byte
+	emit := func(r Run, fresh bool) error {
+		tell(r, fresh)
+		b = appendRun(b[:0], r, false)
+		return out.entry(b)
+	}
+	err = eachRun(r, func(pagesID uint32) error {
+		id = pagesID
+		return out.entry(appendVarint(nil, 1, uint64(pagesID)))
+	}, func(r Run) error { return s.run(r, emit) })
+	if err == nil {
+		err = s.flush(emit)
+	}
+	return id, err
+}
+
+func (s *settler) run(r Run, emit func(Run, bool) error) error {
+	if r.Addr < s.last {
+		return malformed("run at %#x after %#x", r.Addr, s.last)
+	}
+	s.last = r.End()
+	if r.Flags&Parent == 0 {
+		if err := s.flush(emit); err != nil {
+			return err
+		}
+		return emit(r, false)
+	}
+	for addr := r.Addr; addr < r.End(); {
+		for s.at < len(s.vmas) && (s.vmas[s.at].Status&Guard != 0 || s.vmas[s.at].End <= addr) {
+			s.at++
+		}
+		if s.at == len(s.vmas) || addr < s.vmas[s.at].Start {
+			return malformed("page %#x is in no mapping", addr)
+		}
+		vma := s.vmas[s.at]
+		end, flags := min(r.End(), vma.End), Present
+		switch {
+		case !vma.Lazy():
+		case s.stacks[addr]:
+			end = addr + checkpoint.PageSize
+		default:
+			flags = Lazy
+			for sp := range s.stacks {
+				if sp > addr && sp < end {
+					end = sp
+				}
+			}
+		}
+		next := Run{Addr: addr, Pages: checkpoint.Pages((end - addr) / checkpoint.PageSize), Flags: flags}
+		if s.ours.Pages > 0 && s.ours.End() == addr && s.ours.Flags == flags {
+			s.ours.Pages += next.Pages
+		} else {
+			if err := s.flush(emit); err != nil {
+				return err
+			}
+			s.ours = next
+		}
+		addr = end
+	}
+	return nil
+}
+
+func (s *settler) flush(emit func(Run, bool) error) error {
+	r := s.ours
+	s.ours = Run{}
+	if r.Pages == 0 {
+		return nil
+	}
+	return emit(r, true)
+}
+
+// settlePages rewrites a pages image: runs in their order, those that are not
+// fresh from the file itself.
+func settlePages(name string, runs []storedRun, read func(addr uint64, buf []byte) error) (total checkpoint.Bytes, err error) {
+	if !slices.ContainsFunc(runs, func(r storedRun) bool { return r.fresh }) {
+		return 0, nil
+	}
+	old, err := os.Open(name)
+	if err != nil {
+		return 0, err
+	}
+	defer old.Close()
+	err = replaceFile(name, func(w io.Writer) error {
+		buf := make([]byte, settleChunk)
+		for _, r := range runs {
+			for addr := r.Addr; addr < r.End(); {
+				b := buf[:min(uint64(len(buf)), r.End()-addr)]
+				if r.fresh {
+					err = read(addr, b)
+					total += checkpoint.Bytes(len(b))
+				} else {
+					_, err = io.ReadFull(old, b)
+				}
+				if err == nil {
+					_, err = w.Write(b)
+				}
+				if err != nil {
+					return fmt.Errorf("%d bytes at %#x: %w", len(b), addr, err)
+				}
+				addr += uint64(len(b))
+			}
+		}
+		return nil
+	})
+	return total, err
+}
+
+// replaceFile writes a file anew, which may be read meanwhile.
+func replaceFile(name string, write func(w io.Writer) error) error {
+	tmp := name + ".new"
+	if err := writeFile(tmp, write); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	return os.Rename(tmp, name)
+}
+
+// settleChunk is read and written at once: a few of these hold all that is not
+// lazy of most processes.
+const settleChunk = 256 << 10
+
+func writeFile(name string, write func(w io.Writer) error) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(f, settleChunk)
+	err = write(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	return errors.Join(err, f.Close())
+}
