@@ -1,12 +1,13 @@
 // Package pki owns the cluster's certificate authority and the TLS that every
 // connection between two hosts uses. A host is who its certificate says: one
-// DNS name, equal to the node name, and the URI tranship://NODE that no
+// DNS name, equal to the node name, and the URI tranship://NODE/ID that no
 // certificate of another purpose carries. It refuses any TLS below 1.3, any
 // peer without a certificate of the cluster's CA, and a peer that is a member
 // but not the node that was meant.
 //
-// Flow: Init makes the CA once, Issue signs a node, Write lays the three files
-// out on the node, TLS reads them there and PeerName names the other end.
+// Flow: Init makes the CA once, Issue (or Sign, for a key that stays with its
+// host) signs a node, Write lays the three files out on the node, TLS reads
+// them there and IdentityOf names the other end.
 package pki
 
 import (
@@ -138,18 +139,34 @@ func Load(dir string) (*CA, error) {
 // CertPEM returns the CA's certificate: what a node needs besides its own pair.
 func (ca *CA) CertPEM() []byte { return append([]byte(nil), ca.pem...) }
 
-// Issue makes a key and a certificate for node, for both ends of a connection.
-// The certificate ends after ttl, or with the CA if that is earlier.
+// Issue makes a key and a certificate for node, for both ends of a connection,
+// with an ID of its own. The certificate ends after ttl, or with the CA if that
+// is earlier.
 func (ca *CA) Issue(node string, ttl time.Duration) (certPEM, keyPEM []byte, err error) {
-	if err := CheckName(node); err != nil {
+	request, keyPEM, err := NewRequest()
+	if err != nil {
+		return nil, nil, fmt.Errorf("certificate of %s: %w", node, err)
+	}
+	certPEM, err = ca.Sign(request, Identity{Name: node, ID: NewID()}, ttl)
+	if err != nil {
 		return nil, nil, err
 	}
-	if ttl <= 0 {
-		return nil, nil, fmt.Errorf("certificate of %s: a lifetime of %v is over before it begins", node, ttl)
+	return certPEM, keyPEM, nil
+}
+
+// Sign makes a certificate for the key of a request (DER, PKCS #10), whose
+// holder's signature it checks. Nothing else of the request counts: who the host
+// is, is the caller's word.
+func (ca *CA) Sign(request []byte, host Identity, ttl time.Duration) (certPEM []byte, err error) {
+	if err := host.check(); err != nil {
+		return nil, err
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if ttl <= 0 {
+		return nil, fmt.Errorf("certificate of %s: a lifetime of %v is over before it begins", host.Name, ttl)
+	}
+	key, err := requestKey(request)
 	if err != nil {
-		return nil, nil, fmt.Errorf("certificate of %s: key: %w", node, err)
+		return nil, fmt.Errorf("certificate of %s: %w", host.Name, err)
 	}
 	now := time.Now()
 	end := now.Add(ttl)
@@ -158,24 +175,20 @@ func (ca *CA) Issue(node string, ttl time.Duration) (certPEM, keyPEM []byte, err
 	}
 	template := &x509.Certificate{
 		SerialNumber:          serial(),
-		Subject:               pkix.Name{CommonName: node},
+		Subject:               pkix.Name{CommonName: host.Name},
 		NotBefore:             now.Add(-clockSkew),
 		NotAfter:              end,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		DNSNames:              []string{node},
-		URIs:                  []*url.URL{{Scheme: nameScheme, Host: node}},
+		DNSNames:              []string{host.Name},
+		URIs:                  []*url.URL{host.uri()},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, &key.PublicKey, ca.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, key, ca.key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("certificate of %s: sign: %w", node, err)
+		return nil, fmt.Errorf("certificate of %s: sign: %w", host.Name, err)
 	}
-	keyPEM, err = encodeKey(key)
-	if err != nil {
-		return nil, nil, fmt.Errorf("certificate of %s: key: %w", node, err)
-	}
-	return encodeCert(der), keyPEM, nil
+	return encodeCert(der), nil
 }
 
 // Write lays out a node's files in dir: ca.crt, node.crt, and node.key with
@@ -190,19 +203,31 @@ func Write(dir string, ca, cert, key []byte) error {
 		data []byte
 		mode os.FileMode
 	}{{CACertFile, ca, 0o644}, {KeyFile, key, 0o600}, {CertFile, cert, 0o644}} {
-		path := filepath.Join(dir, file.name)
-		temp := path + ".new"
-		if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("pki of this host: %w", err)
-		}
-		if err := writeNew(temp, file.data, file.mode); err != nil {
-			return fmt.Errorf("pki of this host: %w", err)
-		}
-		if err := os.Rename(temp, path); err != nil {
+		if err := Replace(filepath.Join(dir, file.name), file.data, file.mode); err != nil {
 			return fmt.Errorf("pki of this host: %w", err)
 		}
 	}
 	return nil
+}
+
+// Replace puts a file in another's place, on disk when it returns; a crash leaves
+// the one or the other.
+func Replace(path string, data []byte, mode os.FileMode) error {
+	temp := path + ".new"
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := writeNew(temp, data, mode); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // nodeName is RFC 1123's host name in lower case: it is a DNS name in a

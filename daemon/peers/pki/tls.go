@@ -13,10 +13,11 @@ import (
 // TLS reads a node's files and returns the configuration of its listener and a
 // function that makes the configuration for dialling one named node. The node's
 // pair is read again when its files change, so that a renewed certificate needs
-// no restart; the CA is not.
+// no restart; the CA is not. Each check is asked about the certificate of every
+// peer, at both ends, after everything else was found in order.
 //
 // The caller sets NextProtos on a clone.
-func TLS(caFile, certFile, keyFile string) (server *tls.Config, client func(node string) *tls.Config, err error) {
+func TLS(caFile, certFile, keyFile string, checks ...func(*x509.Certificate) error) (server *tls.Config, client func(node string) *tls.Config, err error) {
 	caPEM, err := os.ReadFile(caFile)
 	if err != nil {
 		return nil, nil, fmt.Errorf("cluster CA: %w", err)
@@ -37,7 +38,7 @@ func TLS(caFile, certFile, keyFile string) (server *tls.Config, client func(node
 	if _, err := own.Leaf.Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
 		return nil, nil, fmt.Errorf("certificate of this host %s is not one of the CA in %s: %w", certFile, caFile, err)
 	}
-	if _, err := certName(own.Leaf); err != nil {
+	if _, err := IdentityOf(own.Leaf); err != nil {
 		return nil, nil, fmt.Errorf("certificate of this host %s: %w", certFile, err)
 	}
 
@@ -49,7 +50,7 @@ func TLS(caFile, certFile, keyFile string) (server *tls.Config, client func(node
 		// A ticket would let a peer in whose certificate has been replaced since.
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, err := PeerName(cs)
+			_, err := verifyPeer(cs, checks)
 			return err
 		},
 	}
@@ -60,7 +61,7 @@ func TLS(caFile, certFile, keyFile string) (server *tls.Config, client func(node
 			RootCAs:              pool,
 			ServerName:           node,
 			VerifyConnection: func(cs tls.ConnectionState) error {
-				name, err := PeerName(cs)
+				name, err := verifyPeer(cs, checks)
 				if err != nil {
 					return err
 				}
@@ -74,29 +75,32 @@ func TLS(caFile, certFile, keyFile string) (server *tls.Config, client func(node
 	return server, client, nil
 }
 
+func verifyPeer(cs tls.ConnectionState, checks []func(*x509.Certificate) error) (string, error) {
+	name, err := PeerName(cs)
+	if err != nil {
+		return "", err
+	}
+	for _, check := range checks {
+		if err := check(cs.PeerCertificates[0]); err != nil {
+			return "", err
+		}
+	}
+	return name, nil
+}
+
 // PeerName returns the node name of the other end of a verified connection.
 func PeerName(cs tls.ConnectionState) (string, error) {
 	if len(cs.PeerCertificates) == 0 || len(cs.VerifiedChains) == 0 {
 		return "", errors.New("the peer showed no certificate of this cluster")
 	}
-	return certName(cs.PeerCertificates[0])
+	host, err := IdentityOf(cs.PeerCertificates[0])
+	return host.Name, err
 }
 
-// certName wants exactly one name, said twice: a certificate that the CA's key
-// signed for another purpose carries no tranship URI, and one with two names
-// could act as either node.
-func certName(cert *x509.Certificate) (string, error) {
-	if len(cert.DNSNames) != 1 || len(cert.URIs) != 1 {
-		return "", fmt.Errorf("certificate %q has %d DNS names and %d URIs, want one of each", cert.Subject.CommonName, len(cert.DNSNames), len(cert.URIs))
-	}
-	name, uri := cert.DNSNames[0], cert.URIs[0]
-	if err := CheckName(name); err != nil {
-		return "", err
-	}
-	if uri.String() != nameScheme+"://"+name {
-		return "", fmt.Errorf("certificate of %q is for %s, not for a node of that name", name, uri)
-	}
-	return name, nil
+// LoadPair reads a node's pair as its files are now.
+func LoadPair(certFile, keyFile string) (*tls.Certificate, error) {
+	pair := &keyPair{certFile: certFile, keyFile: keyFile}
+	return pair.load()
 }
 
 // keyPair keeps a node's pair in memory and follows its files.
