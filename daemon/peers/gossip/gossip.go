@@ -65,13 +65,10 @@ type Config struct {
 	Brief func() Brief
 	// Gone says who was revoked; nil is nobody.
 	Gone func(pki.Identity) bool
-	// Changed is called, without a lock, after a member came, went, or changed;
-	// nil is nobody. It must not block.
-	Changed func()
+	// Suspect is called when a member becomes suspected; nil is nobody. It must
+	// not block, nor call back.
+	Suspect func(name string)
 	Log     *slog.Logger
-
-	// For tests: another transport than UDP and TCP.
-	transport memberlist.Transport
 }
 
 // Member is a host as gossip has it.
@@ -116,9 +113,10 @@ func Start(cfg Config) (*Gossip, error) {
 	c.SuspicionMult = multFor(1)
 	c.DeadNodeReclaimTime = reclaimAfter
 	c.RequireNodeNames = true
+	// Messages are small, and memberlist makes a new LZW table for each.
+	c.EnableCompression = false
 	c.Keyring, c.GossipVerifyIncoming, c.GossipVerifyOutgoing = g.ring, true, true
 	c.Delegate, c.Events, c.Alive = (*delegate)(g), (*events)(g), (*gate)(g)
-	c.Transport = cfg.transport
 	// What comes over the network can make memberlist log as much as it likes.
 	c.LogOutput = logWriter{cfg.Log}
 	g.conf = c
@@ -289,8 +287,8 @@ func (g *Gossip) changed(n *memberlist.Node, state string) {
 	if state != last.State && g.cfg.Log != nil {
 		g.cfg.Log.Info("member", "peer", n.Name, "state", state)
 	}
-	if g.cfg.Changed != nil {
-		g.cfg.Changed()
+	if state == Suspected && g.cfg.Suspect != nil {
+		g.cfg.Suspect(n.Name)
 	}
 }
 

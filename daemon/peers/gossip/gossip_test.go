@@ -1,0 +1,379 @@
+package gossip
+
+import (
+	"bytes"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/tranship/tranship/daemon/peers/pki"
+)
+
+func newKey() []byte {
+	key := make([]byte, 32)
+	rand.Read(key)
+	return key
+}
+
+// freePort finds a port of loopback that is free for UDP and TCP.
+func freePort(t *testing.T) netip.AddrPort {
+	t.Helper()
+	for range 100 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := netip.MustParseAddrPort(l.Addr().String())
+		u, err := net.ListenPacket("udp", at.String())
+		l.Close()
+		if err != nil {
+			continue
+		}
+		u.Close()
+		return at
+	}
+	t.Fatal("no free port")
+	return netip.AddrPort{}
+}
+
+func briefOf(n int) Brief {
+	return Brief{ID: fmt.Sprintf("%032x", n+1), Address: fmt.Sprintf("127.0.0.1:%d", 1+n%65000), Zone: "rack-1", CPUs: 4, MemoryMiB: 1 << 14}
+}
+
+// member starts one on loopback; it is closed when the test ends.
+func member(t *testing.T, n int, key []byte, change func(*Config)) (*Gossip, string) {
+	t.Helper()
+	at := freePort(t)
+	cfg := Config{
+		Name: "host-" + strconv.Itoa(n), Bind: at, Advertise: at, Key: key,
+		Brief: func() Brief { return briefOf(n) }, Log: slog.New(slog.DiscardHandler),
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	g, err := Start(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.Close() })
+	return g, cfg.Name + "/" + at.String()
+}
+
+func eventually(t *testing.T, limit time.Duration, what string, ok func() bool) time.Duration {
+	t.Helper()
+	from := time.Now()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		if time.Since(from) > limit {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+		<-tick.C
+	}
+	return time.Since(from)
+}
+
+func state(g *Gossip, name string) string {
+	m, ok := g.Member(name)
+	if !ok {
+		return "unknown"
+	}
+	return m.State
+}
+
+func TestMembersKnowEachOtherAndWhatTheySay(t *testing.T) {
+	key := newKey()
+	var load atomic.Int32
+	a, seed := member(t, 1, key, func(c *Config) {
+		c.Brief = func() Brief { b := briefOf(1); b.CPULoad = int(load.Load()); b.Cordoned = b.CPULoad > 0; return b }
+	})
+	b, _ := member(t, 2, key, nil)
+	c, _ := member(t, 3, key, nil)
+	for _, g := range []*Gossip{b, c} {
+		if n, err := g.Join([]string{seed}); err != nil || n != 1 {
+			t.Fatalf("%d, %v", n, err)
+		}
+	}
+	for _, g := range []*Gossip{a, b, c} {
+		eventually(t, 20*time.Second, "everybody is known", func() bool { return len(g.Members()) == 2 })
+	}
+	m, _ := c.Member("host-1")
+	if m.Brief != briefOf(1) || m.State != Alive {
+		t.Errorf("%+v", m)
+	}
+	load.Store(7)
+	if err := a.Tell(); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range []*Gossip{b, c} {
+		eventually(t, 20*time.Second, "the new brief is known", func() bool { m, _ := g.Member("host-1"); return m.CPULoad == 7 && m.Cordoned })
+	}
+}
+
+func TestWithoutTheKeyNobodyGetsIn(t *testing.T) {
+	a, seed := member(t, 1, newKey(), nil)
+	stranger, _ := member(t, 2, newKey(), nil)
+	if n, err := stranger.Join([]string{seed}); err == nil || n != 0 {
+		t.Errorf("joined %d, %v", n, err)
+	}
+	// Garbage, and sealed garbage of another key, on both transports.
+	at := seed[strings.Index(seed, "/")+1:]
+	for _, network := range []string{"udp", "tcp"} {
+		conn, err := net.Dial(network, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range []int{0, 1, 13, 1400} {
+			conn.Write(bytes.Repeat([]byte{byte(n)}, n))
+		}
+		conn.Close()
+	}
+	if got := a.Members(); len(got) != 0 {
+		t.Errorf("%+v", got)
+	}
+	friend, _ := member(t, 3, a.ring.GetPrimaryKey(), nil)
+	if _, err := friend.Join([]string{seed}); err != nil {
+		t.Errorf("after garbage: %v", err)
+	}
+}
+
+func TestARevokedHostIsForgottenAndItsKeyIsOfNoUse(t *testing.T) {
+	old, next := newKey(), newKey()
+	var revoked atomic.Bool
+	gone := func(c *Config) {
+		c.Gone = func(i pki.Identity) bool { return revoked.Load() && i.ID == briefOf(3).ID }
+	}
+	a, seed := member(t, 1, old, gone)
+	b, _ := member(t, 2, old, gone)
+	c, _ := member(t, 3, old, nil)
+	for _, g := range []*Gossip{b, c} {
+		if _, err := g.Join([]string{seed}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 20*time.Second, "everybody is known", func() bool { return len(a.Members()) == 2 && len(b.Members()) == 2 })
+	revoked.Store(true)
+	for _, g := range []*Gossip{a, b} {
+		if err := g.Rekey(next); err != nil {
+			t.Fatal(err)
+		}
+		if state(g, "host-3") != "unknown" {
+			t.Error("host-3 is still a member")
+		}
+		g.dropOldKeys() // what happens after keyGrace
+	}
+	if n, err := c.Join([]string{seed}); err == nil {
+		t.Errorf("with the old key it joined %d", n)
+	}
+	// The two others go on with the new key.
+	var said atomic.Bool
+	a.cfg.Brief = func() Brief { b := briefOf(1); b.Cordoned = said.Load(); return b }
+	said.Store(true)
+	if err := a.Tell(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, "news over the new key", func() bool { m, _ := b.Member("host-1"); return m.Cordoned })
+}
+
+func TestAMemberThatStopsIsSuspected(t *testing.T) {
+	key := newKey()
+	a, seed := member(t, 1, key, nil)
+	b, _ := member(t, 2, key, nil)
+	c, at := member(t, 3, key, nil)
+	for _, g := range []*Gossip{b, c} {
+		if _, err := g.Join([]string{seed}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 20*time.Second, "everybody is known", func() bool { return len(a.Members()) == 2 && len(b.Members()) == 2 })
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	took := eventually(t, 15*time.Second, "both suspect it", func() bool {
+		return state(a, "host-3") == Suspected && state(b, "host-3") == Suspected
+	})
+	t.Logf("suspected after %v", took)
+	if took < suspicion {
+		t.Errorf("suspected after %v: it had no time to protest", took)
+	}
+	// It comes back where it was, as a restarted daemon does.
+	again := netip.MustParseAddrPort(at[strings.Index(at, "/")+1:])
+	back, err := Start(Config{Name: "host-3", Bind: again, Advertise: again, Key: key, Brief: func() Brief { return briefOf(3) }, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer back.Close()
+	if _, err := back.Join([]string{seed}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, "it is alive again", func() bool { return state(a, "host-3") == Alive && state(b, "host-3") == Alive })
+}
+
+func TestABriefThatIsImpossibleIsRefused(t *testing.T) {
+	good := briefOf(1)
+	if raw, err := good.encode(); err != nil {
+		t.Fatal(err)
+	} else if got, err := decodeBrief(raw); err != nil || got != good {
+		t.Errorf("round trip: %+v, %v", got, err)
+	}
+	for name, change := range map[string]func(*Brief){
+		"no ID":                   func(b *Brief) { b.ID = "" },
+		"an ID of words":          func(b *Brief) { b.ID = "the best host of them all, really!!" },
+		"no address":              func(b *Brief) { b.Address = "" },
+		"an address of everybody": func(b *Brief) { b.Address = "224.0.0.1:7443" },
+		"an address of nobody":    func(b *Brief) { b.Address = "0.0.0.0:7443" },
+		"a name for an address":   func(b *Brief) { b.Address = "evil.example:7443" },
+		"a zone for a terminal":   func(b *Brief) { b.Zone = "\x1b[2J" },
+		"a zone without end":      func(b *Brief) { b.Zone = strings.Repeat("z", 64) },
+		"negative CPUs":           func(b *Brief) { b.CPUs = -1 },
+		"a million CPUs":          func(b *Brief) { b.CPUs = 1e6 },
+		"negative memory":         func(b *Brief) { b.MemoryMiB = -1 },
+		"all the memory there is": func(b *Brief) { b.MemoryMiB = math.MaxInt64 },
+		"a load below nothing":    func(b *Brief) { b.CPULoad = -3 },
+		"a load above everything": func(b *Brief) { b.MemoryLoad = 11 },
+		"a negative cost":         func(b *Brief) { b.CostPerHour = -1 },
+	} {
+		bad := good
+		change(&bad)
+		if _, err := bad.encode(); err == nil {
+			t.Errorf("%s: encoded", name)
+		}
+		if bad.check() == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	worst := good
+	worst.Zone, worst.Version, worst.CPUs, worst.MemoryMiB, worst.CostPerHour = strings.Repeat("z", 63), strings.Repeat("v", 80), maxCPUs, maxMemoryMiB, 123456.789012345
+	worst.Address, worst.Cordoned, worst.Authority, worst.CPULoad, worst.MemoryLoad = "[2001:db8:1234:5678:9abc:def0:1234:5678]:65535", true, true, 10, 10
+	if raw, err := worst.encode(); err != nil {
+		t.Errorf("the longest brief: %v", err)
+	} else if len(raw) > 512 {
+		t.Errorf("the longest brief is %d bytes", len(raw))
+	}
+}
+
+func FuzzDecodeBrief(f *testing.F) {
+	raw, err := briefOf(1).encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add([]byte(`{"i":"","l":1e99}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if b, err := decodeBrief(raw); err == nil {
+			if err := b.check(); err != nil {
+				t.Errorf("accepted, and impossible: %v", err)
+			}
+		}
+	})
+}
+
+func TestTheSuspicionIsAboutTheSameInAnyPool(t *testing.T) {
+	for n, want := range map[int]int{1: 8, 3: 8, 10: 8, 100: 4, 1000: 3, 5000: 3} {
+		if got := multFor(n); got != want {
+			t.Errorf("%d members: %d, want %d", n, got, want)
+		}
+	}
+}
+
+// TRANSHIP_MEMBERS=1000 TRANSHIP_MEMBERS_CALM=10m make this the large one: so
+// many members over loopback, and so long without a false death.
+func TestALargePoolNoticesOneDeathAndNoOther(t *testing.T) {
+	members, calm := 20, time.Second
+	if v := os.Getenv("TRANSHIP_MEMBERS"); v != "" {
+		var err error
+		if members, err = strconv.Atoi(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if v := os.Getenv("TRANSHIP_MEMBERS_CALM"); v != "" {
+		var err error
+		if calm, err = time.ParseDuration(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key := newKey()
+	const victim = "host-7"
+	var deaths, early atomic.Int64
+	var killed atomic.Bool
+	all := make([]*Gossip, members)
+	var seed string
+	for i := range all {
+		g, at := member(t, i, key, func(c *Config) {
+			c.Suspect = func(name string) {
+				switch {
+				case name != victim:
+					deaths.Add(1)
+				case !killed.Load():
+					early.Add(1)
+				}
+			}
+		})
+		all[i] = g
+		if seed == "" {
+			seed = at
+		} else if _, err := g.Join([]string{seed}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	took := eventually(t, 5*time.Minute, "everybody knows everybody", func() bool {
+		for _, g := range all {
+			if g.count() != members-1 {
+				return false
+			}
+		}
+		return true
+	})
+	t.Logf("%d members know each other %v after the last joined", members, took)
+	<-time.After(calm) // the time in which nothing may happen is what is tested
+	if d, e := deaths.Load(), early.Load(); d+e > 0 {
+		t.Errorf("%d false deaths in %v", d+e, calm)
+	}
+	killed.Store(true)
+	if err := all[7].Close(); err != nil {
+		t.Fatal(err)
+	}
+	var first, last time.Duration
+	from := time.Now()
+	took = eventually(t, time.Minute, "everybody suspects it", func() bool {
+		n := 0
+		for i, g := range all {
+			if i != 7 && state(g, victim) == Suspected {
+				n++
+			}
+		}
+		if n > 0 && first == 0 {
+			first = time.Since(from)
+		}
+		return n == members-1
+	})
+	last = took
+	t.Logf("%d members: killed, suspected by the first after %v, by all after %v", members, first, last)
+	if last > 15*time.Second {
+		t.Errorf("suspected after %v", last)
+	}
+	if d := deaths.Load(); d > 0 {
+		t.Errorf("%d false deaths", d)
+	}
+	var work sync.WaitGroup
+	for _, g := range all {
+		work.Go(func() { g.Close() })
+	}
+	work.Wait()
+}
+
+func (g *Gossip) count() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.alive
+}
