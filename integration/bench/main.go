@@ -72,7 +72,7 @@ func tasks() []task {
 	for _, l := range links {
 		all = append(all, task{name: l.group, about: "bytes over " + l.about, bandwidth: l.bandwidth, run: measureThroughput(l)})
 	}
-	return all
+	return append(all, task{name: profileGroup, about: "what profiling costs, with and without in turns", run: measureProfile})
 }
 
 func main() {

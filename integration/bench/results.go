@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/integration/bench/profile"
 )
 
 const resultsVersion = 1
@@ -50,6 +52,8 @@ type group struct {
 	MemoryMiB float64  `json:"memory_mib,omitempty"`
 	Samples   []sample `json:"samples,omitempty"`
 	Absent    []absent `json:"absent,omitempty"`
+	// Found is what a package of its own has measured and judged.
+	Found []profile.Row `json:"found,omitempty"`
 }
 
 // sample is one measurement of one subject.

@@ -30,7 +30,7 @@ func targets(r *results) []row {
 		ratioRow(r, "blackout, redis 64 MiB, of runc's", "redis-64MiB", 0.60),
 		criuRow(r),
 	}
-	return append(append(rows, lineupRows(r)...), throughputRows(r)...)
+	return append(append(append(rows, lineupRows(r)...), throughputRows(r)...), profileRows(r)...)
 }
 
 // atMost makes a row and compares; NaN is "not measured".
