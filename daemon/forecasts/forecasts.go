@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -46,10 +47,10 @@ const (
 	snapshotEvery = 60
 	// idleSaves without a sample: the shard has ended without a word.
 	idleSaves = 15
-	// worthKeeping: a shard that was there for less than five minutes has taught
-	// too little to be remembered.
-	worthKeeping = 30
-	pruneEvery   = time.Hour
+	// shortLife: of a shard that was there for less than five minutes the samples
+	// are kept, which take a hundredth of the room of what they taught.
+	shortLife  = 30
+	pruneEvery = time.Hour
 )
 
 // Labels of a shard decide from whom it borrows.
@@ -71,6 +72,7 @@ type shard struct {
 	pending  []cell                       // not on disk yet
 	idle     int                          // saves since the newest cell
 	ended    bool
+	short    bool // ended after a shortLife: it is its samples
 }
 
 // Keeper keeps the forecasters of one host. Its methods may be called
@@ -222,6 +224,8 @@ func (k *Keeper) observe(o observation) {
 		sh = k.recall(o.key, o.labels)
 	case sh.ended && sh.labels != o.labels:
 		sh = &shard{} // another workload's of the same name
+	case sh.short:
+		sh = k.relive(o.key, sh)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -298,25 +302,32 @@ func (sh *shard) samples() int64 {
 	return n
 }
 
-// end keeps what a shard has taught until the next save, where the host that it
-// may have moved to asks for it.
+// end keeps what a shard has taught until the next save; then it is on the disk,
+// where the host that it may have moved to asks for it.
 func (k *Keeper) end(key string) {
 	k.mu.Lock()
+	defer k.mu.Unlock()
 	sh := k.shards[key]
 	if sh == nil {
-		k.mu.Unlock()
 		return
 	}
-	if sh.samples() >= worthKeeping {
-		sh.ended = true
-		k.mu.Unlock()
-		return
+	sh.ended = true
+	if sh.samples() < shortLife {
+		// Hundreds may come and go in a minute: their memory goes at once.
+		sh.short, sh.series = true, [signals]*predict.Forecaster{}
 	}
-	delete(k.shards, key)
-	k.mu.Unlock()
-	if err := k.store.forget(key); err != nil {
-		k.log.Warn("forecasts: forget", "shard", key, "err", err)
+}
+
+// relive makes a shard of a short life what it was.
+func (k *Keeper) relive(key string, short *shard) *shard {
+	sh := k.recall(key, short.labels)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, c := range short.pending {
+		k.feed(sh, c)
 	}
+	sh.pending = short.pending
+	return sh
 }
 
 // adopt replaces a shard's forecasters by those of another host, and feeds them
@@ -357,18 +368,24 @@ func (k *Keeper) adopt(key string, raw []byte) error {
 // State is what travels with a shard; nil for one of which nothing is known.
 func (k *Keeper) State(key string) ([]byte, error) {
 	k.mu.Lock()
-	if sh := k.shards[key]; sh != nil {
+	var pending []cell
+	if sh := k.shards[key]; sh != nil && !sh.short {
 		defer k.mu.Unlock()
 		return appendShard(nil, sh), nil
+	} else if sh != nil {
+		pending = slices.Clone(sh.pending)
 	}
 	k.mu.Unlock()
 	raw, cells, err := k.store.read(key)
-	if err != nil || raw == nil || len(cells) == 0 {
+	cells = append(cells, pending...)
+	if err != nil || len(cells) == 0 {
 		return raw, err
 	}
-	sh, err := parseShard(raw)
-	if err != nil {
-		return nil, err
+	sh := &shard{}
+	if raw != nil {
+		if sh, err = parseShard(raw); err != nil {
+			return nil, err
+		}
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -390,6 +407,10 @@ func (k *Keeper) save() {
 			sh.ended = true
 		}
 		switch {
+		case sh.short:
+			if len(sh.pending) > 0 {
+				logs[key] = sh.pending
+			}
 		case sh.ended, len(sh.pending) > 0 && (k.saves+turn(key))%snapshotEvery == 0:
 			snapshots[key] = appendShard(nil, sh)
 		case len(sh.pending) > 0:
@@ -397,10 +418,10 @@ func (k *Keeper) save() {
 		}
 	}
 	k.mu.Unlock()
-	if len(snapshots)+len(logs) == 0 {
-		return
+	var err error
+	if len(snapshots)+len(logs) > 0 {
+		err = k.store.write(snapshots, logs)
 	}
-	err := k.store.write(snapshots, logs)
 	if err != nil {
 		k.log.Warn("forecasts: a minute is lost if the daemon ends now", "err", err)
 	}

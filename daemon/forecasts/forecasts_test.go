@@ -153,6 +153,40 @@ func TestForecastsTravelWithAShard(t *testing.T) {
 	}
 }
 
+// TestAShortLifeTravelsToo: of one that moves in its first minutes the samples do.
+func TestAShortLifeTravelsToo(t *testing.T) {
+	source := open(t, filepath.Join(t.TempDir(), "f.db"))
+	key, l := "default/web", Labels{"acme", "web"}
+	feedAll(source, key, l, 0, 4)
+	source.save()
+	feedAll(source, key, l, 4, 7)
+	source.take(gone{key})
+	early, err := source.State(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source.save()
+	if n := len(source.alive()); n != 0 {
+		t.Errorf("%d shards are in memory", n)
+	}
+	late, err := source.State(key)
+	if err != nil || !slices.Equal(early, late) {
+		t.Errorf("%d bytes before it was saved, %d after, %v", len(early), len(late), err)
+	}
+	target := open(t, filepath.Join(t.TempDir(), "f.db"))
+	feedAll(target, key, l, 9, 10)
+	if err := target.adopt(key, late); err != nil {
+		t.Fatal(err)
+	}
+	same(t, target, "web", alone(t, 10, 7, 9))
+	// Back where it was, before and after that host has saved.
+	feedAll(source, key, l, 9, 10)
+	same(t, source, "web", alone(t, 10, 7, 9))
+	source.take(gone{key})
+	feedAll(source, key, l, 10, 11)
+	same(t, source, "web", alone(t, 11, 7, 9))
+}
+
 func TestAColdShardBorrows(t *testing.T) {
 	k := open(t, filepath.Join(t.TempDir(), "f.db"))
 	for i := range 3 {
@@ -213,10 +247,10 @@ func pinball(q, v float64) float64 { return max(0.95*(v-q), 0.05*(q-v)) }
 func TestWhatEndsIsForgotten(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "f.db")
 	k := open(t, path)
-	feedAll(k, "default/brief", Labels{}, 0, worthKeeping-1)
+	feedAll(k, "default/brief", Labels{}, 0, shortLife-1)
 	k.save()
-	feedAll(k, "default/long", Labels{}, 0, worthKeeping)
-	feedAll(k, "default/silent", Labels{}, 0, worthKeeping)
+	feedAll(k, "default/long", Labels{}, 0, shortLife)
+	feedAll(k, "default/silent", Labels{}, 0, shortLife)
 	k.take(gone{"default/brief"})
 	k.take(gone{"default/long"})
 	k.take(gone{"default/unknown"})
@@ -236,14 +270,17 @@ func TestWhatEndsIsForgotten(t *testing.T) {
 		}
 		return out
 	}
-	if have := left(); !slices.Equal(have, []string{"default/long", "default/silent"}) {
+	if have := left(); len(have) != 3 {
 		t.Errorf("on disk are %v", have)
+	}
+	if state, cells, err := k.store.read("default/brief"); err != nil || state != nil || len(cells) != shortLife-1 {
+		t.Errorf("of a short life are left %d bytes and %d samples, %v", len(state), len(cells), err)
 	}
 	for _, c := range []struct {
 		after time.Duration
 		alive map[string]bool
 		want  int
-	}{{time.Hour, nil, 2}, {25 * time.Hour, map[string]bool{"default/long": true}, 1}, {25 * time.Hour, nil, 0}} {
+	}{{time.Hour, nil, 3}, {25 * time.Hour, map[string]bool{"default/long": true}, 1}, {25 * time.Hour, nil, 0}} {
 		if err := k.store.prune(begin.Add(c.after), c.alive); err != nil {
 			t.Fatal(err)
 		}

@@ -28,8 +28,10 @@ var (
 const (
 	// keepEnded: so long the host that a shard moved to may ask for its state.
 	keepEnded = 24 * time.Hour
-	// maxEnded bounds the disk at some 100 MB for them.
+	// maxEnded bounds the disk at some 100 MB for them, and maxShort at 4 MB for
+	// those that are samples only.
 	maxEnded = 256
+	maxShort = 4096
 	// openTimeout is how long another process may hold the store.
 	openTimeout = 2 * time.Second
 	cellSize    = 8 + 1 + 4*signals
@@ -132,30 +134,12 @@ func (s *store) read(key string) (state []byte, cells []cell, err error) {
 	return state, cells, nil
 }
 
-// forget removes all of a shard.
-func (s *store) forget(key string) error {
-	// Most of those that are forgotten have nothing here, and a write is synced.
-	if state, cells, err := s.read(key); err == nil && state == nil && cells == nil {
-		return nil
-	}
-	err := s.db.Update(func(tx *bbolt.Tx) error {
-		if err := tx.Bucket(statesBucket).Delete([]byte(key)); err != nil {
-			return err
-		}
-		return dropCells(tx, key)
-	})
-	if err != nil {
-		return fmt.Errorf("store of forecasts: %s: %w", key, err)
-	}
-	return nil
-}
-
 // prune removes what ended long ago, and what ended first if that is too much.
 func (s *store) prune(now time.Time, alive map[string]bool) error {
-	newest := map[string]time.Time{}
+	newest, states := map[string]time.Time{}, map[string]bool{}
 	err := s.db.Update(func(tx *bbolt.Tx) error {
 		err := tx.Bucket(statesBucket).ForEach(func(key, raw []byte) error {
-			newest[string(key)] = untilOf(raw)
+			newest[string(key)], states[string(key)] = untilOf(raw), true
 			return nil
 		})
 		if err != nil {
@@ -180,8 +164,14 @@ func (s *store) prune(now time.Time, alive map[string]bool) error {
 			}
 		}
 		slices.SortFunc(ended, func(a, b string) int { return newest[b].Compare(newest[a]) })
-		for i, key := range ended {
-			if i < maxEnded && now.Sub(newest[key]) < keepEnded {
+		large, short := 0, 0
+		for _, key := range ended {
+			if states[key] {
+				large++
+			} else {
+				short++
+			}
+			if large <= maxEnded && short <= maxShort && now.Sub(newest[key]) < keepEnded {
 				continue
 			}
 			if err := errors.Join(tx.Bucket(statesBucket).Delete([]byte(key)), dropCells(tx, key)); err != nil {

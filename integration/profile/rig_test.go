@@ -54,7 +54,7 @@ func run(m *testing.M) int {
 	}
 	if err == nil {
 		err = theLab.Image(ctx, "default", lab.ImageSpec{
-			Name: image, Bins: []string{"/bin/sh", "/bin/sleep", "/usr/bin/stress-ng", "/usr/bin/iperf3", "/bin/dd"}, Cmd: []string{"sh"},
+			Name: image, Bins: []string{"/bin/sh", "/bin/sleep", "/usr/bin/stress-ng", "/usr/bin/iperf3", "/usr/bin/redis-server", "/usr/bin/fio", "/bin/dd"}, Cmd: []string{"sh"},
 		})
 	}
 	if err != nil {
