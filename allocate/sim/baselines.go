@@ -71,8 +71,7 @@ func (n *none) shift(load []float64, i, to int, reason string) bool {
 // shards fit elsewhere.
 type reactive struct{ none }
 
-// reactiveThreshold is the customary one of a CPU, and the published best for
-// this policy in that study.
+// reactiveThreshold of a CPU is that study's, and the customary one.
 const reactiveThreshold = 0.8
 
 func (p *reactive) round(fresh bool) error {
@@ -185,7 +184,7 @@ const (
 	// drsLow, drsHigh: its power management's target of 63 ± 18 percent.
 	drsLow, drsHigh = 0.45, 0.81
 	// drsGain: a move must lower the two hosts' squared loads by so much for
-	// each second of link time that it takes.
+	// each second of link time that it takes. Its own formula is not published.
 	drsGain = 1e-4
 )
 
@@ -312,7 +311,7 @@ func (p *drs) spare(load []float64) {
 	}
 }
 
-// now is the simulated time as a date.
+// date is the simulated time.
 func (w *world) date() time.Time {
 	return origin.Add(time.Duration(w.sc.Warmup)).Add(time.Duration(w.now * 1e9))
 }
