@@ -80,7 +80,7 @@ func TestRestoreConfigIsWhatCRIUParses(t *testing.T) {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(path)
-	if err != nil || string(b) != "lazy-pages\ntcp-established\nfile-locks\nverbosity 2\n" {
+	if err != nil || string(b) != "lazy-pages\ntcp-established\nfile-locks\nverbosity=2\n" {
 		t.Errorf("%q, %v", b, err)
 	}
 }

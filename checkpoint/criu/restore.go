@@ -46,7 +46,9 @@ func (c RestoreConfig) bytes() []byte {
 		fmt.Fprintf(&b, "external mnt[%s]:%s\n", m.Key, m.At)
 	}
 	b.WriteString("file-locks\n")
-	fmt.Fprintf(&b, "verbosity %d\n", c.LogLevel)
+	// Its argument is optional, so that after a space it would not be taken for
+	// one: runc's level 4 would become 5 (criu/config.c).
+	fmt.Fprintf(&b, "verbosity=%d\n", c.LogLevel)
 	return b.Bytes()
 }
 
