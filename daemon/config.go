@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/tranship/tranship/daemon/peers/gossip"
 )
 
 // DefaultConfigPath is where transhipd looks for its configuration.
@@ -24,9 +26,11 @@ type Config struct {
 	// RunDir does not: sockets, network namespaces, page stores.
 	RunDir string `toml:"run_dir"`
 
+	Host       HostConfig       `toml:"host"`
 	API        APIConfig        `toml:"api"`
 	Containerd ContainerdConfig `toml:"containerd"`
 	Peer       PeerConfig       `toml:"peer"`
+	Cluster    ClusterConfig    `toml:"cluster"`
 	PKI        PKIConfig        `toml:"pki"`
 	Network    NetworkConfig    `toml:"network"`
 	Metrics    MetricsConfig    `toml:"metrics"`
@@ -52,9 +56,31 @@ type ContainerdConfig struct {
 
 // PeerConfig is the listener for other hosts: HTTP/3 control and page streams.
 type PeerConfig struct {
-	// Listen is a UDP address; "" makes a host that can neither send nor receive shards.
+	// Listen is a UDP address; "" makes a host that can neither send nor receive
+	// shards. Joining hosts reach the one with the CA's key at the same port of TCP.
 	Listen string `toml:"listen"`
+	// Advertise is the address that other hosts reach it at, when Listen is not.
+	Advertise string `toml:"advertise"`
 }
+
+// ClusterConfig is membership, of hosts that were made or joined with `tranship
+// cluster`. The others know each other by Peers alone.
+type ClusterConfig struct {
+	// Gossip is the address, UDP and TCP, of membership; "" is the next port after
+	// peer.listen.
+	Gossip string `toml:"gossip"`
+}
+
+// HostConfig is what the pool is told of this host.
+type HostConfig struct {
+	Zone   string            `toml:"zone"`
+	Labels map[string]string `toml:"labels"`
+	// CostPerHour is in whatever the pool counts; 0 is unknown.
+	CostPerHour float64 `toml:"cost_per_hour"`
+}
+
+// maxLabels is far beyond use.
+const maxLabels = 32
 
 // StaticPeer names another host of the pool.
 type StaticPeer struct {
@@ -201,6 +227,7 @@ func (c Config) validate() error {
 	if m := c.Profile.DirtyMinutes; m < 0 || m > 1440 {
 		bad("profile.dirty_minutes: %d is not between 0 (only on demand) and 1440", m)
 	}
+	c.validatePool(bad)
 	seen := map[string]bool{c.Node: true}
 	for i, p := range c.Peers {
 		switch {
@@ -217,3 +244,34 @@ func (c Config) validate() error {
 // shutdownGrace is how long an orderly stop waits for running migrations to
 // abort before the journal is left to the next start.
 const shutdownGrace = 20 * time.Second
+
+// validatePool checks what the other hosts are told of this one.
+func (c Config) validatePool(bad func(format string, args ...any)) {
+	if c.Host.Zone != "" {
+		if err := gossip.CheckWord(c.Host.Zone); err != nil {
+			bad("host.zone: %v", err)
+		}
+	}
+	if len(c.Host.Labels) > maxLabels {
+		bad("host.labels: %d labels, at most %d", len(c.Host.Labels), maxLabels)
+	}
+	for k, v := range c.Host.Labels {
+		if err := gossip.CheckWord(k); err != nil {
+			bad("host.labels: key %v", err)
+		}
+		if err := gossip.CheckWord(v); v != "" && err != nil {
+			bad("host.labels.%s: %v", k, err)
+		}
+	}
+	if v := c.Host.CostPerHour; !(v >= 0 && v <= 1e9) { // NaN too
+		bad("host.cost_per_hour: %v is not between 0 and 1e9", v)
+	}
+	for _, a := range []struct{ key, value string }{{"peer.advertise", c.Peer.Advertise}, {"cluster.gossip", c.Cluster.Gossip}} {
+		if a.value == "" {
+			continue
+		}
+		if at, err := netip.ParseAddrPort(a.value); err != nil || at.Port() == 0 {
+			bad("%s: %q is not ADDRESS:PORT", a.key, a.value)
+		}
+	}
+}

@@ -40,6 +40,13 @@ func TestABadConfigurationIsNamed(t *testing.T) {
 		{"a peer twice", "node='a'\n[[peers]]\nname='b'\naddress='b:1'\n[[peers]]\nname='b'\naddress='b:1'", "peers[1]"},
 		{"a peer without an address", "node='a'\n[[peers]]\nname='b'", "peers[0]"},
 		{"a CRIU log level that there is not", "node='a'\n[criu]\nlog_level=9", "criu.log_level"},
+		{"a zone of several words", "node='a'\n[host]\nzone='rack 3'", "host.zone"},
+		{"a label without a name", "node='a'\n[host.labels]\n'' = 'x'", "host.labels"},
+		{"a label that is a sentence", "node='a'\n[host.labels]\nssd = 'so they say'", "host.labels.ssd"},
+		{"a negative cost", "node='a'\n[host]\ncost_per_hour=-1.0", "host.cost_per_hour"},
+		{"a cost that is no number", "node='a'\n[host]\ncost_per_hour=nan", "host.cost_per_hour"},
+		{"an address without a port", "node='a'\n[peer]\nadvertise='192.0.2.1'", "peer.advertise"},
+		{"membership at a name", "node='a'\n[cluster]\ngossip='host:7444'", "cluster.gossip"},
 		{"a negative store", "node='a'\n[store]\nsize_bytes=-1", "store.size_bytes"},
 	}
 	for _, tt := range tests {

@@ -30,7 +30,6 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers"
-	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/daemon/profiler"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/transfer"
@@ -62,7 +61,10 @@ type host struct {
 
 	rt      *runtime.Runtime
 	journal *migrate.Journal
+	cluster *belonging // nil: this host has no peers
 	peers   *peers.Directory
+	cordon  *cordon
+	drains  drains
 	metrics *prometheus.Registry
 	moves   *migrate.Manager
 	pages   *transfer.Server
@@ -100,6 +102,9 @@ func (h *host) start(ctx context.Context) error {
 	}
 	h.onClose(h.journal.Close)
 
+	if h.cordon, err = openCordon(cfg.StateDir); err != nil {
+		return err
+	}
 	serverTLS, err := h.startPeers()
 	if err != nil {
 		return err
@@ -135,19 +140,15 @@ func (h *host) start(ctx context.Context) error {
 }
 
 func (h *host) startPeers() (*serverTLS, error) {
-	cfg := h.cfg
-	if cfg.Peer.Listen == "" {
+	if h.cfg.Peer.Listen == "" {
 		return nil, nil
 	}
-	server, client, err := pki.TLS(cfg.PKI.CA, cfg.PKI.Cert, cfg.PKI.Key)
-	if err != nil {
-		return nil, fmt.Errorf("certificates of %s: %w", cfg.Node, err)
+	b, server, client, err := h.startBelonging()
+	if err != nil || b == nil {
+		return nil, err
 	}
-	addresses := make(map[string]string, len(cfg.Peers))
-	for _, p := range cfg.Peers {
-		addresses[p.Name] = p.Address
-	}
-	if h.peers, err = peers.New(addresses, client); err != nil {
+	h.cluster = b
+	if h.peers, err = peers.New(b, client); err != nil {
 		return nil, err
 	}
 	h.onClose(h.peers.Close)
@@ -195,13 +196,15 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 
 func (h *host) listenForPeers(conf *serverTLS) error {
 	mux := http.NewServeMux()
-	mux.Handle(transhipv1connect.NewPeerHandler(migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer})), handlerOptions()...))
+	moves := migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}))
+	mux.Handle(transhipv1connect.NewPeerHandler(&guarded{PeerHandler: moves, h: h}, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewPoolHandler(&poolHandler{h: h}, handlerOptions()...))
 	var err error
 	if h.pages, err = transfer.Listen(h.cfg.Peer.Listen, conf, mux, h.moves.AcceptPages, h.log); err != nil {
 		return err
 	}
 	h.onClose(h.pages.Close)
-	return nil
+	return h.cluster.listen()
 }
 
 // listenLocally opens the unix socket and the metrics port.
@@ -258,6 +261,9 @@ func (h *host) serve(ctx context.Context) error {
 	}
 	if h.profiles != nil {
 		g.Go(func() error { return h.profiles.Run(ctx) })
+	}
+	if h.cluster != nil {
+		g.Go(func() error { return h.cluster.run(ctx) })
 	}
 	if h.pages != nil {
 		g.Go(func() error {

@@ -19,6 +19,7 @@ import (
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
+	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/transfer"
 )
 
@@ -69,10 +70,27 @@ func runcVersion(ctx context.Context) (string, error) {
 
 // node describes this host to its peers and to the CLI.
 func (h *host) node(ctx context.Context) *v1.Node {
+	n := h.self()
+	n.Shards = uint32(len(h.localShards(ctx)))
+	return n
+}
+
+// self is node without what containerd has to be asked.
+func (h *host) self() *v1.Node {
 	n := &v1.Node{
-		Name: h.cfg.Node, Address: h.cfg.Peer.Listen, Self: true, State: "alive",
+		Name: h.cfg.Node, Address: h.cfg.Peer.Listen, Self: true, State: control.NodeAlive,
 		Cpus: uint32(goruntime.NumCPU()), Versions: h.facts.versions, Tracker: string(h.facts.tracker),
-		Shards: uint32(len(h.localShards(ctx))),
+		Zone: h.cfg.Host.Zone, Labels: h.cfg.Host.Labels, CostPerHour: h.cfg.Host.CostPerHour,
+		Cordoned: h.cordon.on(), CpuLoad: h.cpuLoad(),
+	}
+	if b := h.cluster; b != nil {
+		n.Id, n.Authority = b.self.ID, b.authority != nil
+		if cert, err := pki.ReadCert(h.cfg.PKI.Cert); err == nil {
+			n.CertificateEndsUnixMs = cert.NotAfter.UnixMilli()
+		}
+		if n.Membership = control.MemberStatic; b.member != nil {
+			n.Membership = control.MemberAlive
+		}
 	}
 	if raw, err := os.ReadFile("/proc/meminfo"); err == nil {
 		n.MemoryTotalBytes, n.MemoryAvailableBytes = migrate.MemoryOf(string(raw))
@@ -84,6 +102,7 @@ func (h *host) node(ctx context.Context) *v1.Node {
 func (h *host) localAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(transhipv1connect.NewMigrationsHandler(h.moves, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewClusterHandler(&clusterHandler{h: h}, handlerOptions()...))
 	control.Mount(mux, h.services(), handlerOptions()...)
 	h.mountProfiles(mux)
 	return mux

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
@@ -15,6 +16,7 @@ import (
 	"github.com/tranship/tranship/daemon/forecasts"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/profiler"
+	"github.com/tranship/tranship/ebpf/profile"
 )
 
 // ProfileConfig is the profiling of shards and host.
@@ -104,13 +106,7 @@ func (h *host) profileHandler() *profiler.Handler {
 	}
 	ph := &profiler.Handler{P: h.profiles}
 	if h.peers != nil {
-		ph.Peers = func() []string {
-			var names []string
-			for _, p := range h.cfg.Peers {
-				names = append(names, p.Name)
-			}
-			return names
-		}
+		ph.Peers = h.peers.Nodes
 		ph.PeerLoad = func(ctx context.Context, node string, req *v1.LoadRequest) (*v1.LoadResponse, error) {
 			client, err := h.peers.Client(node)
 			if err != nil {
@@ -148,4 +144,32 @@ func (h *host) withProfiles(to migrate.Host) migrate.Host {
 		return &v1.HistoryResponse{Blocks: t.Blocks, Forecasts: t.Forecasts}, nil
 	}
 	return to
+}
+
+// cpuLoad is the share of this host's CPUs that was in use lately; nil when
+// nothing measures it.
+func (h *host) cpuLoad() *float64 {
+	if h.profiles == nil {
+		return nil
+	}
+	local := &profiler.Handler{P: h.profiles}
+	for _, host := range local.Local(&v1.LoadRequest{}).GetHosts() {
+		if used, ok := host.GetRates()[profile.CPU.String()]; ok && host.GetCpus() > 0 {
+			return proto.Float64(min(max(used/float64(host.GetCpus()), 0), 1))
+		}
+	}
+	return nil
+}
+
+// shardCPUs is what each shard used lately, in CPUs, by namespace and name.
+func (h *host) shardCPUs() map[[2]string]float64 {
+	out := map[[2]string]float64{}
+	if h.profiles == nil {
+		return out
+	}
+	local := &profiler.Handler{P: h.profiles}
+	for _, s := range local.Local(&v1.LoadRequest{}).GetShards() {
+		out[[2]string{s.GetNamespace(), s.GetName()}] = s.GetRates()[profile.CPU.String()]
+	}
+	return out
 }

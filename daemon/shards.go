@@ -14,12 +14,13 @@ import (
 func (h *host) services() control.Services {
 	s := control.Services{
 		Node: h.cfg.Node, Runtime: h.rt, Self: h.node, MigrationOf: h.moves.MigrationOf,
-		AwaitArrival: h.moves.AwaitArrival,
+		AwaitArrival: h.moves.AwaitArrival, Cordon: h.cordonNode, Drain: h.drainNode, StopDrain: h.stopDrain,
 	}
 	if h.peers != nil {
 		s.Peers = func(ctx context.Context) []control.NodeStatus {
 			var out []control.NodeStatus
 			for _, st := range h.peers.Statuses(ctx) {
+				h.cluster.label(st.Node)
 				out = append(out, control.NodeStatus{Node: st.Node, Shards: st.Shards})
 			}
 			return out

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
@@ -19,6 +20,9 @@ type PeerTransport struct {
 	socket    net.PacketConn
 	transport *quic.Transport
 	http      *http3.Transport
+
+	mu    sync.Mutex
+	conns map[string]map[*quic.Conn]struct{} // by node
 }
 
 // HTTPClient makes a PeerTransport. resolve finds a node's UDP address; it is
@@ -49,7 +53,11 @@ func HTTPClient(tlsFor func(node string) *tls.Config, resolve func(ctx context.C
 			}
 			tlsConf := tlsFor(node).Clone()
 			tlsConf.NextProtos = []string{alpnAPI}
-			return t.transport.Dial(ctx, udp, tlsConf, conf)
+			conn, err := t.transport.Dial(ctx, udp, tlsConf, conf)
+			if err == nil {
+				t.keep(node, conn)
+			}
+			return conn, err
 		},
 	}
 	return t, nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"strconv"
 
 	"connectrpc.com/connect"
@@ -32,22 +33,37 @@ func newNodesCommand(g *globals) *cobra.Command {
 			if g.output == outputJSON {
 				return printJSON(cmd.OutOrStdout(), doc)
 			}
-			var rows [][]string
-			for _, n := range doc.Nodes {
-				name := n.Name
-				if n.Self {
-					name += " *"
-				}
-				if n.State != control.NodeAlive {
-					rows = append(rows, []string{name, n.State, n.Address, "", "", "", "", n.Error})
-					continue
-				}
-				rows = append(rows, []string{
-					name, n.State, n.Address, strconv.Itoa(int(n.Shards)), strconv.Itoa(int(n.CPUs)),
-					formatSize(n.MemoryAvailableBytes) + " of " + formatSize(n.MemoryTotalBytes), n.Tracker, n.Versions.Tranship,
-				})
-			}
-			return printTable(cmd.OutOrStdout(), []string{"NAME", "STATE", "ADDRESS", "SHARDS", "CPUS", "MEMORY FREE", "TRACKER", "VERSION"}, rows)
+			return printNodes(cmd.OutOrStdout(), doc.Nodes)
 		},
 	}
+}
+
+func printNodes(w io.Writer, nodes []control.Node) error {
+	var rows [][]string
+	for _, n := range nodes {
+		name := n.Name
+		if n.Self {
+			name += " *"
+		}
+		state := n.State
+		if n.Cordoned {
+			state += ", cordoned"
+		}
+		if n.State != control.NodeAlive {
+			if n.Membership == control.MemberSuspected {
+				state += ", suspected"
+			}
+			rows = append(rows, []string{name, state, n.Address, orDash(n.Zone), "", "", "", "", "", n.Error})
+			continue
+		}
+		load := "-"
+		if n.CPULoad != nil {
+			load = strconv.Itoa(int(100**n.CPULoad+0.5)) + "%"
+		}
+		rows = append(rows, []string{
+			name, state, n.Address, orDash(n.Zone), strconv.Itoa(int(n.Shards)), strconv.Itoa(int(n.CPUs)), load,
+			formatSize(n.MemoryAvailableBytes) + " of " + formatSize(n.MemoryTotalBytes), n.Tracker, n.Versions.Tranship,
+		})
+	}
+	return printTable(w, []string{"NAME", "STATE", "ADDRESS", "ZONE", "SHARDS", "CPUS", "LOAD", "MEMORY FREE", "TRACKER", "VERSION"}, rows)
 }

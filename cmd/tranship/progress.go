@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/term"
@@ -123,3 +124,13 @@ func (l *lines) show(p *v1.Progress) {
 func (l *lines) say(line string) { fmt.Fprintln(l.w, line) }
 
 func (l *lines) end() {}
+
+// shared lets several goroutines show what they do.
+type shared struct {
+	mu sync.Mutex
+	p  progress
+}
+
+func (s *shared) show(p *v1.Progress) { s.mu.Lock(); defer s.mu.Unlock(); s.p.show(p) }
+func (s *shared) say(line string)     { s.mu.Lock(); defer s.mu.Unlock(); s.p.say(line) }
+func (s *shared) end()                { s.mu.Lock(); defer s.mu.Unlock(); s.p.end() }

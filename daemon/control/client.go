@@ -27,6 +27,7 @@ type Client struct {
 	Nodes      transhipv1connect.NodesClient
 	Migrations transhipv1connect.MigrationsClient
 	Profiles   transhipv1connect.ProfilesClient
+	Cluster    transhipv1connect.ClusterClient
 	http       *http.Client
 }
 
@@ -58,6 +59,7 @@ func NewClient(address string) (*Client, error) {
 		Nodes:      transhipv1connect.NewNodesClient(hc, base, opts...),
 		Migrations: transhipv1connect.NewMigrationsClient(hc, base, opts...),
 		Profiles:   transhipv1connect.NewProfilesClient(hc, base, opts...),
+		Cluster:    transhipv1connect.NewClusterClient(hc, base, opts...),
 		http:       hc,
 	}, nil
 }

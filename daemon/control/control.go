@@ -56,6 +56,11 @@ type Services struct {
 	Peers func(ctx context.Context) []NodeStatus
 	// RunOn has another node of the pool run a shard; nil when there are none.
 	RunOn func(ctx context.Context, req *v1.RunRequest) (*v1.RunResponse, error)
+	// Cordon, Drain and StopDrain act on a node of the pool, "" or this one's name
+	// being this; nil where there is nothing to act on.
+	Cordon    func(ctx context.Context, req *v1.CordonRequest) (*v1.CordonResponse, error)
+	Drain     func(ctx context.Context, req *v1.DrainRequest, send func(*v1.DrainEvent) error) error
+	StopDrain func(ctx context.Context, req *v1.StopDrainRequest) error
 	// MigrationOf names the migration that is moving a shard, or "".
 	MigrationOf func(namespace, name string) string
 	// AwaitArrival waits while a shard that already runs here gets the rest of

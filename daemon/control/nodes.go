@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 
@@ -15,6 +16,15 @@ import (
 const (
 	NodeAlive       = "alive"
 	NodeUnreachable = "unreachable"
+)
+
+// How membership sees a node.
+const (
+	MemberAlive = "alive"
+	// MemberSuspected: nobody hears it. It may be dead, or cut off.
+	MemberSuspected = "suspected"
+	// MemberStatic: it is in the configuration alone.
+	MemberStatic = "static"
 )
 
 // nodes answers the Nodes service.
@@ -38,3 +48,42 @@ func (h *nodes) ListNodes(ctx context.Context, _ *connect.Request[v1.ListNodesRe
 func (h *nodes) Version(ctx context.Context, _ *connect.Request[v1.VersionRequest]) (*connect.Response[v1.VersionResponse], error) {
 	return connect.NewResponse(&v1.VersionResponse{Versions: h.s.Self(ctx).GetVersions(), Node: h.s.Node}), nil
 }
+
+// Cordon keeps migrations from coming to a node.
+func (h *nodes) Cordon(ctx context.Context, r *connect.Request[v1.CordonRequest]) (*connect.Response[v1.CordonResponse], error) {
+	if h.s.Cordon == nil {
+		return nil, connect.NewError(connect.CodeUnimplemented, errNoPool)
+	}
+	resp, err := h.s.Cordon(ctx, r.Msg)
+	if err != nil {
+		return nil, apiError(err)
+	}
+	return connect.NewResponse(resp), nil
+}
+
+// Drain moves off a node what can move.
+func (h *nodes) Drain(ctx context.Context, r *connect.Request[v1.DrainRequest], stream *connect.ServerStream[v1.DrainEvent]) error {
+	if h.s.Drain == nil {
+		return connect.NewError(connect.CodeUnimplemented, errNoPool)
+	}
+	if r.Msg.GetDeadlineMs() < 0 || r.Msg.GetMaxBlackoutMs() < 0 {
+		return invalid("deadline and blackout cannot be negative")
+	}
+	if err := h.s.Drain(ctx, r.Msg, stream.Send); err != nil {
+		return apiError(err)
+	}
+	return nil
+}
+
+// StopDrain ends a drain in good order.
+func (h *nodes) StopDrain(ctx context.Context, r *connect.Request[v1.StopDrainRequest]) (*connect.Response[v1.StopDrainResponse], error) {
+	if h.s.StopDrain == nil {
+		return nil, connect.NewError(connect.CodeUnimplemented, errNoPool)
+	}
+	if err := h.s.StopDrain(ctx, r.Msg); err != nil {
+		return nil, apiError(err)
+	}
+	return connect.NewResponse(&v1.StopDrainResponse{}), nil
+}
+
+var errNoPool = errors.New("this host has no pool")

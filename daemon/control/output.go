@@ -123,14 +123,36 @@ type Node struct {
 	Shards               uint32   `json:"shards"`
 	Tracker              string   `json:"tracker"`
 	Versions             Versions `json:"versions"`
+
+	ID          string            `json:"id"`
+	Zone        string            `json:"zone"`
+	Labels      map[string]string `json:"labels"`
+	CostPerHour float64           `json:"cost_per_hour"`
+	// CPULoad is 0 to 1 of all CPUs, null where nothing measures it.
+	CPULoad    *float64 `json:"cpu_load"`
+	Cordoned   bool     `json:"cordoned"`
+	Membership string   `json:"membership"`
+	Authority  bool     `json:"authority"`
+	// CertificateEnds is the zero time where it is not known.
+	CertificateEnds time.Time `json:"certificate_ends"`
 }
 
 // NodeOf converts a message.
 func NodeOf(m *v1.Node) Node {
+	labels := m.GetLabels()
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	var ends time.Time
+	if ms := m.GetCertificateEndsUnixMs(); ms != 0 {
+		ends = time.UnixMilli(ms).UTC()
+	}
 	return Node{
 		Name: m.GetName(), Address: m.GetAddress(), Self: m.GetSelf(), State: m.GetState(), Error: m.GetError(),
 		MemoryTotalBytes: m.GetMemoryTotalBytes(), MemoryAvailableBytes: m.GetMemoryAvailableBytes(),
 		CPUs: m.GetCpus(), Shards: m.GetShards(), Tracker: m.GetTracker(), Versions: VersionsOf(m.GetVersions()),
+		ID: m.GetId(), Zone: m.GetZone(), Labels: labels, CostPerHour: m.GetCostPerHour(), CPULoad: m.CpuLoad,
+		Cordoned: m.GetCordoned(), Membership: m.GetMembership(), Authority: m.GetAuthority(), CertificateEnds: ends,
 	}
 }
 
@@ -261,4 +283,73 @@ type MigrationDocument struct {
 type MigrationsDocument struct {
 	Document
 	Migrations []Migration `json:"migrations"`
+}
+
+// CordonDocument is what `cordon` and `uncordon` print.
+type CordonDocument struct {
+	Document
+	Node     string `json:"node"`
+	Cordoned bool   `json:"cordoned"`
+}
+
+// DrainedShard is the end of one shard of a host that was drained.
+type DrainedShard struct {
+	Namespace   string  `json:"namespace"`
+	Name        string  `json:"name"`
+	To          string  `json:"to"`
+	MigrationID string  `json:"migration_id"`
+	BlackoutMs  float64 `json:"blackout_ms"`
+	Code        string  `json:"code"`
+	Reason      string  `json:"reason"`
+}
+
+// DrainDocument is what `drain` prints.
+type DrainDocument struct {
+	Document
+	Node    string         `json:"node"`
+	Outcome string         `json:"outcome"`
+	Moved   []DrainedShard `json:"moved"`
+	Stayed  []DrainedShard `json:"stayed"`
+}
+
+// DrainOf converts a result; its lists are never nil.
+func DrainOf(m *v1.DrainResult) DrainDocument {
+	list := func(ms []*v1.DrainedShard) []DrainedShard {
+		out := make([]DrainedShard, 0, len(ms))
+		for _, s := range ms {
+			out = append(out, DrainedShard{
+				Namespace: s.GetNamespace(), Name: s.GetName(), To: s.GetTo(), MigrationID: s.GetMigrationId(),
+				BlackoutMs: s.GetBlackoutMs(), Code: s.GetCode(), Reason: s.GetReason(),
+			})
+		}
+		return out
+	}
+	return DrainDocument{
+		Document: NewDocument(), Node: m.GetNode(), Outcome: m.GetOutcome(), Moved: list(m.GetMoved()), Stayed: list(m.GetStayed()),
+	}
+}
+
+// TokenDocument is what `cluster token` prints.
+type TokenDocument struct {
+	Document
+	Token     string    `json:"token"`
+	ExpiresAt time.Time `json:"expires_at"`
+	Address   string    `json:"address"`
+}
+
+// ClusterDocument is what `cluster init`, `join` and `leave` print.
+type ClusterDocument struct {
+	Document
+	Node string `json:"node"`
+	ID   string `json:"id"`
+	// Authority is the host that has the CA's key.
+	Authority string `json:"authority"`
+}
+
+// RevokeDocument is what `cluster revoke` prints.
+type RevokeDocument struct {
+	Document
+	Node    string   `json:"node"`
+	Told    []string `json:"told"`
+	NotTold []string `json:"not_told"`
 }

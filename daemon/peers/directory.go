@@ -1,11 +1,13 @@
 // Package peers knows the other hosts of the pool and how to reach them: their
-// addresses, the API over HTTP/3, page sessions. pki is the cluster's CA.
+// addresses, the API over HTTP/3, page sessions. pki is the cluster's CA,
+// cluster who belongs to the pool, gossip who is there.
 package peers
 
 import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -29,32 +31,72 @@ const statusTimeout = 2 * time.Second
 // record, is below 4 MiB.
 const maxMessage = 8 << 20
 
-// Directory is the pool as this host's configuration names it.
+// maxAsked bounds the peers that are asked at once.
+const maxAsked = 64
+
+// Source knows the pool's other hosts. Both methods are called often, by several
+// goroutines, and do not block.
+type Source interface {
+	// Address is the UDP address of a node's peer API; false for one that is not in the pool.
+	Address(node string) (string, bool)
+	// Nodes lists the other hosts, those that are down included.
+	Nodes() []string
+}
+
+// Static is the pool as a configuration names it: addresses by node.
+type Static map[string]string
+
+var _ Source = Static(nil)
+
+// Address looks a node up.
+func (s Static) Address(node string) (string, bool) { a, ok := s[node]; return a, ok }
+
+// Nodes lists the names.
+func (s Static) Nodes() []string { return slices.Collect(maps.Keys(s)) }
+
+// Directory reaches the pool's other hosts.
 type Directory struct {
-	addresses map[string]string // by node
+	source    Source
 	tls       func(node string) *tls.Config
+	transport *transfer.PeerTransport
 	http      *http.Client
-	closeHTTP func() error
+
+	mu       sync.Mutex
+	sessions map[string]map[*transfer.Session]struct{} // by node
 }
 
 var _ migrate.Peers = (*Directory)(nil)
 
-// New makes a directory of the nodes and their addresses. Close it.
-func New(addresses map[string]string, tls func(node string) *tls.Config) (*Directory, error) {
-	d := &Directory{addresses: addresses, tls: tls}
+// New makes a directory of the nodes that source knows. Close it.
+func New(source Source, tls func(node string) *tls.Config) (*Directory, error) {
+	d := &Directory{source: source, tls: tls, sessions: map[string]map[*transfer.Session]struct{}{}}
 	rt, err := transfer.HTTPClient(tls, func(_ context.Context, node string) (string, error) { return d.address(node) })
 	if err != nil {
 		return nil, err
 	}
-	d.http, d.closeHTTP = &http.Client{Transport: rt}, rt.Close
+	d.transport, d.http = rt, &http.Client{Transport: rt}
 	return d, nil
 }
 
 // Close closes idle connections.
-func (d *Directory) Close() error { return d.closeHTTP() }
+func (d *Directory) Close() error { return d.transport.Close() }
+
+// Drop ends every connection that this host made to a node.
+func (d *Directory) Drop(node string) {
+	d.transport.Drop(node)
+	d.mu.Lock()
+	open := slices.Collect(maps.Keys(d.sessions[node]))
+	d.mu.Unlock()
+	for _, s := range open {
+		_ = s.Close() // who uses it is told ErrClosed
+	}
+}
+
+// Nodes lists the other hosts of the pool.
+func (d *Directory) Nodes() []string { return d.source.Nodes() }
 
 func (d *Directory) address(node string) (string, error) {
-	a, ok := d.addresses[node]
+	a, ok := d.source.Address(node)
 	if !ok {
 		return "", fmt.Errorf("%w: %s", migrate.ErrUnknownNode, node)
 	}
@@ -69,13 +111,37 @@ func (d *Directory) Client(node string) (transhipv1connect.PeerClient, error) {
 	return transhipv1connect.NewPeerClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
 }
 
+// Pool speaks the API of the pool's administration with a node.
+func (d *Directory) Pool(node string) (transhipv1connect.PoolClient, error) {
+	if _, err := d.address(node); err != nil {
+		return nil, err
+	}
+	return transhipv1connect.NewPoolClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
+}
+
 // Dial opens a page session with a node.
 func (d *Directory) Dial(ctx context.Context, node, migration string, opt transfer.Options) (*transfer.Session, error) {
 	addr, err := d.address(node)
 	if err != nil {
 		return nil, err
 	}
-	return transfer.Dial(ctx, addr, node, d.tls, migration, opt)
+	s, err := transfer.Dial(ctx, addr, node, d.tls, migration, opt)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	// Sessions are few, and end: what has ended goes when the next begins.
+	for other := range d.sessions[node] {
+		if other.Closed() {
+			delete(d.sessions[node], other)
+		}
+	}
+	if d.sessions[node] == nil {
+		d.sessions[node] = map[*transfer.Session]struct{}{}
+	}
+	d.sessions[node][s] = struct{}{}
+	return s, nil
 }
 
 // Status is what one peer said, or that it said nothing.
@@ -89,9 +155,17 @@ type Status struct {
 func (d *Directory) Statuses(ctx context.Context) []Status {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
-	out := make([]Status, 0, len(d.addresses))
-	for node, addr := range d.addresses {
+	nodes := d.source.Nodes()
+	out := make([]Status, 0, len(nodes))
+	places := make(chan struct{}, maxAsked)
+	for _, node := range nodes {
+		addr, ok := d.source.Address(node)
+		if !ok {
+			continue // it left meanwhile
+		}
+		places <- struct{}{}
 		wg.Go(func() {
+			defer func() { <-places }()
 			st := d.status(ctx, node, addr)
 			mu.Lock()
 			defer mu.Unlock()
@@ -117,10 +191,7 @@ func (d *Directory) status(ctx context.Context, node, addr string) Status {
 	if err != nil {
 		return down(err)
 	}
-	n := resp.Msg.GetNode()
-	if n == nil {
-		n = &v1.Node{}
-	}
+	n := sane(resp.Msg.GetNode())
 	n.Name, n.Address, n.Self, n.State = node, addr, false, "alive"
 	return Status{Node: n, Shards: resp.Msg.GetShards()}
 }

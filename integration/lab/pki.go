@@ -3,45 +3,46 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
-	"time"
+	"strconv"
 
+	"github.com/tranship/tranship/daemon/peers/cluster"
 	"github.com/tranship/tranship/daemon/peers/pki"
 )
 
-// certLifetime outlives any lab.
-const certLifetime = 30 * 24 * time.Hour
+// gossipPort follows peerPort, as it does on any host.
+const gossipPort = peerPort + 1
 
-// writePKI makes the lab's own cluster key and every host's certificate, as
-// far as they are missing: a certificate that changes under a running
-// transhipd would cut its connections.
+// writePKI makes the lab's own cluster, as `tranship cluster init` on the first
+// host does, and every other host's certificate in place of its joining, as far
+// as they are missing: a certificate that changes under a running transhipd
+// would cut its connections.
 func writePKI(p plan) error {
-	dir := filepath.Join(rootDir, "ca")
-	if err := os.MkdirAll(rootDir, 0o700); err != nil {
-		return fmt.Errorf("the lab's files: %w", err)
-	}
-	ca, err := pki.Load(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		ca, err = pki.Init(dir)
-	}
-	if err != nil {
-		return err
-	}
+	var a *cluster.Authority
+	var first cluster.Seed
 	for _, node := range p.nodes {
 		if node.Role != roleHost {
 			continue
 		}
 		at := filepath.Join(nodeDir(node.Name), "etc-tranship", "pki")
+		if a == nil {
+			first = cluster.Seed{Name: node.Name, Address: peerAddress(node), Gossip: net.JoinHostPort(node.Host.Addr().String(), strconv.Itoa(gossipPort))}
+			var err error
+			if a, err = cluster.OpenAuthority(at); errors.Is(err, os.ErrNotExist) {
+				a, err = cluster.Found(at, node.Name, first)
+			}
+			if err != nil {
+				return fmt.Errorf("the lab's cluster: %w", err)
+			}
+			continue
+		}
 		if exists(filepath.Join(at, pki.CertFile)) {
 			continue
 		}
-		cert, key, err := ca.Issue(node.Name, certLifetime)
-		if err != nil {
-			return err
-		}
-		if err := pki.Write(at, ca.CertPEM(), cert, key); err != nil {
-			return err
+		if err := a.Equip(at, node.Name, first.Name, []cluster.Seed{first}); err != nil {
+			return fmt.Errorf("the lab's cluster: %s: %w", node.Name, err)
 		}
 	}
 	return nil
