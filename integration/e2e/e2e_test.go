@@ -51,7 +51,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	var err error
-	if theLab, err = lab.Up(ctx, lab.Options{Hosts: 2}); err != nil {
+	if theLab, err = lab.Up(ctx, lab.Options{Hosts: 3}); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
