@@ -68,9 +68,9 @@ type stored struct {
 	content string
 }
 
-func pagesOf(t *testing.T, dir string, pid int) map[uint64]stored {
+func pagesOf(t *testing.T, dir, pagemap string) map[uint64]stored {
 	t.Helper()
-	f, err := os.Open(filepath.Join(dir, fmt.Sprintf("pagemap-%d.img", pid)))
+	f, err := os.Open(filepath.Join(dir, pagemap))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,8 +143,9 @@ func TestAnUnchangedDumpHasTheSamePages(t *testing.T) {
 		return cfg.ImageDir
 	}
 	// Without lazy pages CRIU has left the process when the dump is complete.
-	full := pagesOf(t, dump(func(cfg *DumpConfig) { cfg.LazyPages = false }), v.pid)
-	got := pagesOf(t, dump(func(cfg *DumpConfig) {
+	pagemap := fmt.Sprintf("pagemap-%d.img", v.pid)
+	full := pagesOf(t, dump(func(cfg *DumpConfig) { cfg.LazyPages = false }), pagemap)
+	dir := dump(func(cfg *DumpConfig) {
 		cfg.Parent = "../parent"
 		parent := filepath.Join(cfg.ImageDir, cfg.Parent)
 		if err := os.Mkdir(parent, 0o700); err != nil {
@@ -157,7 +158,22 @@ func TestAnUnchangedDumpHasTheSamePages(t *testing.T) {
 		if err := image.WriteParent(parent, []checkpoint.PID{checkpoint.PID(v.pid)}, uint64(up.Nano()/1e3)); err != nil {
 			t.Fatal(err)
 		}
-	}), v.pid)
+	})
+	got := pagesOf(t, dir, fmt.Sprintf("lazy-%d.img", v.pid))
+	joined := pagesOf(t, dir, pagemap)
+	for addr, have := range got {
+		if joined[addr] != have {
+			t.Errorf("page %#x is another one for CRIU", addr)
+		}
+	}
+	for addr, have := range joined {
+		if _, ok := got[addr]; !ok && !have.lazy {
+			t.Errorf("page %#x is for CRIU alone", addr)
+		}
+	}
+	if len(joined) <= len(got) {
+		t.Errorf("%d pages for CRIU, %d in all: no runs were joined", len(joined), len(got))
+	}
 	lazy, present, stacks := 0, 0, 0
 	for addr, want := range full {
 		have, ok := got[addr]

@@ -14,8 +14,9 @@ import (
 )
 
 // LazyExtents returns, for every process of a dump directory, the pages that
-// its restore expects from the lazy-pages daemon: all that are marked Lazy,
-// ascending, neighbours joined. A process without memory (a zombie) is not in
+// its restore expects from the lazy-pages daemon: all that are marked Lazy in
+// lazy-<pid>.img (Settle) or, without it, in the pagemap, ascending, neighbours
+// joined. A process without memory (a zombie) is not in
 // the map; one with memory but without a pagemap is an error, because its pages
 // would be missed without a word.
 func LazyExtents(dir string) (map[checkpoint.PID][]checkpoint.Extent, error) {
@@ -25,8 +26,12 @@ func LazyExtents(dir string) (map[checkpoint.PID][]checkpoint.Extent, error) {
 	}
 	out := map[checkpoint.PID][]checkpoint.Extent{}
 	for _, t := range tasks {
-		name := filepath.Join(dir, fmt.Sprintf("pagemap-%d.img", t.PID))
+		name := filepath.Join(dir, fmt.Sprintf("lazy-%d.img", t.PID))
 		pm, err := readFile(name, ReadPagemap)
+		if errors.Is(err, fs.ErrNotExist) {
+			name = filepath.Join(dir, fmt.Sprintf("pagemap-%d.img", t.PID))
+			pm, err = readFile(name, ReadPagemap)
+		}
 		if errors.Is(err, fs.ErrNotExist) {
 			_, err := os.Stat(filepath.Join(dir, fmt.Sprintf("mm-%d.img", t.PID)))
 			if errors.Is(err, fs.ErrNotExist) {

@@ -67,6 +67,12 @@ type Memory func(pid checkpoint.PID, addr uint64, buf []byte) error
 // and no thread's stack pointer is in it, which is needed at once; else it goes
 // into the pages image, read from the processes, which must still stand as they
 // were dumped. After it the dump depends on no other. It returns how much it read.
+//
+// CRIU's restore reads a pagemap run by run and skips what is lazy; a heap may
+// have a hundred thousand such runs with holes of a page between them. So it is
+// given one in which they are joined over holes, and lazy-<pid>.img says which
+// pages there really are: who places them has to go by that, or pages that the
+// process gave back would come to life again.
 func Settle(dir string, read Memory) (checkpoint.Bytes, error) {
 	tasks, err := readFile(filepath.Join(dir, "pstree.img"), ReadProcessTree)
 	if err != nil {
@@ -98,6 +104,9 @@ func settleTask(dir string, t Task, read Memory) (checkpoint.Bytes, error) {
 		return 0, err
 	}
 	s := settler{vmas: mm.VMAs, stacks: map[uint64]bool{}}
+	for _, v := range mm.VMAs {
+		s.guarded = s.guarded || v.Status&Guard != 0
+	}
 	for _, tid := range t.Threads {
 		sp, err := readFile(filepath.Join(dir, fmt.Sprintf("core-%d.img", tid)), ReadStackPointer)
 		if err != nil {
@@ -106,14 +115,17 @@ func settleTask(dir string, t Task, read Memory) (checkpoint.Bytes, error) {
 		s.stacks[sp&^(checkpoint.PageSize-1)] = true
 	}
 	var pages []storedRun
-	var id uint32
 	var total checkpoint.Bytes
-	err = replaceFile(name, func(w io.Writer) error {
-		// Run by run: a large process has a million of them.
-		id, err = s.pagemap(w, old, func(r Run, fresh bool) {
-			if r.Flags&Present != 0 {
-				pages = append(pages, storedRun{r, fresh})
-			}
+	err = replaceFile(name, func(joined io.Writer) error {
+		var id uint32
+		err := writeFile(filepath.Join(dir, fmt.Sprintf("lazy-%d.img", t.PID)), func(exact io.Writer) (err error) {
+			// Run by run: a large process has a million of them.
+			id, err = s.pagemap(joined, exact, old, func(r Run, fresh bool) {
+				if r.Flags&Present != 0 {
+					pages = append(pages, storedRun{r, fresh})
+				}
+			})
+			return err
 		})
 		if err != nil {
 			return err
@@ -137,30 +149,72 @@ type settler struct {
 	vmas   []VMA
 	stacks map[uint64]bool // pages with stack pointers
 	at     int             // the mapping that was looked at last
-	last   uint64
-	ours   Run // not yet given to emit; none if it has no pages
+	hole   int             // the same for holes
+	// guarded: some holes are guard regions, which a restore makes anew.
+	guarded bool
+	last    uint64
+	ours    Run // not yet given to emit; none if it has no pages
 }
 
-// pagemap rewrites one and returns its id of pages.
-func (s *settler) pagemap(w io.Writer, r io.Reader, tell func(Run, bool)) (id uint32, err error) {
-	out, err := newImage(w, pagemapMagic)
-	if err != nil {
-		return 0, err
+// pagemap rewrites one, twice: exactly, and with lazy runs joined over holes. It
+// returns its id of pages.
+func (s *settler) pagemap(joined, exact io.Writer, r io.Reader, tell func(Run, bool)) (id uint32, err error) {
+	var out [2]*imageWriter
+	for i, w := range []io.Writer{joined, exact} {
+		if out[i], err = newImage(w, pagemapMagic); err != nil {
+			return 0, err
+		}
 	}
 	var b []byte
+	put := func(w *imageWriter, r Run) error {
+		b = appendRun(b[:0], r, false)
+		return w.entry(b)
+	}
+	var before Run // not yet in joined
 	emit := func(r Run, fresh bool) error {
 		tell(r, fresh)
-		b = appendRun(b[:0], r, false)
-		return out.entry(b)
+		if err := put(out[1], r); err != nil {
+			return err
+		}
+		if s.joins(before, r) {
+			before.Pages = checkpoint.Pages((r.End() - before.Addr) / checkpoint.PageSize)
+			return nil
+		}
+		last := before
+		before = r
+		if last.Pages == 0 {
+			return nil
+		}
+		return put(out[0], last)
 	}
 	err = eachRun(r, func(pagesID uint32) error {
 		id = pagesID
-		return out.entry(appendVarint(nil, 1, uint64(pagesID)))
+		head := appendVarint(nil, 1, uint64(pagesID))
+		return errors.Join(out[0].entry(head), out[1].entry(head))
 	}, func(r Run) error { return s.run(r, emit) })
 	if err == nil {
 		err = s.flush(emit)
 	}
+	if err == nil && before.Pages > 0 {
+		err = put(out[0], before)
+	}
 	return id, err
+}
+
+// joins says whether between two lazy runs there is nothing but a hole in one
+// mapping that can be lazy.
+func (s *settler) joins(a, b Run) bool {
+	if a.Pages == 0 || a.Flags != Lazy || b.Flags != Lazy || s.guarded {
+		return false
+	}
+	for s.hole < len(s.vmas) && s.vmas[s.hole].End < b.Addr {
+		s.hole++
+	}
+	if s.hole == len(s.vmas) {
+		return false
+	}
+	vma := s.vmas[s.hole]
+	return vma.Lazy() && vma.Start <= a.End() && b.Addr <= vma.End
 }
 
 func (s *settler) run(r Run, emit func(Run, bool) error) error {

@@ -179,13 +179,56 @@ func TestSettleWritesThePagesInTheirOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(before) != 5 {
+	if len(before) != 6 { // lazy-7.img is new
 		t.Errorf("left over: %v", before)
 	}
 	// Again: there is nothing left to do, and nothing to read.
 	n, err = Settle(dir, func(checkpoint.PID, uint64, []byte) error { return errors.New("read again") })
 	if err != nil || n != 0 {
 		t.Errorf("again: %d bytes, %v", n, err)
+	}
+}
+
+func TestLazyRunsAreJoinedForCRIUAlone(t *testing.T) {
+	lazy := VMA{Start: 0x10 * page, End: 0x20 * page, Flags: mapPrivate | mapAnonymous}
+	next := VMA{Start: 0x20 * page, End: 0x30 * page, Flags: mapPrivate | mapAnonymous}
+	file := VMA{Start: 0x30 * page, End: 0x40 * page, Flags: mapPrivate}
+	far := VMA{Start: 0x50 * page, End: 0x60 * page, Flags: mapPrivate | mapAnonymous}
+	run := func(from, pages uint64, flags Flags) Run {
+		return Run{Addr: from * page, Pages: checkpoint.Pages(pages), Flags: flags}
+	}
+	for name, c := range map[string]struct {
+		runs, joined []Run
+		guarded      bool
+	}{
+		"over a hole":                       {runs: []Run{run(0x10, 1, Lazy), run(0x12, 2, Lazy), run(0x18, 1, Lazy)}, joined: []Run{run(0x10, 9, Lazy)}},
+		"over a hole where two meet":        {runs: []Run{run(0x10, 1, Lazy), run(0x20, 1, Lazy), run(0x22, 1, Lazy)}, joined: []Run{run(0x10, 0x13, Lazy)}},
+		"not over what is in the images":    {runs: []Run{run(0x10, 1, Lazy), run(0x11, 1, Present), run(0x13, 1, Lazy)}, joined: []Run{run(0x10, 1, Lazy), run(0x11, 1, Present), run(0x13, 1, Lazy)}},
+		"not over two mappings' holes":      {runs: []Run{run(0x1e, 1, Lazy), run(0x22, 1, Lazy)}, joined: []Run{run(0x1e, 1, Lazy), run(0x22, 1, Lazy)}},
+		"not over what is not mapped":       {runs: []Run{run(0x2f, 1, Lazy), run(0x50, 1, Lazy)}, joined: []Run{run(0x2f, 1, Lazy), run(0x50, 1, Lazy)}},
+		"not what CRIU both left and wrote": {runs: []Run{run(0x10, 1, Lazy|Present), run(0x12, 1, Lazy)}, joined: []Run{run(0x10, 1, Lazy|Present), run(0x12, 1, Lazy)}},
+		"not with guards":                   {runs: []Run{run(0x10, 1, Lazy), run(0x12, 2, Lazy)}, joined: []Run{run(0x10, 1, Lazy), run(0x12, 2, Lazy)}, guarded: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := settler{vmas: []VMA{lazy, next, file, far}, guarded: c.guarded}
+			var in, joined, exact bytes.Buffer
+			if err := WritePagemap(&in, Pagemap{PagesID: 9, Runs: c.runs}); err != nil {
+				t.Fatal(err)
+			}
+			id, err := s.pagemap(&joined, &exact, &in, func(Run, bool) {})
+			if err != nil || id != 9 {
+				t.Fatalf("%d, %v", id, err)
+			}
+			for what, got := range map[string]struct {
+				img  *bytes.Buffer
+				want []Run
+			}{"joined": {&joined, c.joined}, "exact": {&exact, c.runs}} {
+				pm, err := ReadPagemap(got.img)
+				if err != nil || pm.PagesID != 9 || !reflect.DeepEqual(pm.Runs, got.want) {
+					t.Errorf("%s: got %v, %v, want %v", what, pm, err, got.want)
+				}
+			}
+		})
 	}
 }
 

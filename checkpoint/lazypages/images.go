@@ -26,7 +26,8 @@ type dumped struct {
 	// mappings are the ranges that CRIU registers, as vma_entry_can_be_lazy in
 	// criu/include/vma.h has it.
 	mappings []span
-	// lazy are the pages that CRIU left to us: PE_LAZY in the pagemap.
+	// lazy are the pages that were left to us: PE_LAZY in lazy-PID.img or, without
+	// it, in the pagemap. Where both are, the latter is joined over holes.
 	lazy []span
 	// wiped are mappings with MADV_WIPEONFORK: a child finds them zero.
 	wiped []span
@@ -50,15 +51,21 @@ const (
 	vmaVvar     = 1 << 12
 )
 
-// readDumped reads mm-PID.img and pagemap-PID.img of dir.
+// readDumped reads mm-PID.img and lazy-PID.img or pagemap-PID.img of dir.
 func readDumped(dir string, pid checkpoint.PID) (dumped, error) {
 	var d dumped
+	pagemap := fmt.Sprintf("lazy-%d.img", pid)
+	if _, err := os.Stat(filepath.Join(dir, pagemap)); errors.Is(err, os.ErrNotExist) {
+		pagemap = fmt.Sprintf("pagemap-%d.img", pid)
+	} else if err != nil {
+		return dumped{}, fmt.Errorf("image of pid %d: %w", pid, err)
+	}
 	for _, img := range []struct {
 		name  string
 		parse func([]byte) error
 	}{
 		{fmt.Sprintf("mm-%d.img", pid), d.parseMM},
-		{fmt.Sprintf("pagemap-%d.img", pid), d.parsePagemap},
+		{pagemap, d.parsePagemap},
 	} {
 		raw, err := os.ReadFile(filepath.Join(dir, img.name))
 		if err != nil {

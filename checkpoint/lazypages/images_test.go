@@ -122,6 +122,22 @@ func TestImagesSayWhatIsRegisteredAndWhatIsMissing(t *testing.T) {
 	}
 }
 
+// The pagemap that CRIU reads may be joined over pages that the process gave
+// back: placing those would bring them to life again.
+func TestTheExactListOfLazyPagesCounts(t *testing.T) {
+	dir := t.TempDir()
+	heap := testVMA{span{0x10000, 0x20000}, lazyVMA, 1 | 1<<9, 0}
+	writeImagesOf(t, dir, 7, []testVMA{heap}, []span{{0x10000, 0x20000}})
+	exact := []span{{0x10000, 0x11000}, {0x1f000, 0x20000}}
+	if err := os.WriteFile(filepath.Join(dir, "lazy-7.img"), encodePagemap(true, exact...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := readDumped(dir, 7)
+	if err != nil || !reflect.DeepEqual(got.lazy, exact) {
+		t.Errorf("got %v, %v, want %v", got.lazy, err, exact)
+	}
+}
+
 func TestBrokenImagesAreRefused(t *testing.T) {
 	good := encodeMM(testVMA{span{0x10000, 0x20000}, lazyVMA, 1, 0})
 	for _, tc := range []struct {

@@ -23,7 +23,7 @@ import (
 
 // Version is the protocol's version. Two hosts must speak the same one: both
 // run the same release while a shard moves.
-const Version = 1
+const Version = 2
 
 // Type is the first byte of a frame.
 type Type byte
