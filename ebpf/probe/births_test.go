@@ -13,6 +13,14 @@ func isA(cg cgroup) func(*Birth) bool {
 	return func(b *Birth) bool { return strings.HasSuffix(b.Path, "/"+cg.path) }
 }
 
+// work uses a tenth of a second of CPU. Under v1 the account is of another
+// hierarchy than what is counted by: it begins up to a millisecond and a half
+// earlier, with the join of that one.
+func work(cg cgroup) {
+	cg.r.t.Helper()
+	cg.run("dd", "if=/dev/zero", "of=/dev/null", "bs=1M", "count=2500", "status=none")
+}
+
 func TestAShardCountsFromItsFirstInstruction(t *testing.T) {
 	r := newRig(t)
 	p := r.open("")
@@ -20,7 +28,7 @@ func TestAShardCountsFromItsFirstInstruction(t *testing.T) {
 	cg.run("sleep", "0.02")
 	nested := r.cgroup(cg.path + "/nested")
 	nested.run("sleep", "0.02") // in a slot of its own, as long as nobody knows better
-	cg.run("dd", "if=/dev/zero", "of=/dev/null", "bs=1M", "count=500", "status=none")
+	work(cg)
 	own := cg.cpu() - nested.cpu()
 	at, err := p.Track("default/early", cg.id())
 	if err != nil {
@@ -29,8 +37,6 @@ func TestAShardCountsFromItsFirstInstruction(t *testing.T) {
 	if born, ok := p.Born(at); !ok || born <= 0 {
 		t.Errorf("born at %v", born)
 	}
-	// A process is charged to the cgroup that it was in when its turn began: that
-	// of the shell which joined is a little short.
 	within(t, "CPU time before anybody asked", float64(read(t, p, at).CpuNs), own, 0.05)
 	if p.IdentityOf(at) != cg.id() {
 		t.Errorf("%+v", p.IdentityOf(at))
@@ -48,7 +54,7 @@ func TestAShardThatHasEndedIsClaimedByItsPath(t *testing.T) {
 	live := func(restart bool) {
 		t.Helper()
 		cg := r.cgroup("brief")
-		cg.run("sleep", "0.02")
+		work(cg)
 		used := cg.cpu()
 		for _, top := range r.tops {
 			if err := unix.Rmdir(top + "/" + cg.path); err != nil && err != unix.ENOENT {
@@ -68,7 +74,7 @@ func TestAShardThatHasEndedIsClaimedByItsPath(t *testing.T) {
 		if b.Ended <= b.Born || b.Ended-b.Born > time.Minute {
 			t.Errorf("from %v to %v", b.Born, b.Ended)
 		}
-		within(t, "CPU time of one that has ended", float64(read(t, p, b.Slot).CpuNs), used, 0.3)
+		within(t, "CPU time of one that has ended", float64(read(t, p, b.Slot).CpuNs), used, 0.05)
 		if _, ok, _ := p.Claim("default/again", isA(cg)); ok {
 			t.Error("claimed twice")
 		}

@@ -112,7 +112,10 @@ func (c cgroup) dir(controller string) string { return filepath.Join(c.r.tops[co
 // command prepares a program that joins the cgroup before it is executed.
 func (c cgroup) command(args ...string) *exec.Cmd {
 	var join strings.Builder
-	for name := range c.r.tops {
+	// The accounts that are compared begin when cpu and cpuacct are joined, which
+	// may be two hierarchies: one right after the other, and last, because a join
+	// takes up to a millisecond.
+	for _, name := range []string{"memory", "blkio", "cpuacct", "cpu"} {
 		fmt.Fprintf(&join, "echo $$ >%s/cgroup.procs || exit 9; ", c.dir(name))
 	}
 	cmd := exec.Command("/bin/sh", append([]string{"-c", join.String() + `exec "$@"`, "sh"}, args...)...)
