@@ -55,4 +55,3 @@ func profileRows(r *results) []row {
 	}
 	return rows
 }
-
