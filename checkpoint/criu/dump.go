@@ -49,19 +49,24 @@ type DumpConfig struct {
 
 // Dumper is a CRIU that was started but has not been asked for anything yet.
 type Dumper struct {
-	w    *worker
-	once sync.Once
+	w         *worker
+	unchanged bool
+	once      sync.Once
 }
 
-// StartDumper starts CRIU, for a dump with DumpConfig.Parent if u is not nil. The
-// caller must Kill it in every case.
+// StartDumper starts CRIU, for a dump with DumpConfig.Parent if u is not nil;
+// ErrNoUnchanged when it can be started without u alone. The caller must Kill it
+// in every case.
 func StartDumper(path string, u *Unchanged) (*Dumper, error) {
 	w, err := startWorker(path, u)
 	if err != nil {
 		return nil, err
 	}
-	return &Dumper{w: w}, nil
+	return &Dumper{w: w, unchanged: u != nil}, nil
 }
+
+// Unchanged says whether it takes DumpConfig.Parent.
+func (d *Dumper) Unchanged() bool { return d.unchanged }
 
 // PID is CRIU's host pid.
 func (d *Dumper) PID() int { return d.w.cmd.Process.Pid }

@@ -98,14 +98,14 @@ func (u *Unchanged) enter() error {
 		return fmt.Errorf("%w: %s was replaced since this daemon started", ErrNoUnchanged, u.path)
 	}
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("mount namespace for criu: %w", err)
+		return fmt.Errorf("%w: mount namespace: %w", ErrNoUnchanged, err)
 	}
 	// What the host unmounts must go here as well, or it would stay busy.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-		return fmt.Errorf("mount namespace for criu: %w", err)
+		return fmt.Errorf("%w: mount namespace: %w", ErrNoUnchanged, err)
 	}
 	if err := unix.Mount(u.kdat, cacheFile, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s for criu: %w", u.kdat, err)
+		return fmt.Errorf("%w: mount %s: %w", ErrNoUnchanged, u.kdat, err)
 	}
 	return nil
 }
@@ -118,6 +118,13 @@ func (u *Unchanged) start(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread never ends, and /proc/self would show its mounts for
+			// the whole process: another one, while this is held.
+			defer runtime.UnlockOSThread()
+			done <- u.start(f)
+			return
+		}
 		err := u.enter()
 		if err == nil {
 			err = f()

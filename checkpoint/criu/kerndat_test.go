@@ -241,6 +241,42 @@ func TestAReplacedCRIUIsNotToldAnything(t *testing.T) {
 	if _, err := StartDumper(path, u); !errors.Is(err, ErrNoUnchanged) {
 		t.Fatalf("got %v", err)
 	}
+	d, err := StartDumper(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Kill()
+	if d.Unchanged() {
+		t.Error("it was told nevertheless")
+	}
+}
+
+// Whatever thread is there first, the process's own mounts stay what they are.
+func TestOnlyCRIUSeesTheOtherCache(t *testing.T) {
+	path := needCRIU(t)
+	if !onTmpfs(t) {
+		return
+	}
+	u := needUnchanged(t, path)
+	before, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 30 {
+		d, err := StartDumper(path, u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", d.PID()))
+		d.Kill()
+		if err != nil || theirs == before {
+			t.Fatalf("criu is in %s like the daemon, %v", theirs, err)
+		}
+		now, err := os.Readlink("/proc/self/ns/mnt")
+		if err != nil || now != before {
+			t.Fatalf("the process is in %s now, it was in %s, %v", now, before, err)
+		}
+	}
 }
 
 func TestWithoutACacheEveryPageIsReferenced(t *testing.T) {

@@ -25,7 +25,7 @@ import (
 
 func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	o.report.enter(PhaseStopAndCopy)
-	dumper, err := criu.StartDumper(o.m.cfg.CRIU, o.m.cfg.Unchanged)
+	dumper, err := o.startDumper()
 	if err != nil {
 		return err
 	}
@@ -73,6 +73,17 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 		return err
 	}
 	return o.seal(ctx)
+}
+
+// startDumper starts CRIU, the slower way if it was replaced since the daemon
+// looked at it.
+func (o *outgoing) startDumper() (*criu.Dumper, error) {
+	dumper, err := criu.StartDumper(o.m.cfg.CRIU, o.m.cfg.Unchanged)
+	if !errors.Is(err, criu.ErrNoUnchanged) {
+		return dumper, err
+	}
+	o.m.log.Warn("the blackout grows with memory until the daemon is restarted", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
+	return criu.StartDumper(o.m.cfg.CRIU, nil)
 }
 
 // openHold prepares to keep the frames that the shard will miss.
@@ -217,7 +228,7 @@ func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) er
 		FreezeCgroup: o.cgroup.Dir, ExternalMounts: mounts, External: external,
 		TCPEstablished: true, LazyPages: true, LogLevel: o.m.cfg.CRIULogLevel,
 	}
-	if o.m.cfg.Unchanged == nil {
+	if !dumper.Unchanged() {
 		return dumper.Dump(ctx, cfg)
 	}
 	procs, err := o.processes()
