@@ -121,21 +121,33 @@ func TestBlockBytesAreTheCgroups(t *testing.T) {
 		mib := map[string]int{"one": 48, "two": 17}[name]
 		file := filepath.Join(dir, name)
 		cg.run("dd", "if=/dev/zero", "of="+file, "bs=64k", fmt.Sprintf("count=%d", mib*16), "oflag=direct", "status=none")
-		cg.run("dd", "if="+file, "of=/dev/null", "bs=256k", "iflag=direct", "status=none")
+		// A completion that interrupts a task which this kernel hides has no latency
+		// (block.bpf.c); it hits one reading in three here, not five in a row.
+		complete := false
+		for range 5 {
+			before := read(t, p, slot)
+			cg.run("dd", "if="+file, "of=/dev/null", "bs=256k", "iflag=direct", "status=none")
+			u := read(t, p, slot)
+			ops, timed := u.ReadOps-before.ReadOps, uint64(0)
+			for i := range u.Read {
+				timed += u.Read[i] - before.Read[i]
+			}
+			if ops == 0 || timed > ops || u.ReadNs == before.ReadNs {
+				t.Fatalf("%s: %d operations, %d in the histogram, %d ns", name, ops, timed, u.ReadNs-before.ReadNs)
+			}
+			if complete = timed == ops; complete {
+				break
+			}
+		}
+		if !complete {
+			t.Errorf("%s: no reading has all its operations in the histogram", name)
+		}
 		u := read(t, p, slot)
 		in, out := cg.block()
 		within(t, name+" reads", float64(u.ReadBytes), in, 0.01)
 		within(t, name+" writes", float64(u.WriteBytes), out, 0.01)
 		if in < float64(mib<<20) || out < float64(mib<<20) {
 			t.Errorf("%s: the load did not reach a device: %v in, %v out", name, in, out)
-		}
-		var ops uint64
-		for i := range u.Read {
-			ops += u.Read[i]
-		}
-		// Latencies may miss completions (block.bpf.c), never have too many.
-		if u.ReadOps == 0 || ops > u.ReadOps || ops < u.ReadOps/2 || u.ReadNs == 0 {
-			t.Errorf("%s: %d operations, %d in the histogram, %d ns", name, u.ReadOps, ops, u.ReadNs)
 		}
 	}
 }
