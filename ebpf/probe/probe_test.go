@@ -22,8 +22,7 @@ func TestCPUTimeIsTheCgroups(t *testing.T) {
 		name, load string
 		cg         cgroup
 		slot       int
-		truth      float64
-		before     Usage
+		before     reading
 	}
 	subjects := []*subject{
 		{name: "threads", load: "threads"}, {name: "forks", load: "forks"}, {name: "spin", load: "spin"},
@@ -40,22 +39,22 @@ func TestCPUTimeIsTheCgroups(t *testing.T) {
 	nested = r.cgroup(nested.path + "/deeper")
 	nested.start("threads")
 	for _, s := range subjects {
-		s.before, s.truth = read(t, p, s.slot), s.cg.cpu()
+		s.before = readWith(t, p, s.slot, s.cg.cpu)
 	}
 	after(observe)
 	for _, s := range subjects {
-		u, truth := read(t, p, s.slot), s.cg.cpu()
-		within(t, "CPU time of "+s.name, float64(u.CpuNs-s.before.CpuNs), truth-s.truth, 0.01)
+		u := readWith(t, p, s.slot, s.cg.cpu)
+		agree(t, "CPU time of "+s.name, s.before, u, cpuNs, 0.01)
 		if u.Voluntary == s.before.Voluntary && s.name != "spin" {
 			t.Errorf("%s was never switched", s.name)
 		}
 	}
 	// A cgroup that appears within a shard later counts to it at once.
 	late := r.cgroup(subjects[2].cg.path + "/late")
-	before, truth := read(t, p, subjects[2].slot), subjects[2].cg.cpu()
+	before := readWith(t, p, subjects[2].slot, subjects[2].cg.cpu)
 	late.start("threads")
 	after(observe / 2)
-	within(t, "CPU time with a cgroup that came later", float64(read(t, p, subjects[2].slot).CpuNs-before.CpuNs), subjects[2].cg.cpu()-truth, 0.01)
+	agree(t, "CPU time with a cgroup that came later", before, readWith(t, p, subjects[2].slot, subjects[2].cg.cpu), cpuNs, 0.01)
 }
 
 func TestWaitIsWhatSchedstatSays(t *testing.T) {
@@ -71,10 +70,11 @@ func TestWaitIsWhatSchedstatSays(t *testing.T) {
 		pid, _ := cg.start(load)
 		pids = append(pids, pid)
 	}
-	before, truth := read(t, p, slot), waited(t, pids...)
+	account := func() float64 { return waited(t, pids...) }
+	before := readWith(t, p, slot, account)
 	after(observe)
-	u := read(t, p, slot)
-	within(t, "wait", float64(u.WaitNs-before.WaitNs), waited(t, pids...)-truth, 0.05)
+	u := readWith(t, p, slot, account)
+	agree(t, "wait", before, u, waitNs, 0.05)
 	n := uint64(0)
 	for i := range u.Wait {
 		n += u.Wait[i] - before.Wait[i]
@@ -94,12 +94,10 @@ func TestFaultsAreTheCgroups(t *testing.T) {
 	}
 	cg.start("faults")
 	cg.start("forks")
-	before := read(t, p, slot)
-	all, _ := cg.faults()
+	account := func() float64 { all, _ := cg.faults(); return all }
+	before := readWith(t, p, slot, account)
 	after(observe)
-	u := read(t, p, slot)
-	now, _ := cg.faults()
-	within(t, "faults", float64(u.MinorFaults+u.MajorFaults-before.MinorFaults-before.MajorFaults), now-all, 0.01)
+	agree(t, "faults", before, readWith(t, p, slot, account), faults, 0.01)
 }
 
 func TestBlockBytesAreTheCgroups(t *testing.T) {
@@ -165,7 +163,7 @@ func TestCountsSurviveARestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	cg.start("threads")
-	before, truth := read(t, first, slot), cg.cpu()
+	before := readWith(t, first, slot, cg.cpu)
 	after(observe / 4)
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
@@ -177,7 +175,7 @@ func TestCountsSurviveARestart(t *testing.T) {
 		t.Fatalf("slot %d, found %v: %+v", at, ok, second.IdentityOf(at))
 	}
 	after(observe / 4)
-	within(t, "CPU time over a restart", float64(read(t, second, at).CpuNs-before.CpuNs), cg.cpu()-truth, 0.01)
+	agree(t, "CPU time over a restart", before, readWith(t, second, at, cg.cpu), cpuNs, 0.01)
 	// A second set of programs would have counted everything twice; a third
 	// daemon of another version starts anew instead.
 	if err := second.Close(); err != nil {

@@ -317,6 +317,47 @@ func read(t *testing.T, p *Probe, slot int) Usage {
 	return u
 }
 
+// reading is a slot and what the kernel's own account said before and after the
+// slot was read: the two cannot be read at one moment, and on a busy machine a
+// good part of a second may pass between them.
+type reading struct {
+	Usage
+	least, most float64
+}
+
+// readWith reads a slot and an account, ten times, and keeps the reading whose
+// halves are closest together.
+func readWith(t *testing.T, p *Probe, slot int, account func() float64) reading {
+	t.Helper()
+	var best reading
+	for i := range 10 {
+		r := reading{least: account(), Usage: read(t, p, slot)}
+		if r.most = account(); i == 0 || r.most-r.least < best.most-best.least {
+			best = r
+		}
+	}
+	return best
+}
+
+// agree compares what a slot gained between two readings with what the account
+// gained, of which only bounds are known.
+func agree(t *testing.T, what string, from, to reading, of func(Usage) uint64, tolerance float64) {
+	t.Helper()
+	got := float64(of(to.Usage) - of(from.Usage))
+	least, most := to.least-from.most, to.most-from.least
+	t.Logf("%s: %.0f, truth %.0f to %.0f (%+.3f to %+.3f %%)", what, got, least, most, 100*(got/least-1), 100*(got/most-1))
+	if most-least > tolerance*least {
+		t.Errorf("%s: the account was not to be read in time: %.0f to %.0f", what, least, most)
+	}
+	if least <= 0 || got < least*(1-tolerance) || got > most*(1+tolerance) {
+		t.Errorf("%s: %.0f, truth %.0f to %.0f", what, got, least, most)
+	}
+}
+
+func cpuNs(u Usage) uint64  { return u.CpuNs }
+func waitNs(u Usage) uint64 { return u.WaitNs }
+func faults(u Usage) uint64 { return u.MinorFaults + u.MajorFaults }
+
 func within(t *testing.T, what string, got, want, tolerance float64) {
 	t.Helper()
 	off := 0.0
