@@ -102,10 +102,14 @@ func dial(t *testing.T, addr string) *Client {
 	return c
 }
 
+// waitLimit says that something will never come; a busy machine with a slow disk
+// takes half a minute for what an idle one does in two seconds.
+const waitLimit = 3 * time.Minute
+
 // until asks for stat until done is true.
 func until(t *testing.T, c *Client, what string, done func(Stat) bool) Stat {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(waitLimit)
 	for {
 		s, err := c.Stat(t.Context())
 		if err != nil {
@@ -115,7 +119,7 @@ func until(t *testing.T, c *Client, what string, done func(Stat) bool) Stat {
 			return s
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 30 s; last answer: %+v", what, s)
+			t.Fatalf("%s: not within %v; last answer: %+v", what, waitLimit, s)
 		}
 		select { // a poll a while; there is nothing to wait on
 		case <-t.Context().Done():
