@@ -144,10 +144,21 @@ func TestBothSidesSeeEveryFrame(t *testing.T) {
 	}
 }
 
+// flipBeyondReports changes a byte, and one that is as far from it as a Peer is
+// long: where frames begin is random, and what a side says about itself is not
+// part of the chain, so one of the two may go unnoticed, but never both.
+func flipBeyondReports(d faulty.Direction, at int64) faulty.Fault {
+	const peerSize = headerSize - 24
+	one, other := faulty.FlipAt(d, at), faulty.FlipAt(d, at+peerSize)
+	return func(dir faulty.Direction, offset int64, piece []byte) error {
+		return errors.Join(one(dir, offset, piece), other(dir, offset, piece))
+	}
+}
+
 func TestFaultsOnTheWayAreFoundOutside(t *testing.T) {
 	for name, fault := range map[string]faulty.Fault{
-		"a byte to the server":     faulty.FlipAt(faulty.ToServer, 300_005),
-		"a byte to the shard":      faulty.FlipAt(faulty.ToClient, 300_005),
+		"a byte to the server":     flipBeyondReports(faulty.ToServer, 300_005),
+		"a byte to the shard":      flipBeyondReports(faulty.ToClient, 300_005),
 		"a connection that is cut": faulty.CutAfter(faulty.ToServer, 300_000),
 	} {
 		t.Run(name, func(t *testing.T) {
