@@ -5,11 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 // cacheFile is where CRIU keeps what it found out about the kernel.
@@ -115,21 +116,10 @@ func (u *Unchanged) start(f func() error) error {
 	if u == nil {
 		return f()
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread never ends, and /proc/self would show its mounts for
-			// the whole process: another one, while this is held.
-			defer runtime.UnlockOSThread()
-			done <- u.start(f)
-			return
+	return osthread.Do(func() error {
+		if err := u.enter(); err != nil {
+			return err
 		}
-		err := u.enter()
-		if err == nil {
-			err = f()
-		}
-		done <- err
-	}()
-	return <-done
+		return f()
+	})
 }

@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 // stopTimeout is how long one thread may take to stop: tens of microseconds, and
@@ -31,40 +33,19 @@ const kernelSigset = 8
 // tracee to one thread, and the end of that thread detaches what is still
 // attached, which is the only way to let go of a thread that never stopped.
 func onTracer(f func() error) error {
-	type result struct {
-		tid int
-		err error
-	}
-	done := make(chan result, 1)
-	var start func()
-	start = func() {
-		// Never unlocked: Go then ends the thread with the goroutine.
-		runtime.LockOSThread()
-		tid := unix.Gettid()
-		if tid == os.Getpid() {
-			// Go parks the main thread instead of ending it. As long as this
-			// goroutine holds it, the next one gets another.
-			finished := make(chan struct{})
-			go func() {
-				defer close(finished)
-				start()
-			}()
-			<-finished
-			runtime.UnlockOSThread()
-			return
-		}
-		done <- result{tid, f()}
-	}
-	go start()
-	r := <-done
-	if errors.Is(r.err, errBusy) {
+	var tid int
+	err := osthread.Do(func() error {
+		tid = unix.Gettid()
+		return f()
+	})
+	if errors.Is(err, errBusy) {
 		// Something may still be attached, and cannot be attached to again before
 		// the thread has really ended.
-		for unix.Tgkill(os.Getpid(), r.tid, 0) == nil {
+		for unix.Tgkill(os.Getpid(), tid, 0) == nil {
 			runtime.Gosched()
 		}
 	}
-	return r.err
+	return err
 }
 
 // tracee is one stopped thread.

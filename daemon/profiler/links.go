@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/ebpf/profile"
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 // links reads the counters of a network namespace's interfaces: one dump of
@@ -37,26 +37,18 @@ func openLinks(pid int, tcp bool) (*links, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	defer unix.Close(ns)
-	type opened struct {
-		fd  int
-		err error
-	}
-	done := make(chan opened)
-	go func() {
-		// Not unlocked: the thread in the foreign namespace ends with this goroutine.
-		runtime.LockOSThread()
+	l := &links{buf: make([]byte, 32<<10)}
+	err = osthread.Do(func() error {
 		if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
-			done <- opened{-1, fmt.Errorf("enter %s: %w", path, err)}
-			return
+			return fmt.Errorf("enter %s: %w", path, err)
 		}
-		fd, err := openRoute()
-		done <- opened{fd, err}
-	}()
-	o := <-done
-	if o.err != nil {
-		return nil, o.err
+		var err error
+		l.fd, err = openRoute()
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	l := &links{fd: o.fd, buf: make([]byte, 32<<10)}
 	if tcp {
 		if l.snmp, err = os.Open(fmt.Sprintf("/proc/%d/net/snmp", pid)); err != nil {
 			return nil, errors.Join(err, l.close())

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 
@@ -17,6 +16,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 // Network owns the network namespaces of shards. A namespace outlives its task:
@@ -378,33 +379,27 @@ func makeNetns(path string) error {
 		return err
 	}
 	file.Close()
-	done := make(chan error, 1)
-	go func() {
-		// The thread is in the new namespace for good: never unlocked, so it ends
-		// with the goroutine.
-		runtime.LockOSThread()
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("unshare: %w", err)
-			}
-			lo, err := netlink.LinkByName("lo")
-			if err != nil {
-				return err
-			}
-			if err := netlink.LinkSetUp(lo); err != nil {
-				return fmt.Errorf("loopback up: %w", err)
-			}
-			// CRIU cannot dump multipath TCP sockets, which Go programs listen on
-			// by default since 1.24 where the kernel has them. Refused one, they
-			// fall back to TCP. A kernel without the file has no such sockets.
-			err = os.WriteFile("/proc/sys/net/mptcp/enabled", []byte("0"), 0)
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				return fmt.Errorf("no multipath TCP: %w", err)
-			}
-			return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
-		}()
-	}()
-	if err := <-done; err != nil {
+	err = osthread.Do(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			return fmt.Errorf("loopback up: %w", err)
+		}
+		// CRIU cannot dump multipath TCP sockets, which Go programs listen on
+		// by default since 1.24 where the kernel has them. Refused one, they
+		// fall back to TCP. A kernel without the file has no such sockets.
+		err = os.WriteFile("/proc/sys/net/mptcp/enabled", []byte("0"), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("no multipath TCP: %w", err)
+		}
+		return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+	})
+	if err != nil {
 		return errors.Join(err, removeFile(path))
 	}
 	return nil

@@ -5,12 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	goruntime "runtime"
 	"slices"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 // TmpfsMount is a tmpfs of the shard's, such as /dev and /dev/shm. CRIU packs
@@ -81,34 +82,25 @@ func (m TmpfsMount) validate(spec *specs.Spec) error {
 // OpenTmpfs opens one of a process's tmpfs mounts alone, without what is mounted
 // in it. The descriptor is of a detached copy of the mount; Close lets go of it.
 func OpenTmpfs(pid uint32, at string) (*os.File, error) {
-	type opened struct {
-		fd  int
-		err error
+	fd := -1
+	// A mount can be copied only from inside its namespace.
+	err := osthread.Do(func() error {
+		ns, err := unix.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(ns)
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		if err := unix.Setns(ns, unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("setns: %w", err)
+		}
+		fd, err = unix.OpenTree(unix.AT_FDCWD, at, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open tmpfs %s of process %d: %w", at, pid, err)
 	}
-	done := make(chan opened, 1)
-	go func() {
-		// A mount can be copied only from inside its namespace, and a thread that
-		// has been there is of no use to anybody: never unlocked, it ends.
-		goruntime.LockOSThread()
-		fd, err := func() (int, error) {
-			ns, err := unix.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			if err != nil {
-				return -1, err
-			}
-			defer unix.Close(ns)
-			if err := unix.Unshare(unix.CLONE_FS); err != nil {
-				return -1, fmt.Errorf("unshare: %w", err)
-			}
-			if err := unix.Setns(ns, unix.CLONE_NEWNS); err != nil {
-				return -1, fmt.Errorf("setns: %w", err)
-			}
-			return unix.OpenTree(unix.AT_FDCWD, at, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
-		}()
-		done <- opened{fd, err}
-	}()
-	o := <-done
-	if o.err != nil {
-		return nil, fmt.Errorf("open tmpfs %s of process %d: %w", at, pid, o.err)
-	}
-	return os.NewFile(uintptr(o.fd), at), nil
+	return os.NewFile(uintptr(fd), at), nil
 }
