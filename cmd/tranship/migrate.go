@@ -60,6 +60,7 @@ func newMigrateCommand(g *globals) *cobra.Command {
 	flags.DurationVar(&maxBlackout, "max-blackout", 300*time.Millisecond, "freeze only once the rest can be sent in this time")
 	flags.StringVar(&bandwidth, "bandwidth", "", "limit of what is sent, like 500mbit or 50MB/s (default: none)")
 	flags.DurationVar(&deadline, "deadline", 5*time.Minute, "abort when it takes longer")
+	flags.BoolVar(&req.NoThrottle, "no-throttle", false, "do not slow a shard that writes faster than the link carries")
 	flags.BoolVar(&req.DryRun, "dry-run", false, "check only, and move nothing")
 	return cmd
 }

@@ -108,9 +108,13 @@ func printMigration(w io.Writer, output string, doc control.MigrationDocument) e
 	}
 	var rows [][]string
 	for _, r := range m.Rounds {
-		rows = append(rows, []string{fmt.Sprint(r.N), fmt.Sprint(r.Pages), formatSize(r.BytesRaw), formatSize(r.BytesSent), fmt.Sprintf("%.1fms", r.Ms)})
+		slowed := "-"
+		if r.ThrottledCPUs > 0 {
+			slowed = fmt.Sprintf("to %.2g CPU", r.ThrottledCPUs)
+		}
+		rows = append(rows, []string{fmt.Sprint(r.N), fmt.Sprint(r.Pages), formatSize(r.BytesRaw), formatSize(r.BytesSent), fmt.Sprintf("%.1fms", r.Ms), slowed})
 	}
-	return printTable(w, []string{"ROUND", "PAGES", "READ", "SENT", "TIME"}, rows)
+	return printTable(w, []string{"ROUND", "PAGES", "READ", "SENT", "TIME", "SLOWED"}, rows)
 }
 
 func orDash(s string) string {

@@ -93,6 +93,9 @@ func describe(p *v1.Progress) string {
 	if p.GetDirtyPagesPerSecond() > 0 {
 		parts = append(parts, fmt.Sprintf("%.0f pages/s dirtied", p.GetDirtyPagesPerSecond()))
 	}
+	if c := p.GetThrottledCpus(); c > 0 {
+		parts = append(parts, fmt.Sprintf("slowed to %.2g CPU", c))
+	}
 	if p.GetRemainingBytes() > 0 {
 		parts = append(parts, formatSize(p.GetRemainingBytes())+" left")
 	}

@@ -220,6 +220,8 @@ type Round struct {
 	BytesRaw  int64   `json:"bytes_raw"`
 	BytesSent int64   `json:"bytes_sent"`
 	Ms        float64 `json:"ms"`
+	// ThrottledCPUs is what the shard was held to meanwhile, 0 if it was not.
+	ThrottledCPUs float64 `json:"throttled_cpus,omitempty"`
 }
 
 // Migration is one migration, under way or ended.
@@ -257,7 +259,7 @@ func MigrationOf(m *v1.Migration) Migration {
 		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: phasesOf(m.GetBlackout()),
 	}
 	for _, r := range m.GetRounds() {
-		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs()})
+		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs(), ThrottledCPUs: r.GetThrottledCpus()})
 	}
 	return out
 }

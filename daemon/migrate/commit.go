@@ -238,6 +238,7 @@ func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) e
 		step("processes", err)
 		_, err = criu.ReleaseSockets(pids)
 		step("sockets", err)
+		step("throttling", unthrottle(cg, e.Throttle))
 	}
 	if rec != nil {
 		if net, ok := shardNet(rec); ok {

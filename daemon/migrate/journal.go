@@ -78,6 +78,8 @@ type Entry struct {
 	CopiedMounts []string `json:"copied_mounts,omitempty"`
 	MarkedStop   bool     `json:"marked_stopped,omitempty"`
 	FrozenBefore bool     `json:"frozen_before,omitempty"` // the operator had paused it
+	// Throttle is set before the shard is slowed for the first time.
+	Throttle *Throttling `json:"throttle,omitempty"`
 
 	// Destination: what undo and completion need.
 	PageServerPID   int      `json:"page_server_pid,omitempty"`

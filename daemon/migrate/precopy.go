@@ -10,11 +10,13 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/layer"
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/internal/failpoint"
 	"github.com/tranship/tranship/transfer"
 )
@@ -65,7 +67,16 @@ func (o *outgoing) trackerKind() track.Kind {
 // rounds sends written pages until the stop rule ends it.
 func (o *outgoing) rounds(ctx context.Context) error {
 	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: maxRounds}
+	var use busy
+	if !o.req.GetNoThrottle() {
+		if err := use.look(o.cgroup, time.Now()); err == nil {
+			rule.Levels = len(throttleSteps)
+		} else {
+			o.m.log.Debug("the shard cannot be slowed", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
+		}
+	}
 	var done []RoundResult
+	level, cpus := 0, 0.0
 	for {
 		n := len(done) + 1
 		if err := failpoint.Hit(ctx, "source.round"); err != nil {
@@ -75,6 +86,7 @@ func (o *outgoing) rounds(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("round %d: %w", n, err)
 		}
+		res.Level, res.CPUs = level, cpus
 		done = append(done, res)
 		remaining, _ := rule.Remaining(done)
 		o.report.round(res, int64(remaining), dirtyRate(done))
@@ -82,10 +94,38 @@ func (o *outgoing) rounds(ctx context.Context) error {
 		verdict := rule.Decide(done)
 		o.m.log.Debug("round", "migration", o.entry.ID, "round", n, "pages", res.Pages, "raw", res.BytesRaw,
 			"sent", res.BytesSent, "took", res.Duration, "verdict", verdict)
-		if verdict != Continue {
+		switch verdict {
+		case Continue:
+		case Throttle:
+			slowed, err := o.throttle(ctx, &use, level)
+			if err != nil {
+				return err
+			}
+			if !slowed {
+				return nil
+			}
+			cpus = o.entry.Throttle.Set[len(o.entry.Throttle.Set)-1].CPUs()
+			level++
+		default:
 			return nil
 		}
 	}
+}
+
+// throttle slows the shard by one step, as a share of what it used before the
+// first. A kernel that refuses is no reason to give up: the rest is sent frozen.
+func (o *outgoing) throttle(ctx context.Context, use *busy, level int) (bool, error) {
+	if level == 0 {
+		if err := use.look(o.cgroup, time.Now()); err != nil {
+			return false, err
+		}
+	}
+	slowed, err := o.slow(ctx, level, use.cpus)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, runtime.ErrNoCPULimit) {
+		o.m.log.Warn("the shard cannot be slowed", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
+		return false, nil
+	}
+	return slowed, err
 }
 
 // dirtyRate is in pages per second, from the last two rounds.

@@ -148,10 +148,15 @@ func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
 	if err != nil && !errors.Is(err, runtime.ErrNotFound) {
 		return err
 	}
-	if err == nil && e.State == Stopping {
-		if err := m.giveBack(uctx, e, rec); err != nil {
-			m.log.Error("give a shard back", "migration", e.ID, "shard", e.Shard, "err", err)
-		}
+	switch {
+	case err != nil: // it is gone
+	case e.State == Stopping:
+		err = m.giveBack(uctx, e, rec)
+	case e.Throttle != nil:
+		err = m.unthrottleShard(uctx, e)
+	}
+	if err != nil && !errors.Is(err, runtime.ErrNotFound) {
+		m.log.Error("give a shard back", "migration", e.ID, "shard", e.Shard, "err", err)
 	}
 	if err := os.RemoveAll(m.dir(e.ID, Source)); err != nil {
 		return err

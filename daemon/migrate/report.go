@@ -87,12 +87,13 @@ func (r *report) round(res RoundResult, remaining int64, dirtyPagesPerSecond flo
 		r.m.Rounds = append(r.m.Rounds, &v1.Round{
 			N: uint32(res.N), Pages: int64(res.Pages),
 			BytesRaw: int64(res.BytesRaw), BytesSent: int64(res.BytesSent), Ms: millis(res.Duration),
+			ThrottledCpus: res.CPUs,
 		})
 		r.m.Pages += int64(res.Pages)
 		r.m.BytesRaw += int64(res.BytesRaw)
 		r.m.BytesSent += int64(res.BytesSent)
 		p := r.progress
-		p.Round, p.BytesRaw, p.BytesSent = uint32(res.N), r.m.GetBytesRaw(), r.m.GetBytesSent()
+		p.Round, p.BytesRaw, p.BytesSent, p.ThrottledCpus = uint32(res.N), r.m.GetBytesRaw(), r.m.GetBytesSent(), res.CPUs
 		if s := res.Duration.Seconds(); s > 0 {
 			p.BytesPerSecond = float64(res.BytesSent) / s
 		}

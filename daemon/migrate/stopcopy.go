@@ -57,7 +57,9 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	if err := failpoint.Hit(ctx, "source.before-freeze"); err != nil {
 		return err
 	}
-
+	if err := unthrottle(o.cgroup, o.entry.Throttle); err != nil {
+		return err
+	}
 	o.frozenAt = time.Now()
 	if err := freezer.Freeze(ctx); err != nil {
 		return err

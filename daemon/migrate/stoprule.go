@@ -15,6 +15,10 @@ type RoundResult struct {
 	BytesRaw  checkpoint.Bytes
 	BytesSent checkpoint.Bytes
 	Duration  time.Duration
+	// Level is how many times the shard had been slowed when the round began.
+	Level int
+	// CPUs is the limit that the shard was held to, 0 for its own.
+	CPUs float64
 }
 
 // StopRule decides when pre-copy ends. It is pure: the caller gives the rounds.
@@ -26,6 +30,8 @@ type StopRule struct {
 	Fixed time.Duration
 	// MaxRounds ends pre-copy whatever happens; QEMU and Xen use about 30.
 	MaxRounds int
+	// Levels is how many times the shard may be slowed.
+	Levels int
 }
 
 // Verdict is the rule's answer.
@@ -34,8 +40,9 @@ type Verdict string
 // Verdicts.
 const (
 	Continue     Verdict = "continue"
-	Small        Verdict = "small"         // the rest fits into the allowed blackout
-	NotShrinking Verdict = "not-shrinking" // the shard writes as fast as the link carries
+	Throttle     Verdict = "throttle"      // the shard writes as fast as the link carries: slow it, then go on
+	Small        Verdict = "small"         // the rest fits into the allowed blackout, and another round would bring little
+	NotShrinking Verdict = "not-shrinking" // the same, and it may not be slowed further
 	TooMany      Verdict = "too-many-rounds"
 )
 
@@ -50,6 +57,11 @@ const minStopTime = 20 * time.Millisecond
 const (
 	shrinkFactor = 0.9
 	stallRounds  = 3
+	// A stall that leads to nothing worse than a slower shard is believed sooner.
+	throttleRounds = 2
+	// A slowed shard shall not be slow for long: from 0.7 on it takes eight rounds
+	// and more to come down to a twentieth.
+	slowedFactor = 0.7
 )
 
 // Remaining predicts how much would have to be sent if the shard were frozen
@@ -89,27 +101,53 @@ func (s StopRule) Decide(rounds []RoundResult) Verdict {
 		return Continue
 	}
 	budget := max(s.MaxBlackout-s.Fixed, minStopTime)
-	if bw := Bandwidth(rounds); bw > 0 && float64(remaining) <= bw*budget.Seconds() {
+	bw := Bandwidth(rounds)
+	fits := bw > 0 && float64(remaining) <= bw*budget.Seconds()
+	switch {
+	case fits && (!worthMore(rounds) || len(rounds) >= s.MaxRounds && s.MaxRounds > 0):
 		return Small
-	}
-	if s.MaxRounds > 0 && len(rounds) >= s.MaxRounds {
+	case s.MaxRounds > 0 && len(rounds) >= s.MaxRounds:
 		return TooMany
+	case !s.stalled(rounds):
+		return Continue
+	case fits:
+		return Small
+	case rounds[len(rounds)-1].Level < s.Levels:
+		return Throttle
 	}
-	if s.stalled(rounds) {
-		return NotShrinking
-	}
-	return Continue
+	return NotShrinking
+}
+
+// worthMore says that the next round would still take a part of the blackout
+// away that somebody could notice. What a round carries was written during the one
+// before it, so the next will take about last * last / before.
+func worthMore(rounds []RoundResult) bool {
+	last, before := rounds[len(rounds)-1].Duration.Seconds(), rounds[len(rounds)-2].Duration.Seconds()
+	return before > 0 && last < slowedFactor*before && last*last/before > minStopTime.Seconds()
 }
 
 // stalled compares the last rounds with the smallest before them, not with their
 // neighbours: what a shard writes goes up and down, and each down after an up
-// would look like progress for ever.
-func (StopRule) stalled(rounds []RoundResult) bool {
-	// The first round carries everything and says nothing about shrinking.
-	if len(rounds) < stallRounds+2 {
+// would look like progress for ever. Only rounds since the shard was last slowed
+// count.
+func (s StopRule) stalled(rounds []RoundResult) bool {
+	level := rounds[len(rounds)-1].Level
+	factor, patience := shrinkFactor, stallRounds
+	switch {
+	case level > 0:
+		rounds = rounds[slices.IndexFunc(rounds, func(r RoundResult) bool { return r.Level == level }):]
+		factor, patience = slowedFactor, 1
+	default:
+		// The first round carries everything and says nothing about shrinking.
+		rounds = rounds[1:]
+		if s.Levels > 0 {
+			patience = throttleRounds
+		}
+	}
+	if len(rounds) < patience+1 {
 		return false
 	}
-	before, last := rounds[1:len(rounds)-stallRounds], rounds[len(rounds)-stallRounds:]
+	before, last := rounds[:len(rounds)-patience], rounds[len(rounds)-patience:]
 	least := slices.MinFunc(before, func(a, b RoundResult) int { return cmp.Compare(a.BytesRaw, b.BytesRaw) }).BytesRaw
-	return !slices.ContainsFunc(last, func(r RoundResult) bool { return float64(r.BytesRaw) < shrinkFactor*float64(least) })
+	return !slices.ContainsFunc(last, func(r RoundResult) bool { return float64(r.BytesRaw) < factor*float64(least) })
 }

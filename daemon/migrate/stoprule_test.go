@@ -27,9 +27,9 @@ func TestStopRule(t *testing.T) {
 		{"nothing was sent yet", nil, Continue},
 		{"one round says nothing about the dirty rate", rounds([]checkpoint.Bytes{256 * mib}, []time.Duration{1000 * ms}), Continue},
 		{"an idle shard stops after an empty second round", rounds([]checkpoint.Bytes{256 * mib, 0}, []time.Duration{1000 * ms, 5 * ms}), Small},
-		// 40 MiB were written in 1 s; the 160 ms of the second round leave 6.4 MiB, the
-		// budget of 100 ms carries 25 MiB.
-		{"a rest that fits the budget stops", rounds([]checkpoint.Bytes{256 * mib, 40 * mib}, []time.Duration{1000 * ms, 160 * ms}), Small},
+		// 35 MiB were written in 1 s; the 140 ms of the second round leave 4.9 MiB, the
+		// budget of 100 ms carries 25 MiB, and a third would take less than 20 ms.
+		{"a rest that fits the budget stops", rounds([]checkpoint.Bytes{256 * mib, 35 * mib}, []time.Duration{1000 * ms, 140 * ms}), Small},
 		{"a rest that does not fit goes on", rounds([]checkpoint.Bytes{256 * mib, 200 * mib}, []time.Duration{1000 * ms, 800 * ms}), Continue},
 		{"rounds that do not shrink end", rounds(
 			[]checkpoint.Bytes{256 * mib, 250 * mib, 250 * mib, 250 * mib, 250 * mib},
@@ -61,5 +61,54 @@ func TestABlackoutSmallerThanTheFixedPartStillGrantsTheLeastTime(t *testing.T) {
 	r := rounds([]checkpoint.Bytes{256 << 20, 1 << 20}, []time.Duration{time.Second, 4 * time.Millisecond})
 	if got := rule.Decide(r); got != Small {
 		t.Errorf("got %s", got)
+	}
+}
+
+// at marks from which round on the shard was slowed how often.
+func at(level int, r ...RoundResult) []RoundResult {
+	for i := range r {
+		r[i].Level = level
+	}
+	return r
+}
+
+func TestAShardThatWritesFasterThanTheLinkIsSlowedInSteps(t *testing.T) {
+	const mib = checkpoint.Bytes(1 << 20)
+	sec := time.Second
+	rule := StopRule{MaxBlackout: 300 * time.Millisecond, MaxRounds: 30, Levels: 2}
+	as := func(mibs ...checkpoint.Bytes) (out []RoundResult) {
+		for _, n := range mibs {
+			out = append(out, RoundResult{BytesRaw: n * mib, Duration: time.Duration(n) * sec / 100})
+		}
+		return out
+	}
+	join := func(parts ...[]RoundResult) (out []RoundResult) {
+		for _, p := range parts {
+			out = append(out, p...)
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		name   string
+		rounds []RoundResult
+		want   Verdict
+	}{
+		{"one round that did not shrink can be noise", as(900, 500, 500), Continue},
+		{"two cannot", as(900, 500, 500, 490), Throttle},
+		{"the first round after it carries what was written before", join(as(900, 500, 500, 490), at(1, as(480)...)), Continue},
+		{"half of it is progress", join(as(900, 500, 500, 490), at(1, as(480, 240)...)), Continue},
+		{"too little of it is not", join(as(900, 500, 500, 490), at(1, as(480, 400)...)), Throttle},
+		{"slow progress, later, is not either", join(as(900, 500, 500, 490), at(1, as(480, 240, 200)...)), Throttle},
+		{"there is an end to it", join(as(900, 500, 500, 490), at(1, as(480, 400)...), at(2, as(400, 390)...)), NotShrinking},
+		{"a stall that fits the blackout needs no slowing", as(900, 25, 25, 25), Small},
+		// 20 MiB took 200 ms after 60 MiB in 600: the next takes 67 ms.
+		{"a rest that fits is made smaller while that is cheap", as(900, 60, 20), Continue},
+		{"and no longer", as(900, 60, 20, 6), Small},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := rule.Decide(tt.rounds); got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+		})
 	}
 }

@@ -26,6 +26,10 @@ type Cgroup struct {
 	// Memory is the directory with the memory counters, "" without any.
 	Memory   string
 	memoryV2 bool
+	// CPU is the directory with the CPU limit, "" without any.
+	CPU     string
+	cpuV2   bool
+	cpuacct string // v1 only: where CPU time is counted
 }
 
 // Cgroup finds the cgroup of a running (or frozen) shard.
@@ -65,6 +69,13 @@ func openCgroup(pid int) (Cgroup, error) {
 	}
 	if cg.Memory, cg.memoryV2, err = locate("memory", paths, mounts); err != nil {
 		cg.Memory = "" // no accounting is no reason not to run
+	}
+	if cg.CPU, cg.cpuV2, err = locate("cpu", paths, mounts); err != nil {
+		cg.CPU = "" // nor is a shard that cannot be throttled
+	} else if !cg.cpuV2 {
+		if cg.cpuacct, _, err = locate("cpuacct", paths, mounts); err != nil {
+			cg.CPU = ""
+		}
 	}
 	return cg, nil
 }

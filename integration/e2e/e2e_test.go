@@ -172,7 +172,9 @@ type result struct {
 		Ms   float64
 	} `json:"phases"`
 	Rounds []struct {
-		N, Pages int64
+		N, Pages      int64
+		BytesRaw      int64   `json:"bytes_raw"`
+		ThrottledCPUs float64 `json:"throttled_cpus"`
 	} `json:"rounds"`
 	BytesRaw  int64 `json:"bytes_raw"`
 	BytesSent int64 `json:"bytes_sent"`

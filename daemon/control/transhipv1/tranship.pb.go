@@ -2144,6 +2144,7 @@ type MigrateRequest struct {
 	DeadlineMs             int64                  `protobuf:"varint,7,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"`                                         // 0 = 5 minutes
 	DryRun                 bool                   `protobuf:"varint,8,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	ForceNamespace         bool                   `protobuf:"varint,9,opt,name=force_namespace,json=forceNamespace,proto3" json:"force_namespace,omitempty"`
+	NoThrottle             bool                   `protobuf:"varint,10,opt,name=no_throttle,json=noThrottle,proto3" json:"no_throttle,omitempty"` // never slow a shard that writes faster than the link carries
 	unknownFields          protoimpl.UnknownFields
 	sizeCache              protoimpl.SizeCache
 }
@@ -2241,6 +2242,13 @@ func (x *MigrateRequest) GetForceNamespace() bool {
 	return false
 }
 
+func (x *MigrateRequest) GetNoThrottle() bool {
+	if x != nil {
+		return x.NoThrottle
+	}
+	return false
+}
+
 type MigrateEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Progress      *Progress              `protobuf:"bytes,1,opt,name=progress,proto3" json:"progress,omitempty"`
@@ -2311,7 +2319,8 @@ type Progress struct {
 	BytesPerSecond      float64                `protobuf:"fixed64,6,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
 	DirtyPagesPerSecond float64                `protobuf:"fixed64,7,opt,name=dirty_pages_per_second,json=dirtyPagesPerSecond,proto3" json:"dirty_pages_per_second,omitempty"`
 	RemainingBytes      int64                  `protobuf:"varint,8,opt,name=remaining_bytes,json=remainingBytes,proto3" json:"remaining_bytes,omitempty"`
-	EtaMs               int64                  `protobuf:"varint,9,opt,name=eta_ms,json=etaMs,proto3" json:"eta_ms,omitempty"` // -1 unknown
+	EtaMs               int64                  `protobuf:"varint,9,opt,name=eta_ms,json=etaMs,proto3" json:"eta_ms,omitempty"`                           // -1 unknown
+	ThrottledCpus       float64                `protobuf:"fixed64,10,opt,name=throttled_cpus,json=throttledCpus,proto3" json:"throttled_cpus,omitempty"` // 0: the shard is not slowed
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -2409,6 +2418,13 @@ func (x *Progress) GetEtaMs() int64 {
 	return 0
 }
 
+func (x *Progress) GetThrottledCpus() float64 {
+	if x != nil {
+		return x.ThrottledCpus
+	}
+	return 0
+}
+
 type Phase struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2468,6 +2484,7 @@ type Round struct {
 	BytesRaw      int64                  `protobuf:"varint,3,opt,name=bytes_raw,json=bytesRaw,proto3" json:"bytes_raw,omitempty"`
 	BytesSent     int64                  `protobuf:"varint,4,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
 	Ms            float64                `protobuf:"fixed64,5,opt,name=ms,proto3" json:"ms,omitempty"`
+	ThrottledCpus float64                `protobuf:"fixed64,6,opt,name=throttled_cpus,json=throttledCpus,proto3" json:"throttled_cpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2533,6 +2550,13 @@ func (x *Round) GetBytesSent() int64 {
 func (x *Round) GetMs() float64 {
 	if x != nil {
 		return x.Ms
+	}
+	return 0
+}
+
+func (x *Round) GetThrottledCpus() float64 {
+	if x != nil {
+		return x.ThrottledCpus
 	}
 	return 0
 }
@@ -6001,7 +6025,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x06advice\x18\x03 \x01(\tR\x06advice\x12\x18\n" +
 	"\awarning\x18\x04 \x01(\bR\awarning\"A\n" +
 	"\rCheckResponse\x120\n" +
-	"\bfindings\x18\x01 \x03(\v2\x14.tranship.v1.FindingR\bfindings\"\xb2\x02\n" +
+	"\bfindings\x18\x01 \x03(\v2\x14.tranship.v1.FindingR\bfindings\"\xd3\x02\n" +
 	"\x0eMigrateRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x12\n" +
@@ -6012,11 +6036,14 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\vdeadline_ms\x18\a \x01(\x03R\n" +
 	"deadlineMs\x12\x17\n" +
 	"\adry_run\x18\b \x01(\bR\x06dryRun\x12'\n" +
-	"\x0fforce_namespace\x18\t \x01(\bR\x0eforceNamespace\"\xa1\x01\n" +
+	"\x0fforce_namespace\x18\t \x01(\bR\x0eforceNamespace\x12\x1f\n" +
+	"\vno_throttle\x18\n" +
+	" \x01(\bR\n" +
+	"noThrottle\"\xa1\x01\n" +
 	"\fMigrateEvent\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x15.tranship.v1.ProgressR\bprogress\x12.\n" +
 	"\x06result\x18\x02 \x01(\v2\x16.tranship.v1.MigrationR\x06result\x12.\n" +
-	"\arefused\x18\x03 \x03(\v2\x14.tranship.v1.FindingR\arefused\"\xa1\x02\n" +
+	"\arefused\x18\x03 \x03(\v2\x14.tranship.v1.FindingR\arefused\"\xc8\x02\n" +
 	"\bProgress\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05phase\x18\x02 \x01(\tR\x05phase\x12\x14\n" +
@@ -6027,17 +6054,20 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x10bytes_per_second\x18\x06 \x01(\x01R\x0ebytesPerSecond\x123\n" +
 	"\x16dirty_pages_per_second\x18\a \x01(\x01R\x13dirtyPagesPerSecond\x12'\n" +
 	"\x0fremaining_bytes\x18\b \x01(\x03R\x0eremainingBytes\x12\x15\n" +
-	"\x06eta_ms\x18\t \x01(\x03R\x05etaMs\"+\n" +
+	"\x06eta_ms\x18\t \x01(\x03R\x05etaMs\x12%\n" +
+	"\x0ethrottled_cpus\x18\n" +
+	" \x01(\x01R\rthrottledCpus\"+\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
-	"\x02ms\x18\x02 \x01(\x01R\x02ms\"w\n" +
+	"\x02ms\x18\x02 \x01(\x01R\x02ms\"\x9e\x01\n" +
 	"\x05Round\x12\f\n" +
 	"\x01n\x18\x01 \x01(\rR\x01n\x12\x14\n" +
 	"\x05pages\x18\x02 \x01(\x03R\x05pages\x12\x1b\n" +
 	"\tbytes_raw\x18\x03 \x01(\x03R\bbytesRaw\x12\x1d\n" +
 	"\n" +
 	"bytes_sent\x18\x04 \x01(\x03R\tbytesSent\x12\x0e\n" +
-	"\x02ms\x18\x05 \x01(\x01R\x02ms\"\xd4\x04\n" +
+	"\x02ms\x18\x05 \x01(\x01R\x02ms\x12%\n" +
+	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\"\xd4\x04\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1c\n" +
