@@ -31,8 +31,8 @@ import (
 
 // Labels of a container that say whose shard it is.
 const (
-	LabelTenant   = "tranship.io/tenant"
-	LabelWorkload = "tranship.io/workload"
+	LabelTenant   = runtime.LabelTenant
+	LabelWorkload = runtime.LabelWorkload
 )
 
 // Tasks is what the profiler needs of daemon/runtime. *runtime.Runtime is one.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -37,6 +38,10 @@ type RunSpec struct {
 	Env       []string
 	Mounts    []Mount
 	Labels    map[string]string
+	// Index makes it a shard of the workload that Labels name; nil: it is none.
+	Index *int
+	// Spec is LabelSpec, for shards with an Index.
+	Spec string
 }
 
 // minMemory is what runc itself needs to start a container (it refuses less).
@@ -75,8 +80,11 @@ func (s RunSpec) validate() error {
 		if key == "" || len(key)+len(value) > 4096 { // containerd's limit
 			bad("label %q: key and value may have 4096 bytes together", key)
 		}
-		if strings.HasPrefix(key, "tranship.io/") || strings.HasPrefix(key, "containerd.io/") {
+		if strings.HasPrefix(key, "containerd.io/") {
 			bad("label %q: its prefix is reserved", key)
+		}
+		if strings.HasPrefix(key, "tranship.io/") {
+			errs = append(errs, checkPolicy(key, value))
 		}
 	}
 	for _, m := range s.Mounts {
@@ -178,6 +186,9 @@ func (r *Runtime) Run(ctx context.Context, s RunSpec) (_ *Shard, err error) {
 func (r *Runtime) createContainer(ctx context.Context, s RunSpec, img containerd.Image, network ShardNet, undo *[]func(context.Context) error) (containerd.Container, error) {
 	labels := map[string]string{LabelShard: "true", LabelNetwork: string(s.Network)}
 	maps.Copy(labels, s.Labels)
+	if s.Index != nil {
+		labels[LabelIndex], labels[LabelSpec] = strconv.Itoa(*s.Index), s.Spec
+	}
 	if network.IP.IsValid() {
 		labels[LabelIP], labels[LabelMAC] = network.IP.String(), network.MAC
 	}
@@ -244,8 +255,7 @@ func (r *Runtime) specOpts(s RunSpec, img containerd.Image) []oci.SpecOpts {
 		opts = append(opts, oci.WithMemoryLimit(uint64(s.Memory)))
 	}
 	if s.CPUs > 0 {
-		const period = 100_000 // the kernel's default, in µs
-		opts = append(opts, oci.WithCPUCFS(int64(s.CPUs*period), period))
+		opts = append(opts, oci.WithCPUCFS(int64(s.CPUs*cpuPeriod), cpuPeriod))
 	}
 	var mounts []specs.Mount
 	for _, m := range s.Mounts {
