@@ -104,37 +104,49 @@ func (p *Peer) fill() float64 {
 	return f
 }
 
-// may says whether rules and plain room let s run on the peer. The ledger
-// there checks what only it knows.
-func (p *Peer) may(now time.Time, s *Shard, c *Config) bool {
+// may says whether rules and plain room let s run on the peer.
+func (p *Peer) may(now time.Time, s *Shard, c *Config) bool { return p.Unfit(now, s, c) == "" }
+
+// What Unfit answers besides the name of a resource.
+const (
+	UnfitCordoned = "cordoned" // or being emptied
+	UnfitZone     = "zone"     // not one of Shard.Zones
+	UnfitSpread   = "spread"   // too many of its workload in the zone
+	UnfitLabel    = "label"    // one of Shard.Labels is missing or another
+	UnfitLeft     = "left"     // the shard has just left it
+)
+
+// Unfit says which rule or resource keeps s from the peer, "" when none does.
+// The ledger there checks what only it knows.
+func (p *Peer) Unfit(now time.Time, s *Shard, c *Config) string {
 	switch {
 	case p.Cordoned, p.Leaving:
-		return false
+		return UnfitCordoned
 	case len(s.Zones) > 0 && !slices.Contains(s.Zones, p.Zone):
-		return false
+		return UnfitZone
 	case s.Spread.PerZone > 0 && s.ZoneMates[p.Zone] >= s.Spread.PerZone:
-		return false
+		return UnfitSpread
 	case p.ID == s.LastHost && now.Sub(s.MovedAt) < c.NoReturn:
-		return false
+		return UnfitLeft
 	}
 	for k, v := range s.Labels {
 		if p.Labels[k] != v {
-			return false
+			return UnfitLabel
 		}
 	}
 	for r, limit := range p.Capacity {
 		if limit > 0 && p.Usage[r]+s.Usage[r] > limit {
-			return false
+			return Resource(r).String()
 		}
 	}
 	if m := p.Capacity[Memory]; m > 0 {
 		for i := range p.Load {
 			if float64(p.Load[i][Memory][4]+s.Demand[i][Memory][4]) > m*(1+1e-5) {
-				return false
+				return Memory.String()
 			}
 		}
 	}
-	return true
+	return ""
 }
 
 // targets are the sampled peers that may take s, best first.

@@ -152,3 +152,6 @@ func clock(s string) (time.Duration, error) {
 	}
 	return time.Duration(t.Hour())*time.Hour + time.Duration(t.Minute())*time.Minute, nil
 }
+
+// IsPolicy says whether a label is one of those that anybody may set.
+func IsPolicy(key string) bool { _, ok := policies[key]; return ok }
