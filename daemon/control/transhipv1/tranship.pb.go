@@ -7131,6 +7131,1224 @@ func (x *DecisionResponse) GetDecision() string {
 	return ""
 }
 
+type PlanRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanRequest) Reset() {
+	*x = PlanRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanRequest) ProtoMessage() {}
+
+func (x *PlanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
+func (*PlanRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
+}
+
+type PlanResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	AtUnixMs      int64                  `protobuf:"varint,2,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"` // of the round; 0: none yet
+	Autopilot     string                 `protobuf:"bytes,3,opt,name=autopilot,proto3" json:"autopilot,omitempty"`                  // off | advise | on: for shards that do not say it themselves
+	EveryMs       int64                  `protobuf:"varint,4,opt,name=every_ms,json=everyMs,proto3" json:"every_ms,omitempty"`
+	Spans         []*PlanSpan            `protobuf:"bytes,5,rep,name=spans,proto3" json:"spans,omitempty"`
+	Loss          float64                `protobuf:"fixed64,6,opt,name=loss,proto3" json:"loss,omitempty"`         // expected within the hour, in seconds of overload weighted by priority
+	Decisions     []*BalanceDecision     `protobuf:"bytes,7,rep,name=decisions,proto3" json:"decisions,omitempty"` // of this round, and those under way
+	Held          []*HeldRoom            `protobuf:"bytes,8,rep,name=held,proto3" json:"held,omitempty"`           // promised to shards of other hosts
+	Faults        []*PeerFault           `protobuf:"bytes,9,rep,name=faults,proto3" json:"faults,omitempty"`       // hosts whose word could not be used
+	Trouble       string                 `protobuf:"bytes,10,opt,name=trouble,proto3" json:"trouble,omitempty"`    // why the round could not plan; "" if it did
+	Shards        uint32                 `protobuf:"varint,11,opt,name=shards,proto3" json:"shards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanResponse) Reset() {
+	*x = PlanResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanResponse) ProtoMessage() {}
+
+func (x *PlanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
+func (*PlanResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
+}
+
+func (x *PlanResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *PlanResponse) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetAutopilot() string {
+	if x != nil {
+		return x.Autopilot
+	}
+	return ""
+}
+
+func (x *PlanResponse) GetEveryMs() int64 {
+	if x != nil {
+		return x.EveryMs
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetSpans() []*PlanSpan {
+	if x != nil {
+		return x.Spans
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetLoss() float64 {
+	if x != nil {
+		return x.Loss
+	}
+	return 0
+}
+
+func (x *PlanResponse) GetDecisions() []*BalanceDecision {
+	if x != nil {
+		return x.Decisions
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetHeld() []*HeldRoom {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetFaults() []*PeerFault {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
+func (x *PlanResponse) GetTrouble() string {
+	if x != nil {
+		return x.Trouble
+	}
+	return ""
+}
+
+func (x *PlanResponse) GetShards() uint32 {
+	if x != nil {
+		return x.Shards
+	}
+	return 0
+}
+
+type PlanSpan struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	UntilMs       int64                  `protobuf:"varint,1,opt,name=until_ms,json=untilMs,proto3" json:"until_ms,omitempty"`
+	Overload      float64                `protobuf:"fixed64,2,opt,name=overload,proto3" json:"overload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanSpan) Reset() {
+	*x = PlanSpan{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanSpan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanSpan) ProtoMessage() {}
+
+func (x *PlanSpan) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanSpan.ProtoReflect.Descriptor instead.
+func (*PlanSpan) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
+}
+
+func (x *PlanSpan) GetUntilMs() int64 {
+	if x != nil {
+		return x.UntilMs
+	}
+	return 0
+}
+
+func (x *PlanSpan) GetOverload() float64 {
+	if x != nil {
+		return x.Overload
+	}
+	return 0
+}
+
+type HeldRoom struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Shard         string                 `protobuf:"bytes,1,opt,name=shard,proto3" json:"shard,omitempty"` // NAMESPACE/NAME
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	ExpiresUnixMs int64                  `protobuf:"varint,3,opt,name=expires_unix_ms,json=expiresUnixMs,proto3" json:"expires_unix_ms,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldRoom) Reset() {
+	*x = HeldRoom{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldRoom) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldRoom) ProtoMessage() {}
+
+func (x *HeldRoom) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldRoom.ProtoReflect.Descriptor instead.
+func (*HeldRoom) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
+}
+
+func (x *HeldRoom) GetShard() string {
+	if x != nil {
+		return x.Shard
+	}
+	return ""
+}
+
+func (x *HeldRoom) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *HeldRoom) GetExpiresUnixMs() int64 {
+	if x != nil {
+		return x.ExpiresUnixMs
+	}
+	return 0
+}
+
+func (x *HeldRoom) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type PeerFault struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeerFault) Reset() {
+	*x = PeerFault{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeerFault) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeerFault) ProtoMessage() {}
+
+func (x *PeerFault) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeerFault.ProtoReflect.Descriptor instead.
+func (*PeerFault) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
+}
+
+func (x *PeerFault) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *PeerFault) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type DecisionsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SinceUnixMs   int64                  `protobuf:"varint,1,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"`
+	Most          uint32                 `protobuf:"varint,2,opt,name=most,proto3" json:"most,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecisionsRequest) Reset() {
+	*x = DecisionsRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecisionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecisionsRequest) ProtoMessage() {}
+
+func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecisionsRequest.ProtoReflect.Descriptor instead.
+func (*DecisionsRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
+}
+
+func (x *DecisionsRequest) GetSinceUnixMs() int64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
+func (x *DecisionsRequest) GetMost() uint32 {
+	if x != nil {
+		return x.Most
+	}
+	return 0
+}
+
+type DecisionsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Decisions     []*BalanceDecision     `protobuf:"bytes,1,rep,name=decisions,proto3" json:"decisions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecisionsResponse) Reset() {
+	*x = DecisionsResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecisionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecisionsResponse) ProtoMessage() {}
+
+func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecisionsResponse.ProtoReflect.Descriptor instead.
+func (*DecisionsResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
+}
+
+func (x *DecisionsResponse) GetDecisions() []*BalanceDecision {
+	if x != nil {
+		return x.Decisions
+	}
+	return nil
+}
+
+type BalanceDecision struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	AtUnixMs      int64                  `protobuf:"varint,2,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"`       // first
+	LastUnixMs    int64                  `protobuf:"varint,3,opt,name=last_unix_ms,json=lastUnixMs,proto3" json:"last_unix_ms,omitempty"` // last round that came to the same
+	Rounds        uint32                 `protobuf:"varint,4,opt,name=rounds,proto3" json:"rounds,omitempty"`
+	Kind          string                 `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"`           // move | resize | stay
+	Namespace     string                 `protobuf:"bytes,6,opt,name=namespace,proto3" json:"namespace,omitempty"` // "" with name "": of the host as a whole
+	Name          string                 `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // stable, for programs
+	Words         string                 `protobuf:"bytes,9,opt,name=words,proto3" json:"words,omitempty"`
+	From          string                 `protobuf:"bytes,10,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,11,opt,name=to,proto3" json:"to,omitempty"`             // of a move: the target that was chosen
+	Outcome       string                 `protobuf:"bytes,12,opt,name=outcome,proto3" json:"outcome,omitempty"`   // advised | under-way | done | failed | vetoed | refused | stayed | interrupted
+	Detail        string                 `protobuf:"bytes,13,opt,name=detail,proto3" json:"detail,omitempty"`     // why it ended so
+	Benefit       float64                `protobuf:"fixed64,14,opt,name=benefit,proto3" json:"benefit,omitempty"` // seconds of overload weighted by priority, that it saves
+	Price         float64                `protobuf:"fixed64,15,opt,name=price,proto3" json:"price,omitempty"`     // and costs
+	Expected      *BalanceCost           `protobuf:"bytes,16,opt,name=expected,proto3" json:"expected,omitempty"`
+	Real          *BalanceCost           `protobuf:"bytes,17,opt,name=real,proto3" json:"real,omitempty"` // once it has ended
+	Asked         []*AskedTarget         `protobuf:"bytes,18,rep,name=asked,proto3" json:"asked,omitempty"`
+	MigrationId   string                 `protobuf:"bytes,19,opt,name=migration_id,json=migrationId,proto3" json:"migration_id,omitempty"`
+	Overload      float64                `protobuf:"fixed64,20,opt,name=overload,proto3" json:"overload,omitempty"`                 // the host's, in the nearest span
+	CpusFrom      float64                `protobuf:"fixed64,21,opt,name=cpus_from,json=cpusFrom,proto3" json:"cpus_from,omitempty"` // of a resize
+	CpusTo        float64                `protobuf:"fixed64,22,opt,name=cpus_to,json=cpusTo,proto3" json:"cpus_to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BalanceDecision) Reset() {
+	*x = BalanceDecision{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BalanceDecision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BalanceDecision) ProtoMessage() {}
+
+func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BalanceDecision.ProtoReflect.Descriptor instead.
+func (*BalanceDecision) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
+}
+
+func (x *BalanceDecision) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetLastUnixMs() int64 {
+	if x != nil {
+		return x.LastUnixMs
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetRounds() uint32 {
+	if x != nil {
+		return x.Rounds
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetWords() string {
+	if x != nil {
+		return x.Words
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetBenefit() float64 {
+	if x != nil {
+		return x.Benefit
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetPrice() float64 {
+	if x != nil {
+		return x.Price
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetExpected() *BalanceCost {
+	if x != nil {
+		return x.Expected
+	}
+	return nil
+}
+
+func (x *BalanceDecision) GetReal() *BalanceCost {
+	if x != nil {
+		return x.Real
+	}
+	return nil
+}
+
+func (x *BalanceDecision) GetAsked() []*AskedTarget {
+	if x != nil {
+		return x.Asked
+	}
+	return nil
+}
+
+func (x *BalanceDecision) GetMigrationId() string {
+	if x != nil {
+		return x.MigrationId
+	}
+	return ""
+}
+
+func (x *BalanceDecision) GetOverload() float64 {
+	if x != nil {
+		return x.Overload
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetCpusFrom() float64 {
+	if x != nil {
+		return x.CpusFrom
+	}
+	return 0
+}
+
+func (x *BalanceDecision) GetCpusTo() float64 {
+	if x != nil {
+		return x.CpusTo
+	}
+	return 0
+}
+
+type BalanceCost struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Bytes               float64                `protobuf:"fixed64,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TookMs              float64                `protobuf:"fixed64,2,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	BlackoutMs          float64                `protobuf:"fixed64,3,opt,name=blackout_ms,json=blackoutMs,proto3" json:"blackout_ms,omitempty"`
+	DirtyBytesPerSecond float64                `protobuf:"fixed64,4,opt,name=dirty_bytes_per_second,json=dirtyBytesPerSecond,proto3" json:"dirty_bytes_per_second,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *BalanceCost) Reset() {
+	*x = BalanceCost{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BalanceCost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BalanceCost) ProtoMessage() {}
+
+func (x *BalanceCost) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BalanceCost.ProtoReflect.Descriptor instead.
+func (*BalanceCost) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
+}
+
+func (x *BalanceCost) GetBytes() float64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *BalanceCost) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *BalanceCost) GetBlackoutMs() float64 {
+	if x != nil {
+		return x.BlackoutMs
+	}
+	return 0
+}
+
+func (x *BalanceCost) GetDirtyBytesPerSecond() float64 {
+	if x != nil {
+		return x.DirtyBytesPerSecond
+	}
+	return 0
+}
+
+type AskedTarget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Code          string                 `protobuf:"bytes,2,opt,name=code,proto3" json:"code,omitempty"`
+	Words         string                 `protobuf:"bytes,3,opt,name=words,proto3" json:"words,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskedTarget) Reset() {
+	*x = AskedTarget{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskedTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskedTarget) ProtoMessage() {}
+
+func (x *AskedTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskedTarget.ProtoReflect.Descriptor instead.
+func (*AskedTarget) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
+}
+
+func (x *AskedTarget) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AskedTarget) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *AskedTarget) GetWords() string {
+	if x != nil {
+		return x.Words
+	}
+	return ""
+}
+
+type RoomRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoomRequest) Reset() {
+	*x = RoomRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoomRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoomRequest) ProtoMessage() {}
+
+func (x *RoomRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
+func (*RoomRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
+}
+
+// Amounts are CPUs, and bytes or bytes a second of memory, network, disk. Curves
+// are five quantiles (.1 .5 .9 .95 .99) by span and amount, 60 numbers.
+type RoomResponse struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Zone               string                 `protobuf:"bytes,1,opt,name=zone,proto3" json:"zone,omitempty"`
+	Labels             map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Capacity           []float64              `protobuf:"fixed64,3,rep,packed,name=capacity,proto3" json:"capacity,omitempty"`
+	CostPerHour        float64                `protobuf:"fixed64,4,opt,name=cost_per_hour,json=costPerHour,proto3" json:"cost_per_hour,omitempty"`
+	LinkBytesPerSecond float64                `protobuf:"fixed64,5,opt,name=link_bytes_per_second,json=linkBytesPerSecond,proto3" json:"link_bytes_per_second,omitempty"`
+	Cordoned           bool                   `protobuf:"varint,6,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	Leaving            bool                   `protobuf:"varint,7,opt,name=leaving,proto3" json:"leaving,omitempty"`
+	Load               []float32              `protobuf:"fixed32,8,rep,packed,name=load,proto3" json:"load,omitempty"`
+	Usage              []float64              `protobuf:"fixed64,9,rep,packed,name=usage,proto3" json:"usage,omitempty"`
+	Shards             uint32                 `protobuf:"varint,10,opt,name=shards,proto3" json:"shards,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *RoomResponse) Reset() {
+	*x = RoomResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoomResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoomResponse) ProtoMessage() {}
+
+func (x *RoomResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoomResponse.ProtoReflect.Descriptor instead.
+func (*RoomResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
+}
+
+func (x *RoomResponse) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+func (x *RoomResponse) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *RoomResponse) GetCapacity() []float64 {
+	if x != nil {
+		return x.Capacity
+	}
+	return nil
+}
+
+func (x *RoomResponse) GetCostPerHour() float64 {
+	if x != nil {
+		return x.CostPerHour
+	}
+	return 0
+}
+
+func (x *RoomResponse) GetLinkBytesPerSecond() float64 {
+	if x != nil {
+		return x.LinkBytesPerSecond
+	}
+	return 0
+}
+
+func (x *RoomResponse) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
+}
+
+func (x *RoomResponse) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
+func (x *RoomResponse) GetLoad() []float32 {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+func (x *RoomResponse) GetUsage() []float64 {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *RoomResponse) GetShards() uint32 {
+	if x != nil {
+		return x.Shards
+	}
+	return 0
+}
+
+type BookRequest struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Namespace           string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name                string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Workload            string                 `protobuf:"bytes,3,opt,name=workload,proto3" json:"workload,omitempty"`
+	Tenant              string                 `protobuf:"bytes,4,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Priority            uint32                 `protobuf:"varint,5,opt,name=priority,proto3" json:"priority,omitempty"`
+	Demand              []float32              `protobuf:"fixed32,6,rep,packed,name=demand,proto3" json:"demand,omitempty"`
+	Usage               []float64              `protobuf:"fixed64,7,rep,packed,name=usage,proto3" json:"usage,omitempty"`
+	Bytes               float64                `protobuf:"fixed64,8,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	DirtyBytesPerSecond float64                `protobuf:"fixed64,9,opt,name=dirty_bytes_per_second,json=dirtyBytesPerSecond,proto3" json:"dirty_bytes_per_second,omitempty"`
+	Avoid               []string               `protobuf:"bytes,10,rep,name=avoid,proto3" json:"avoid,omitempty"`
+	SpreadHost          uint32                 `protobuf:"varint,11,opt,name=spread_host,json=spreadHost,proto3" json:"spread_host,omitempty"`
+	Reason              string                 `protobuf:"bytes,12,opt,name=reason,proto3" json:"reason,omitempty"`
+	TakesMs             int64                  `protobuf:"varint,13,opt,name=takes_ms,json=takesMs,proto3" json:"takes_ms,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *BookRequest) Reset() {
+	*x = BookRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BookRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BookRequest) ProtoMessage() {}
+
+func (x *BookRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BookRequest.ProtoReflect.Descriptor instead.
+func (*BookRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
+}
+
+func (x *BookRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *BookRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BookRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *BookRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *BookRequest) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *BookRequest) GetDemand() []float32 {
+	if x != nil {
+		return x.Demand
+	}
+	return nil
+}
+
+func (x *BookRequest) GetUsage() []float64 {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *BookRequest) GetBytes() float64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *BookRequest) GetDirtyBytesPerSecond() float64 {
+	if x != nil {
+		return x.DirtyBytesPerSecond
+	}
+	return 0
+}
+
+func (x *BookRequest) GetAvoid() []string {
+	if x != nil {
+		return x.Avoid
+	}
+	return nil
+}
+
+func (x *BookRequest) GetSpreadHost() uint32 {
+	if x != nil {
+		return x.SpreadHost
+	}
+	return 0
+}
+
+func (x *BookRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *BookRequest) GetTakesMs() int64 {
+	if x != nil {
+		return x.TakesMs
+	}
+	return 0
+}
+
+type BookResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Veto          string                 `protobuf:"bytes,1,opt,name=veto,proto3" json:"veto,omitempty"` // stable, for programs; "": granted
+	Words         string                 `protobuf:"bytes,2,opt,name=words,proto3" json:"words,omitempty"`
+	HoldsMs       int64                  `protobuf:"varint,3,opt,name=holds_ms,json=holdsMs,proto3" json:"holds_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BookResponse) Reset() {
+	*x = BookResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BookResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BookResponse) ProtoMessage() {}
+
+func (x *BookResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BookResponse.ProtoReflect.Descriptor instead.
+func (*BookResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
+}
+
+func (x *BookResponse) GetVeto() string {
+	if x != nil {
+		return x.Veto
+	}
+	return ""
+}
+
+func (x *BookResponse) GetWords() string {
+	if x != nil {
+		return x.Words
+	}
+	return ""
+}
+
+func (x *BookResponse) GetHoldsMs() int64 {
+	if x != nil {
+		return x.HoldsMs
+	}
+	return 0
+}
+
+type UnbookRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Cost          *BalanceCost           `protobuf:"bytes,3,opt,name=cost,proto3" json:"cost,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbookRequest) Reset() {
+	*x = UnbookRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbookRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbookRequest) ProtoMessage() {}
+
+func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbookRequest.ProtoReflect.Descriptor instead.
+func (*UnbookRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
+}
+
+func (x *UnbookRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *UnbookRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UnbookRequest) GetCost() *BalanceCost {
+	if x != nil {
+		return x.Cost
+	}
+	return nil
+}
+
+type UnbookResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbookResponse) Reset() {
+	*x = UnbookResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbookResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbookResponse) ProtoMessage() {}
+
+func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbookResponse.ProtoReflect.Descriptor instead.
+func (*UnbookResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
+}
+
 var File_daemon_control_tranship_proto protoreflect.FileDescriptor
 
 const file_daemon_control_tranship_proto_rawDesc = "" +
@@ -7697,7 +8915,115 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x0fDecisionRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\".\n" +
 	"\x10DecisionResponse\x12\x1a\n" +
-	"\bdecision\x18\x01 \x01(\tR\bdecision2\x8d\x03\n" +
+	"\bdecision\x18\x01 \x01(\tR\bdecision\"\r\n" +
+	"\vPlanRequest\"\x83\x03\n" +
+	"\fPlanResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\x12\x1c\n" +
+	"\tautopilot\x18\x03 \x01(\tR\tautopilot\x12\x19\n" +
+	"\bevery_ms\x18\x04 \x01(\x03R\aeveryMs\x12+\n" +
+	"\x05spans\x18\x05 \x03(\v2\x15.tranship.v1.PlanSpanR\x05spans\x12\x12\n" +
+	"\x04loss\x18\x06 \x01(\x01R\x04loss\x12:\n" +
+	"\tdecisions\x18\a \x03(\v2\x1c.tranship.v1.BalanceDecisionR\tdecisions\x12)\n" +
+	"\x04held\x18\b \x03(\v2\x15.tranship.v1.HeldRoomR\x04held\x12.\n" +
+	"\x06faults\x18\t \x03(\v2\x16.tranship.v1.PeerFaultR\x06faults\x12\x18\n" +
+	"\atrouble\x18\n" +
+	" \x01(\tR\atrouble\x12\x16\n" +
+	"\x06shards\x18\v \x01(\rR\x06shards\"A\n" +
+	"\bPlanSpan\x12\x19\n" +
+	"\buntil_ms\x18\x01 \x01(\x03R\auntilMs\x12\x1a\n" +
+	"\boverload\x18\x02 \x01(\x01R\boverload\"t\n" +
+	"\bHeldRoom\x12\x14\n" +
+	"\x05shard\x18\x01 \x01(\tR\x05shard\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12&\n" +
+	"\x0fexpires_unix_ms\x18\x03 \x01(\x03R\rexpiresUnixMs\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"1\n" +
+	"\tPeerFault\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"J\n" +
+	"\x10DecisionsRequest\x12\"\n" +
+	"\rsince_unix_ms\x18\x01 \x01(\x03R\vsinceUnixMs\x12\x12\n" +
+	"\x04most\x18\x02 \x01(\rR\x04most\"O\n" +
+	"\x11DecisionsResponse\x12:\n" +
+	"\tdecisions\x18\x01 \x03(\v2\x1c.tranship.v1.BalanceDecisionR\tdecisions\"\xfc\x04\n" +
+	"\x0fBalanceDecision\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\x12 \n" +
+	"\flast_unix_ms\x18\x03 \x01(\x03R\n" +
+	"lastUnixMs\x12\x16\n" +
+	"\x06rounds\x18\x04 \x01(\rR\x06rounds\x12\x12\n" +
+	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x1c\n" +
+	"\tnamespace\x18\x06 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\a \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x14\n" +
+	"\x05words\x18\t \x01(\tR\x05words\x12\x12\n" +
+	"\x04from\x18\n" +
+	" \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\v \x01(\tR\x02to\x12\x18\n" +
+	"\aoutcome\x18\f \x01(\tR\aoutcome\x12\x16\n" +
+	"\x06detail\x18\r \x01(\tR\x06detail\x12\x18\n" +
+	"\abenefit\x18\x0e \x01(\x01R\abenefit\x12\x14\n" +
+	"\x05price\x18\x0f \x01(\x01R\x05price\x124\n" +
+	"\bexpected\x18\x10 \x01(\v2\x18.tranship.v1.BalanceCostR\bexpected\x12,\n" +
+	"\x04real\x18\x11 \x01(\v2\x18.tranship.v1.BalanceCostR\x04real\x12.\n" +
+	"\x05asked\x18\x12 \x03(\v2\x18.tranship.v1.AskedTargetR\x05asked\x12!\n" +
+	"\fmigration_id\x18\x13 \x01(\tR\vmigrationId\x12\x1a\n" +
+	"\boverload\x18\x14 \x01(\x01R\boverload\x12\x1b\n" +
+	"\tcpus_from\x18\x15 \x01(\x01R\bcpusFrom\x12\x17\n" +
+	"\acpus_to\x18\x16 \x01(\x01R\x06cpusTo\"\x92\x01\n" +
+	"\vBalanceCost\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x01R\x05bytes\x12\x17\n" +
+	"\atook_ms\x18\x02 \x01(\x01R\x06tookMs\x12\x1f\n" +
+	"\vblackout_ms\x18\x03 \x01(\x01R\n" +
+	"blackoutMs\x123\n" +
+	"\x16dirty_bytes_per_second\x18\x04 \x01(\x01R\x13dirtyBytesPerSecond\"K\n" +
+	"\vAskedTarget\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\tR\x04code\x12\x14\n" +
+	"\x05words\x18\x03 \x01(\tR\x05words\"\r\n" +
+	"\vRoomRequest\"\x87\x03\n" +
+	"\fRoomResponse\x12\x12\n" +
+	"\x04zone\x18\x01 \x01(\tR\x04zone\x12=\n" +
+	"\x06labels\x18\x02 \x03(\v2%.tranship.v1.RoomResponse.LabelsEntryR\x06labels\x12\x1a\n" +
+	"\bcapacity\x18\x03 \x03(\x01R\bcapacity\x12\"\n" +
+	"\rcost_per_hour\x18\x04 \x01(\x01R\vcostPerHour\x121\n" +
+	"\x15link_bytes_per_second\x18\x05 \x01(\x01R\x12linkBytesPerSecond\x12\x1a\n" +
+	"\bcordoned\x18\x06 \x01(\bR\bcordoned\x12\x18\n" +
+	"\aleaving\x18\a \x01(\bR\aleaving\x12\x12\n" +
+	"\x04load\x18\b \x03(\x02R\x04load\x12\x14\n" +
+	"\x05usage\x18\t \x03(\x01R\x05usage\x12\x16\n" +
+	"\x06shards\x18\n" +
+	" \x01(\rR\x06shards\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf2\x02\n" +
+	"\vBookRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
+	"\bworkload\x18\x03 \x01(\tR\bworkload\x12\x16\n" +
+	"\x06tenant\x18\x04 \x01(\tR\x06tenant\x12\x1a\n" +
+	"\bpriority\x18\x05 \x01(\rR\bpriority\x12\x16\n" +
+	"\x06demand\x18\x06 \x03(\x02R\x06demand\x12\x14\n" +
+	"\x05usage\x18\a \x03(\x01R\x05usage\x12\x14\n" +
+	"\x05bytes\x18\b \x01(\x01R\x05bytes\x123\n" +
+	"\x16dirty_bytes_per_second\x18\t \x01(\x01R\x13dirtyBytesPerSecond\x12\x14\n" +
+	"\x05avoid\x18\n" +
+	" \x03(\tR\x05avoid\x12\x1f\n" +
+	"\vspread_host\x18\v \x01(\rR\n" +
+	"spreadHost\x12\x16\n" +
+	"\x06reason\x18\f \x01(\tR\x06reason\x12\x19\n" +
+	"\btakes_ms\x18\r \x01(\x03R\atakesMs\"S\n" +
+	"\fBookResponse\x12\x12\n" +
+	"\x04veto\x18\x01 \x01(\tR\x04veto\x12\x14\n" +
+	"\x05words\x18\x02 \x01(\tR\x05words\x12\x19\n" +
+	"\bholds_ms\x18\x03 \x01(\x03R\aholdsMs\"o\n" +
+	"\rUnbookRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12,\n" +
+	"\x04cost\x18\x03 \x01(\v2\x18.tranship.v1.BalanceCostR\x04cost\"\x10\n" +
+	"\x0eUnbookResponse2\x8d\x03\n" +
 	"\x06Shards\x128\n" +
 	"\x03Run\x12\x17.tranship.v1.RunRequest\x1a\x18.tranship.v1.RunResponse\x12G\n" +
 	"\x04List\x12\x1e.tranship.v1.ListShardsRequest\x1a\x1f.tranship.v1.ListShardsResponse\x12D\n" +
@@ -7758,7 +9084,14 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04Load\x12\x18.tranship.v1.LoadRequest\x1a\x19.tranship.v1.LoadResponse\x12D\n" +
 	"\aHistory\x12\x1b.tranship.v1.HistoryRequest\x1a\x1c.tranship.v1.HistoryResponse\x128\n" +
 	"\x03Run\x12\x17.tranship.v1.RunRequest\x1a\x18.tranship.v1.RunResponse\x12G\n" +
-	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponseBCZAgithub.com/tranship/tranship/daemon/control/transhipv1;transhipv1b\x06proto3"
+	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponse2\x92\x01\n" +
+	"\aBalance\x12;\n" +
+	"\x04Plan\x12\x18.tranship.v1.PlanRequest\x1a\x19.tranship.v1.PlanResponse\x12J\n" +
+	"\tDecisions\x12\x1d.tranship.v1.DecisionsRequest\x1a\x1e.tranship.v1.DecisionsResponse2\xc4\x01\n" +
+	"\x05Rooms\x12;\n" +
+	"\x04Room\x12\x18.tranship.v1.RoomRequest\x1a\x19.tranship.v1.RoomResponse\x12;\n" +
+	"\x04Book\x12\x18.tranship.v1.BookRequest\x1a\x19.tranship.v1.BookResponse\x12A\n" +
+	"\x06Unbook\x12\x1a.tranship.v1.UnbookRequest\x1a\x1b.tranship.v1.UnbookResponseBCZAgithub.com/tranship/tranship/daemon/control/transhipv1;transhipv1b\x06proto3"
 
 var (
 	file_daemon_control_tranship_proto_rawDescOnce sync.Once
@@ -7772,7 +9105,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 123)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 140)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                   // 0: tranship.v1.Shard
 	(*Mount)(nil),                   // 1: tranship.v1.Mount
@@ -7888,20 +9221,37 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*AbortResponse)(nil),           // 111: tranship.v1.AbortResponse
 	(*DecisionRequest)(nil),         // 112: tranship.v1.DecisionRequest
 	(*DecisionResponse)(nil),        // 113: tranship.v1.DecisionResponse
-	nil,                             // 114: tranship.v1.Shard.LabelsEntry
-	nil,                             // 115: tranship.v1.RunRequest.LabelsEntry
-	nil,                             // 116: tranship.v1.Node.LabelsEntry
-	nil,                             // 117: tranship.v1.HostLoad.RatesEntry
-	nil,                             // 118: tranship.v1.ShardLoad.RatesEntry
-	nil,                             // 119: tranship.v1.ShardLoad.AbsentEntry
-	nil,                             // 120: tranship.v1.LoadPoint.MeanEntry
-	nil,                             // 121: tranship.v1.LoadPoint.PeakEntry
-	nil,                             // 122: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	(*PlanRequest)(nil),             // 114: tranship.v1.PlanRequest
+	(*PlanResponse)(nil),            // 115: tranship.v1.PlanResponse
+	(*PlanSpan)(nil),                // 116: tranship.v1.PlanSpan
+	(*HeldRoom)(nil),                // 117: tranship.v1.HeldRoom
+	(*PeerFault)(nil),               // 118: tranship.v1.PeerFault
+	(*DecisionsRequest)(nil),        // 119: tranship.v1.DecisionsRequest
+	(*DecisionsResponse)(nil),       // 120: tranship.v1.DecisionsResponse
+	(*BalanceDecision)(nil),         // 121: tranship.v1.BalanceDecision
+	(*BalanceCost)(nil),             // 122: tranship.v1.BalanceCost
+	(*AskedTarget)(nil),             // 123: tranship.v1.AskedTarget
+	(*RoomRequest)(nil),             // 124: tranship.v1.RoomRequest
+	(*RoomResponse)(nil),            // 125: tranship.v1.RoomResponse
+	(*BookRequest)(nil),             // 126: tranship.v1.BookRequest
+	(*BookResponse)(nil),            // 127: tranship.v1.BookResponse
+	(*UnbookRequest)(nil),           // 128: tranship.v1.UnbookRequest
+	(*UnbookResponse)(nil),          // 129: tranship.v1.UnbookResponse
+	nil,                             // 130: tranship.v1.Shard.LabelsEntry
+	nil,                             // 131: tranship.v1.RunRequest.LabelsEntry
+	nil,                             // 132: tranship.v1.Node.LabelsEntry
+	nil,                             // 133: tranship.v1.HostLoad.RatesEntry
+	nil,                             // 134: tranship.v1.ShardLoad.RatesEntry
+	nil,                             // 135: tranship.v1.ShardLoad.AbsentEntry
+	nil,                             // 136: tranship.v1.LoadPoint.MeanEntry
+	nil,                             // 137: tranship.v1.LoadPoint.PeakEntry
+	nil,                             // 138: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	nil,                             // 139: tranship.v1.RoomResponse.LabelsEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	114, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	130, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,   // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	115, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	131, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,   // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,   // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -7910,7 +9260,7 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	19,  // 8: tranship.v1.DrainResult.moved:type_name -> tranship.v1.DrainedShard
 	19,  // 9: tranship.v1.DrainResult.stayed:type_name -> tranship.v1.DrainedShard
 	23,  // 10: tranship.v1.Node.versions:type_name -> tranship.v1.Versions
-	116, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
+	132, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
 	22,  // 12: tranship.v1.ListNodesResponse.nodes:type_name -> tranship.v1.Node
 	23,  // 13: tranship.v1.VersionResponse.versions:type_name -> tranship.v1.Versions
 	29,  // 14: tranship.v1.CheckResponse.findings:type_name -> tranship.v1.Finding
@@ -7925,12 +9275,12 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	36,  // 23: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
 	46,  // 24: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
 	47,  // 25: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
-	117, // 26: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	133, // 26: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
 	45,  // 27: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
-	118, // 28: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
-	119, // 29: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
-	120, // 30: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
-	121, // 31: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	134, // 28: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	135, // 29: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
+	136, // 30: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	137, // 31: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
 	49,  // 32: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
 	54,  // 33: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	55,  // 34: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
@@ -7942,7 +9292,7 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	60,  // 40: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
 	66,  // 41: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
 	0,   // 42: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
-	122, // 43: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
+	138, // 43: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
 	0,   // 44: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 45: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
 	87,  // 46: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
@@ -7954,113 +9304,133 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	1,   // 52: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
 	29,  // 53: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
 	34,  // 54: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	2,   // 55: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,   // 56: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,   // 57: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,   // 58: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10,  // 59: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12,  // 60: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	24,  // 61: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	26,  // 62: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	14,  // 63: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 64: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 65: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	28,  // 66: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	31,  // 67: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	37,  // 68: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	39,  // 69: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	41,  // 70: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	43,  // 71: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	48,  // 72: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	51,  // 73: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	53,  // 74: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
-	59,  // 75: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	64,  // 76: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
-	59,  // 77: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	67,  // 78: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
-	69,  // 79: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
-	71,  // 80: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
-	73,  // 81: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
-	75,  // 82: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
-	77,  // 83: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
-	79,  // 84: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
-	81,  // 85: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
-	83,  // 86: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
-	85,  // 87: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
-	88,  // 88: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
-	90,  // 89: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
-	92,  // 90: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
-	14,  // 91: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 92: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 93: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	98,  // 94: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	96,  // 95: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	100, // 96: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	102, // 97: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	104, // 98: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	106, // 99: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	108, // 100: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	110, // 101: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	43,  // 102: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	94,  // 103: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,   // 104: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	112, // 105: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	3,   // 106: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,   // 107: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,   // 108: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,   // 109: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11,  // 110: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13,  // 111: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	25,  // 112: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	27,  // 113: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	15,  // 114: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 115: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 116: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	30,  // 117: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	32,  // 118: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	38,  // 119: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	40,  // 120: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	42,  // 121: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	44,  // 122: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	50,  // 123: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	52,  // 124: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	58,  // 125: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
-	61,  // 126: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
-	65,  // 127: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
-	61,  // 128: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
-	68,  // 129: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
-	70,  // 130: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
-	72,  // 131: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
-	74,  // 132: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
-	76,  // 133: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
-	78,  // 134: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
-	80,  // 135: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
-	82,  // 136: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
-	84,  // 137: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
-	86,  // 138: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
-	89,  // 139: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
-	91,  // 140: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
-	93,  // 141: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
-	15,  // 142: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 143: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 144: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	99,  // 145: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	97,  // 146: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	101, // 147: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	103, // 148: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	105, // 149: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	107, // 150: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	109, // 151: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	111, // 152: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	44,  // 153: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	95,  // 154: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,   // 155: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	113, // 156: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	106, // [106:157] is the sub-list for method output_type
-	55,  // [55:106] is the sub-list for method input_type
-	55,  // [55:55] is the sub-list for extension type_name
-	55,  // [55:55] is the sub-list for extension extendee
-	0,   // [0:55] is the sub-list for field type_name
+	116, // 55: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
+	121, // 56: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	117, // 57: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
+	118, // 58: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
+	121, // 59: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	122, // 60: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
+	122, // 61: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
+	123, // 62: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
+	139, // 63: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
+	122, // 64: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
+	2,   // 65: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,   // 66: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,   // 67: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,   // 68: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10,  // 69: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12,  // 70: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	24,  // 71: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	26,  // 72: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	14,  // 73: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 74: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 75: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	28,  // 76: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	31,  // 77: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	37,  // 78: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	39,  // 79: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	41,  // 80: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	43,  // 81: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	48,  // 82: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	51,  // 83: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	53,  // 84: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	59,  // 85: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	64,  // 86: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
+	59,  // 87: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	67,  // 88: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
+	69,  // 89: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
+	71,  // 90: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
+	73,  // 91: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
+	75,  // 92: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
+	77,  // 93: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
+	79,  // 94: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
+	81,  // 95: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
+	83,  // 96: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
+	85,  // 97: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
+	88,  // 98: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
+	90,  // 99: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
+	92,  // 100: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
+	14,  // 101: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 102: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 103: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	98,  // 104: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	96,  // 105: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	100, // 106: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	102, // 107: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	104, // 108: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	106, // 109: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	108, // 110: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	110, // 111: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	43,  // 112: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	94,  // 113: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,   // 114: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	112, // 115: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	114, // 116: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
+	119, // 117: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
+	124, // 118: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
+	126, // 119: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
+	128, // 120: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
+	3,   // 121: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,   // 122: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,   // 123: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,   // 124: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11,  // 125: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13,  // 126: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	25,  // 127: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	27,  // 128: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	15,  // 129: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 130: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 131: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	30,  // 132: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	32,  // 133: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	38,  // 134: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	40,  // 135: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	42,  // 136: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	44,  // 137: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	50,  // 138: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	52,  // 139: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	58,  // 140: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	61,  // 141: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
+	65,  // 142: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
+	61,  // 143: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
+	68,  // 144: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
+	70,  // 145: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
+	72,  // 146: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
+	74,  // 147: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
+	76,  // 148: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
+	78,  // 149: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
+	80,  // 150: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
+	82,  // 151: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
+	84,  // 152: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
+	86,  // 153: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
+	89,  // 154: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
+	91,  // 155: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
+	93,  // 156: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
+	15,  // 157: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 158: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 159: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	99,  // 160: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	97,  // 161: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	101, // 162: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	103, // 163: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	105, // 164: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	107, // 165: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	109, // 166: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	111, // 167: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	44,  // 168: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	95,  // 169: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,   // 170: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	113, // 171: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	115, // 172: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
+	120, // 173: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
+	125, // 174: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
+	127, // 175: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
+	129, // 176: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
+	121, // [121:177] is the sub-list for method output_type
+	65,  // [65:121] is the sub-list for method input_type
+	65,  // [65:65] is the sub-list for extension type_name
+	65,  // [65:65] is the sub-list for extension extendee
+	0,   // [0:65] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -8077,9 +9447,9 @@ func file_daemon_control_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   123,
+			NumMessages:   140,
 			NumExtensions: 0,
-			NumServices:   9,
+			NumServices:   11,
 		},
 		GoTypes:           file_daemon_control_tranship_proto_goTypes,
 		DependencyIndexes: file_daemon_control_tranship_proto_depIdxs,

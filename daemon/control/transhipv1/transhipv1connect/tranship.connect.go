@@ -43,6 +43,10 @@ const (
 	PoolName = "tranship.v1.Pool"
 	// PeerName is the fully-qualified name of the Peer service.
 	PeerName = "tranship.v1.Peer"
+	// BalanceName is the fully-qualified name of the Balance service.
+	BalanceName = "tranship.v1.Balance"
+	// RoomsName is the fully-qualified name of the Rooms service.
+	RoomsName = "tranship.v1.Rooms"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -156,6 +160,16 @@ const (
 	PeerRunProcedure = "/tranship.v1.Peer/Run"
 	// PeerDecisionProcedure is the fully-qualified name of the Peer's Decision RPC.
 	PeerDecisionProcedure = "/tranship.v1.Peer/Decision"
+	// BalancePlanProcedure is the fully-qualified name of the Balance's Plan RPC.
+	BalancePlanProcedure = "/tranship.v1.Balance/Plan"
+	// BalanceDecisionsProcedure is the fully-qualified name of the Balance's Decisions RPC.
+	BalanceDecisionsProcedure = "/tranship.v1.Balance/Decisions"
+	// RoomsRoomProcedure is the fully-qualified name of the Rooms's Room RPC.
+	RoomsRoomProcedure = "/tranship.v1.Rooms/Room"
+	// RoomsBookProcedure is the fully-qualified name of the Rooms's Book RPC.
+	RoomsBookProcedure = "/tranship.v1.Rooms/Book"
+	// RoomsUnbookProcedure is the fully-qualified name of the Rooms's Unbook RPC.
+	RoomsUnbookProcedure = "/tranship.v1.Rooms/Unbook"
 )
 
 // ShardsClient is a client for the tranship.v1.Shards service.
@@ -1960,4 +1974,232 @@ func (UnimplementedPeerHandler) Run(context.Context, *connect.Request[transhipv1
 
 func (UnimplementedPeerHandler) Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Decision is not implemented"))
+}
+
+// BalanceClient is a client for the tranship.v1.Balance service.
+type BalanceClient interface {
+	// Plan is what the last round found, and what it did or would do.
+	Plan(context.Context, *connect.Request[transhipv1.PlanRequest]) (*connect.Response[transhipv1.PlanResponse], error)
+	// Decisions is what was decided before, the newest first.
+	Decisions(context.Context, *connect.Request[transhipv1.DecisionsRequest]) (*connect.Response[transhipv1.DecisionsResponse], error)
+}
+
+// NewBalanceClient constructs a client for the tranship.v1.Balance service. By default, it uses the
+// Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewBalanceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) BalanceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	balanceMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Balance").Methods()
+	return &balanceClient{
+		plan: connect.NewClient[transhipv1.PlanRequest, transhipv1.PlanResponse](
+			httpClient,
+			baseURL+BalancePlanProcedure,
+			connect.WithSchema(balanceMethods.ByName("Plan")),
+			connect.WithClientOptions(opts...),
+		),
+		decisions: connect.NewClient[transhipv1.DecisionsRequest, transhipv1.DecisionsResponse](
+			httpClient,
+			baseURL+BalanceDecisionsProcedure,
+			connect.WithSchema(balanceMethods.ByName("Decisions")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// balanceClient implements BalanceClient.
+type balanceClient struct {
+	plan      *connect.Client[transhipv1.PlanRequest, transhipv1.PlanResponse]
+	decisions *connect.Client[transhipv1.DecisionsRequest, transhipv1.DecisionsResponse]
+}
+
+// Plan calls tranship.v1.Balance.Plan.
+func (c *balanceClient) Plan(ctx context.Context, req *connect.Request[transhipv1.PlanRequest]) (*connect.Response[transhipv1.PlanResponse], error) {
+	return c.plan.CallUnary(ctx, req)
+}
+
+// Decisions calls tranship.v1.Balance.Decisions.
+func (c *balanceClient) Decisions(ctx context.Context, req *connect.Request[transhipv1.DecisionsRequest]) (*connect.Response[transhipv1.DecisionsResponse], error) {
+	return c.decisions.CallUnary(ctx, req)
+}
+
+// BalanceHandler is an implementation of the tranship.v1.Balance service.
+type BalanceHandler interface {
+	// Plan is what the last round found, and what it did or would do.
+	Plan(context.Context, *connect.Request[transhipv1.PlanRequest]) (*connect.Response[transhipv1.PlanResponse], error)
+	// Decisions is what was decided before, the newest first.
+	Decisions(context.Context, *connect.Request[transhipv1.DecisionsRequest]) (*connect.Response[transhipv1.DecisionsResponse], error)
+}
+
+// NewBalanceHandler builds an HTTP handler from the service implementation. It returns the path on
+// which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewBalanceHandler(svc BalanceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	balanceMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Balance").Methods()
+	balancePlanHandler := connect.NewUnaryHandler(
+		BalancePlanProcedure,
+		svc.Plan,
+		connect.WithSchema(balanceMethods.ByName("Plan")),
+		connect.WithHandlerOptions(opts...),
+	)
+	balanceDecisionsHandler := connect.NewUnaryHandler(
+		BalanceDecisionsProcedure,
+		svc.Decisions,
+		connect.WithSchema(balanceMethods.ByName("Decisions")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/tranship.v1.Balance/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case BalancePlanProcedure:
+			balancePlanHandler.ServeHTTP(w, r)
+		case BalanceDecisionsProcedure:
+			balanceDecisionsHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedBalanceHandler returns CodeUnimplemented from all methods.
+type UnimplementedBalanceHandler struct{}
+
+func (UnimplementedBalanceHandler) Plan(context.Context, *connect.Request[transhipv1.PlanRequest]) (*connect.Response[transhipv1.PlanResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Balance.Plan is not implemented"))
+}
+
+func (UnimplementedBalanceHandler) Decisions(context.Context, *connect.Request[transhipv1.DecisionsRequest]) (*connect.Response[transhipv1.DecisionsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Balance.Decisions is not implemented"))
+}
+
+// RoomsClient is a client for the tranship.v1.Rooms service.
+type RoomsClient interface {
+	// Room is what a host tells of itself.
+	Room(context.Context, *connect.Request[transhipv1.RoomRequest]) (*connect.Response[transhipv1.RoomResponse], error)
+	// Book keeps room for a shard of the caller, or says why not.
+	Book(context.Context, *connect.Request[transhipv1.BookRequest]) (*connect.Response[transhipv1.BookResponse], error)
+	// Unbook ends it: the shard has arrived, or will not come. May run twice.
+	Unbook(context.Context, *connect.Request[transhipv1.UnbookRequest]) (*connect.Response[transhipv1.UnbookResponse], error)
+}
+
+// NewRoomsClient constructs a client for the tranship.v1.Rooms service. By default, it uses the
+// Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewRoomsClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) RoomsClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	roomsMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Rooms").Methods()
+	return &roomsClient{
+		room: connect.NewClient[transhipv1.RoomRequest, transhipv1.RoomResponse](
+			httpClient,
+			baseURL+RoomsRoomProcedure,
+			connect.WithSchema(roomsMethods.ByName("Room")),
+			connect.WithClientOptions(opts...),
+		),
+		book: connect.NewClient[transhipv1.BookRequest, transhipv1.BookResponse](
+			httpClient,
+			baseURL+RoomsBookProcedure,
+			connect.WithSchema(roomsMethods.ByName("Book")),
+			connect.WithClientOptions(opts...),
+		),
+		unbook: connect.NewClient[transhipv1.UnbookRequest, transhipv1.UnbookResponse](
+			httpClient,
+			baseURL+RoomsUnbookProcedure,
+			connect.WithSchema(roomsMethods.ByName("Unbook")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// roomsClient implements RoomsClient.
+type roomsClient struct {
+	room   *connect.Client[transhipv1.RoomRequest, transhipv1.RoomResponse]
+	book   *connect.Client[transhipv1.BookRequest, transhipv1.BookResponse]
+	unbook *connect.Client[transhipv1.UnbookRequest, transhipv1.UnbookResponse]
+}
+
+// Room calls tranship.v1.Rooms.Room.
+func (c *roomsClient) Room(ctx context.Context, req *connect.Request[transhipv1.RoomRequest]) (*connect.Response[transhipv1.RoomResponse], error) {
+	return c.room.CallUnary(ctx, req)
+}
+
+// Book calls tranship.v1.Rooms.Book.
+func (c *roomsClient) Book(ctx context.Context, req *connect.Request[transhipv1.BookRequest]) (*connect.Response[transhipv1.BookResponse], error) {
+	return c.book.CallUnary(ctx, req)
+}
+
+// Unbook calls tranship.v1.Rooms.Unbook.
+func (c *roomsClient) Unbook(ctx context.Context, req *connect.Request[transhipv1.UnbookRequest]) (*connect.Response[transhipv1.UnbookResponse], error) {
+	return c.unbook.CallUnary(ctx, req)
+}
+
+// RoomsHandler is an implementation of the tranship.v1.Rooms service.
+type RoomsHandler interface {
+	// Room is what a host tells of itself.
+	Room(context.Context, *connect.Request[transhipv1.RoomRequest]) (*connect.Response[transhipv1.RoomResponse], error)
+	// Book keeps room for a shard of the caller, or says why not.
+	Book(context.Context, *connect.Request[transhipv1.BookRequest]) (*connect.Response[transhipv1.BookResponse], error)
+	// Unbook ends it: the shard has arrived, or will not come. May run twice.
+	Unbook(context.Context, *connect.Request[transhipv1.UnbookRequest]) (*connect.Response[transhipv1.UnbookResponse], error)
+}
+
+// NewRoomsHandler builds an HTTP handler from the service implementation. It returns the path on
+// which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewRoomsHandler(svc RoomsHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	roomsMethods := transhipv1.File_daemon_control_tranship_proto.Services().ByName("Rooms").Methods()
+	roomsRoomHandler := connect.NewUnaryHandler(
+		RoomsRoomProcedure,
+		svc.Room,
+		connect.WithSchema(roomsMethods.ByName("Room")),
+		connect.WithHandlerOptions(opts...),
+	)
+	roomsBookHandler := connect.NewUnaryHandler(
+		RoomsBookProcedure,
+		svc.Book,
+		connect.WithSchema(roomsMethods.ByName("Book")),
+		connect.WithHandlerOptions(opts...),
+	)
+	roomsUnbookHandler := connect.NewUnaryHandler(
+		RoomsUnbookProcedure,
+		svc.Unbook,
+		connect.WithSchema(roomsMethods.ByName("Unbook")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/tranship.v1.Rooms/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case RoomsRoomProcedure:
+			roomsRoomHandler.ServeHTTP(w, r)
+		case RoomsBookProcedure:
+			roomsBookHandler.ServeHTTP(w, r)
+		case RoomsUnbookProcedure:
+			roomsUnbookHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedRoomsHandler returns CodeUnimplemented from all methods.
+type UnimplementedRoomsHandler struct{}
+
+func (UnimplementedRoomsHandler) Room(context.Context, *connect.Request[transhipv1.RoomRequest]) (*connect.Response[transhipv1.RoomResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Rooms.Room is not implemented"))
+}
+
+func (UnimplementedRoomsHandler) Book(context.Context, *connect.Request[transhipv1.BookRequest]) (*connect.Response[transhipv1.BookResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Rooms.Book is not implemented"))
+}
+
+func (UnimplementedRoomsHandler) Unbook(context.Context, *connect.Request[transhipv1.UnbookRequest]) (*connect.Response[transhipv1.UnbookResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Rooms.Unbook is not implemented"))
 }
