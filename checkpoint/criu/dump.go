@@ -45,6 +45,10 @@ type DumpConfig struct {
 	// cgroups of its own below the container's.
 	IgnoreCgroups bool
 	LogLevel      int
+	// Reached, if any, is told of CRIU's notifications as they come (criu/include/
+	// action-scripts.h): network-lock once all tasks are held and collected,
+	// post-dump when their state is in the images.
+	Reached func(script string)
 }
 
 // Dumper is a CRIU that was started but has not been asked for anything yet.
@@ -103,7 +107,11 @@ func (d *Dumper) Dump(ctx context.Context, cfg DumpConfig) error {
 			// With notifications asked for, CRIU cannot finish without post-dump.
 			return dumpError(cfg, errors.New("criu ended without its post-dump notification"))
 		}
-		if resp.GetNotify().GetScript() == "post-dump" {
+		script := resp.GetNotify().GetScript()
+		if cfg.Reached != nil {
+			cfg.Reached(script)
+		}
+		if script == "post-dump" {
 			return nil
 		}
 		notify := rpc.CriuReqType_NOTIFY

@@ -37,6 +37,7 @@ var readers = map[string]func(io.Reader) (any, error){
 	"full/ids-3365.img":          func(r io.Reader) (any, error) { return ReadIDs(r) },
 	"full/inventory.img":         func(r io.Reader) (any, error) { return ReadInventory(r) },
 	"full/files.img":             func(r io.Reader) (any, error) { return ReadRegFiles(r) },
+	"stats-dump":                 func(r io.Reader) (any, error) { return ReadStats(r) },
 }
 
 func sample(t testing.TB, name string) []byte {

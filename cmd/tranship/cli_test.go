@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -335,7 +336,7 @@ func TestAMigrationEndsWithItsExitCode(t *testing.T) {
 			if err := json.Unmarshal([]byte(stdout), &doc); err != nil {
 				t.Fatalf("%v: %q", err, stdout)
 			}
-			for _, key := range strings.Fields("schema_version id shard namespace from to mode outcome reason tracker started_at total_ms blackout_ms phases rounds bytes_raw bytes_sent pages") {
+			for _, key := range strings.Fields("schema_version id shard namespace from to mode outcome reason tracker started_at total_ms blackout_ms phases rounds bytes_raw bytes_sent pages blackout") {
 				if doc[key] == nil {
 					t.Errorf("the document lacks %s", key)
 				}
@@ -345,6 +346,35 @@ func TestAMigrationEndsWithItsExitCode(t *testing.T) {
 				t.Errorf("%v", doc)
 			}
 		})
+	}
+}
+
+func TestABlackoutIsShownByItsParts(t *testing.T) {
+	d := startDaemon(t)
+	d.migrate = nil
+	d.known = func(id string) *v1.Migration {
+		return &v1.Migration{
+			Id: id, Shard: "web", From: "host-1", To: "host-2", Outcome: outcomeDone, BlackoutMs: 87.5, ClockErrorMs: 0.25,
+			Blackout: []*v1.Phase{
+				{Name: "criu restore", Node: "host-2", AtMs: 60, Ms: 27.5},
+				{Name: "restore", Of: "criu restore", Node: "host-2", AtMs: -1, Ms: 20},
+				{Name: "freeze", Node: "host-1", Ms: 1},
+			},
+		}
+	}
+	code, stdout, stderr := d.tranship(t, t.Context(), "migrations", "m1")
+	if code != exitDone {
+		t.Fatalf("%d %q", code, stderr)
+	}
+	var got []string
+	for line := range strings.Lines(stdout) {
+		if strings.Contains(line, "host-") && strings.HasSuffix(strings.TrimSpace(line), "ms") {
+			got = append(got, strings.Join(strings.Fields(line), " "))
+		}
+	}
+	want := []string{"freeze host-1 0.0ms 1.0ms", "criu restore host-2 60.0ms 27.5ms", "restore host-2 - 20.0ms"}
+	if !slices.Equal(got, want) || !strings.Contains(stdout, "within 0.2ms") {
+		t.Errorf("%q in\n%s", got, stdout)
 	}
 }
 

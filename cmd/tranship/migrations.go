@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"slices"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -103,6 +105,9 @@ func printMigration(w io.Writer, output string, doc control.MigrationDocument) e
 	for _, p := range m.Phases {
 		fmt.Fprintf(w, "  %-14s %8.1fms\n", p.Name, p.Ms)
 	}
+	if err := printBlackout(w, m); err != nil {
+		return err
+	}
 	if len(m.Rounds) == 0 {
 		return nil
 	}
@@ -115,6 +120,44 @@ func printMigration(w io.Writer, output string, doc control.MigrationDocument) e
 		rows = append(rows, []string{fmt.Sprint(r.N), fmt.Sprint(r.Pages), formatSize(r.BytesRaw), formatSize(r.BytesSent), fmt.Sprintf("%.1fms", r.Ms), slowed})
 	}
 	return printTable(w, []string{"ROUND", "PAGES", "READ", "SENT", "TIME", "SLOWED"}, rows)
+}
+
+// printBlackout shows where the blackout went: the steps, which may overlap, in
+// the order in which they began, each with its parts.
+func printBlackout(w io.Writer, m control.Migration) error {
+	if len(m.Blackout) == 0 {
+		return nil
+	}
+	steps := slices.Clone(m.Blackout)
+	slices.SortStableFunc(steps, func(a, b control.Step) int { return cmp.Compare(a.AtMs, b.AtMs) })
+	var rows [][]string
+	add := func(s control.Step, indent string) {
+		at := "-"
+		if s.AtMs >= 0 {
+			at = fmt.Sprintf("%.1fms", s.AtMs)
+		}
+		rows = append(rows, []string{indent + s.Name, orDash(s.Node), at, fmt.Sprintf("%.1fms", s.Ms)})
+	}
+	for _, s := range steps {
+		if s.Of != "" {
+			continue
+		}
+		add(s, "")
+		for _, part := range steps {
+			if part.Of == s.Name && part.Node == s.Node {
+				add(part, "  ")
+			}
+		}
+	}
+	fmt.Fprintln(w)
+	if err := printTable(w, []string{"BLACKOUT", "NODE", "AT", "TIME"}, rows); err != nil {
+		return err
+	}
+	if m.ClockErrorMs > 0 {
+		fmt.Fprintf(w, "the two clocks agree within %.1fms\n", m.ClockErrorMs)
+	}
+	fmt.Fprintln(w)
+	return nil
 }
 
 func orDash(s string) string {

@@ -246,7 +246,10 @@ type Migration struct {
 	Pages      int64     `json:"pages"`
 	Phase      string    `json:"phase"`
 	Role       string    `json:"role"`
-	Blackout   []Phase   `json:"blackout"`
+	// Blackout are the parts of the blackout, in the order in which they ended.
+	Blackout []Step `json:"blackout"`
+	// ClockErrorMs is how far the at_ms of the other host may be off.
+	ClockErrorMs float64 `json:"clock_error_ms"`
 }
 
 // MigrationOf converts a message; its lists are never nil.
@@ -256,12 +259,26 @@ func MigrationOf(m *v1.Migration) Migration {
 		Mode: m.GetMode(), Outcome: m.GetOutcome(), Reason: m.GetReason(), Code: m.GetCode(), Tracker: m.GetTracker(),
 		StartedAt: time.UnixMilli(m.GetStartedAtUnixMs()).UTC(), TotalMs: m.GetTotalMs(), BlackoutMs: m.GetBlackoutMs(),
 		Phases: phasesOf(m.GetPhases()), Rounds: []Round{}, BytesRaw: m.GetBytesRaw(), BytesSent: m.GetBytesSent(),
-		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: phasesOf(m.GetBlackout()),
+		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: []Step{}, ClockErrorMs: m.GetClockErrorMs(),
 	}
 	for _, r := range m.GetRounds() {
 		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs(), ThrottledCPUs: r.GetThrottledCpus()})
 	}
+	for _, p := range m.GetBlackout() {
+		out.Blackout = append(out.Blackout, Step{Name: p.GetName(), Node: p.GetNode(), Of: p.GetOf(), AtMs: p.GetAtMs(), Ms: p.GetMs()})
+	}
 	return out
+}
+
+// Step is a part of a blackout.
+type Step struct {
+	Name string `json:"name"`
+	Node string `json:"node,omitempty"`
+	// Of is the step that this is a part of.
+	Of string `json:"of,omitempty"`
+	// AtMs is its begin after the first frozen task, negative if unknown.
+	AtMs float64 `json:"at_ms"`
+	Ms   float64 `json:"ms"`
 }
 
 func phasesOf(ms []*v1.Phase) []Phase {

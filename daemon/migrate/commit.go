@@ -114,8 +114,9 @@ func (o *outgoing) settleBlackout(answer *v1.CommitResponse) {
 	o.report.set(func(m *v1.Migration) {
 		m.BlackoutMs = millis(blackout)
 		for _, s := range answer.GetSteps() {
-			m.Blackout = append(m.Blackout, &v1.Phase{Name: "destination: " + s.GetName(), Ms: s.GetMs()})
+			m.Blackout = append(m.Blackout, o.theirs(s))
 		}
+		m.ClockErrorMs = millis(o.offset.roundTrip) / 2
 	})
 	o.m.learnFixed(blackout, o.report)
 }

@@ -377,13 +377,14 @@ func (in *incoming) restore(ctx context.Context) error {
 	if err != nil {
 		return in.criuError(err)
 	}
-	in.step("criu restore", at)
+	in.part(stepRestore, at, finished) // which is where the blackout ends
 	in.entry.StartedUnixNS = finished.UnixNano()
 	at = time.Now()
 	if err := <-started; err != nil {
 		return in.criuError(err)
 	}
 	in.step("runc", at)
+	in.restoreParts()
 	in.entry.InitPID = pid
 	if err := failpoint.Hit(ctx, "destination.restored"); err != nil {
 		return err
@@ -568,8 +569,4 @@ func (in *incoming) stopForGood(ctx context.Context, cause error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.entry.Code, in.entry.Reason = CodePagesLost, "stopped after the move: "+cause.Error()
-}
-
-func (in *incoming) step(name string, since time.Time) {
-	in.steps = append(in.steps, &v1.Phase{Name: name, Ms: millis(time.Since(since))})
 }

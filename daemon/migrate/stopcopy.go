@@ -176,7 +176,7 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 		if err := o.dump(gctx, dumper, dir); err != nil {
 			return err
 		}
-		o.step("criu dump", began)
+		o.step(stepDump, began)
 		// CRIU has thawed the cgroup and holds the tasks by ptrace. It must be
 		// FROZEN again while CRIU still lives; then CRIU is needed no more.
 		return freezer.Freeze(gctx)
@@ -230,6 +230,7 @@ func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) er
 		FreezeCgroup: o.cgroup.Dir, ExternalMounts: mounts, External: external,
 		TCPEstablished: true, LazyPages: true, LogLevel: o.m.cfg.CRIULogLevel,
 	}
+	defer o.dumpParts(&cfg)()
 	if !dumper.Unchanged() {
 		return dumper.Dump(ctx, cfg)
 	}
@@ -319,10 +320,4 @@ func (o *outgoing) seal(ctx context.Context) error {
 	o.sealedAt = time.Now()
 	o.step("seal", at)
 	return nil
-}
-
-// step adds one part of the blackout.
-func (o *outgoing) step(name string, since time.Time) {
-	d := time.Since(since)
-	o.report.set(func(m *v1.Migration) { m.Blackout = append(m.Blackout, &v1.Phase{Name: name, Ms: millis(d)}) })
 }

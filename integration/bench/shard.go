@@ -34,6 +34,8 @@ type migration struct {
 	BytesSent     int64   `json:"bytes_sent"`
 	Blackout      []struct {
 		Name string  `json:"name"`
+		Node string  `json:"node"`
+		Of   string  `json:"of"`
 		Ms   float64 `json:"ms"`
 	} `json:"blackout"`
 }
@@ -90,7 +92,14 @@ func (s *shard) move(ctx context.Context) (sample, error) {
 		blackoutMetric: m.BlackoutMs, totalMetric: m.TotalMs, bytesMetric: float64(m.BytesSent),
 	}, Steps: map[string]float64{}}
 	for _, step := range m.Blackout {
-		v.Steps[step.Name] = step.Ms
+		name := step.Name
+		if step.Of != "" {
+			name = step.Of + ": " + name
+		}
+		if step.Node == to { // both hosts have a journal
+			name = "destination: " + name
+		}
+		v.Steps[name] = step.Ms
 	}
 	return v, nil
 }

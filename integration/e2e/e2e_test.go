@@ -176,9 +176,52 @@ type result struct {
 		BytesRaw      int64   `json:"bytes_raw"`
 		ThrottledCPUs float64 `json:"throttled_cpus"`
 	} `json:"rounds"`
-	BytesRaw  int64 `json:"bytes_raw"`
-	BytesSent int64 `json:"bytes_sent"`
-	Pages     int64 `json:"pages"`
+	BytesRaw     int64   `json:"bytes_raw"`
+	BytesSent    int64   `json:"bytes_sent"`
+	Pages        int64   `json:"pages"`
+	ClockErrorMs float64 `json:"clock_error_ms"`
+	Blackout     []struct {
+		Name, Node, Of string
+		AtMs           float64 `json:"at_ms"`
+		Ms             float64 `json:"ms"`
+	} `json:"blackout"`
+}
+
+// mustBeSplit checks that a blackout is told by its parts, on one clock.
+func (r result) mustBeSplit(t *testing.T) {
+	t.Helper()
+	if r.ClockErrorMs <= 0 {
+		t.Error("nobody measured the clocks")
+	}
+	last := 0.0
+	for _, want := range []struct{ name, of, node string }{
+		{"freeze", "", r.From}, {"criu dump", "", r.From}, {"seize tasks", "criu dump", r.From}, {"write images", "criu dump", r.From},
+		{"last pages", "", r.From}, {"send images", "", r.From}, {"seal", "", r.From}, {"journal", "", r.From},
+		{"criu restore", "", r.To}, {"restore", "criu restore", r.To}, {"link up", "", r.To},
+	} {
+		found := false
+		for _, s := range r.Blackout {
+			if s.Name != want.name || s.Of != want.of || s.Node != want.node {
+				continue
+			}
+			found = true
+			switch {
+			case s.Ms < 0:
+				t.Errorf("%s took %v ms", s.Name, s.Ms)
+			case s.AtMs < 0 && s.Of != "criu restore": // CRIU does not say when
+				t.Errorf("%s began %v ms after the freeze", s.Name, s.AtMs)
+			case s.Name == "criu restore":
+				last = s.AtMs + s.Ms
+			}
+		}
+		if !found {
+			t.Errorf("no %s of %q on %s in %+v", want.name, want.of, want.node, r.Blackout)
+		}
+	}
+	// The blackout ends with CRIU's restore, and so does the account of it.
+	if off := last - r.BlackoutMs; off > 0.1 || off < -0.1 {
+		t.Errorf("a blackout of %.1f ms, and the restore ended after %.1f", r.BlackoutMs, last)
+	}
 }
 
 // migrate moves a shard and returns the result and the exit code.

@@ -74,6 +74,7 @@ func thereAndBack(t *testing.T, name string, before func(t *testing.T), verify f
 			m := moved{began: time.Now()}
 			m.result = mustMigrate(t, name, from, to)
 			m.end = time.Now()
+			m.mustBeSplit(t)
 			all = append(all, m)
 			verify(t, to)
 			if got := where(t, name); len(got) != 1 || got[0].Node != to || got[0].Status != "running" {

@@ -2426,9 +2426,14 @@ func (x *Progress) GetThrottledCpus() float64 {
 }
 
 type Phase struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Ms            float64                `protobuf:"fixed64,2,opt,name=ms,proto3" json:"ms,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Ms    float64                `protobuf:"fixed64,2,opt,name=ms,proto3" json:"ms,omitempty"`
+	// Of the parts of a blackout:
+	AtMs          float64 `protobuf:"fixed64,3,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"` // begin, after the first frozen task, by the source's clock
+	Node          string  `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Of            string  `protobuf:"bytes,5,opt,name=of,proto3" json:"of,omitempty"`                                               // the part that it is a part of; then at_ms may be unknown: -1
+	StartedUnixNs int64   `protobuf:"varint,6,opt,name=started_unix_ns,json=startedUnixNs,proto3" json:"started_unix_ns,omitempty"` // between hosts: begin, by the sender's clock
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2473,6 +2478,34 @@ func (x *Phase) GetName() string {
 func (x *Phase) GetMs() float64 {
 	if x != nil {
 		return x.Ms
+	}
+	return 0
+}
+
+func (x *Phase) GetAtMs() float64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
+func (x *Phase) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Phase) GetOf() string {
+	if x != nil {
+		return x.Of
+	}
+	return ""
+}
+
+func (x *Phase) GetStartedUnixNs() int64 {
+	if x != nil {
+		return x.StartedUnixNs
 	}
 	return 0
 }
@@ -2580,10 +2613,11 @@ type Migration struct {
 	BytesRaw        int64                  `protobuf:"varint,15,opt,name=bytes_raw,json=bytesRaw,proto3" json:"bytes_raw,omitempty"`
 	BytesSent       int64                  `protobuf:"varint,16,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
 	Pages           int64                  `protobuf:"varint,17,opt,name=pages,proto3" json:"pages,omitempty"`
-	Phase           string                 `protobuf:"bytes,18,opt,name=phase,proto3" json:"phase,omitempty"`       // current or last
-	Role            string                 `protobuf:"bytes,19,opt,name=role,proto3" json:"role,omitempty"`         // source | destination, as seen by the host that answers
-	Code            string                 `protobuf:"bytes,20,opt,name=code,proto3" json:"code,omitempty"`         // stable cause when aborted: cancelled, deadline, link, …
-	Blackout        []*Phase               `protobuf:"bytes,21,rep,name=blackout,proto3" json:"blackout,omitempty"` // the blackout split by step
+	Phase           string                 `protobuf:"bytes,18,opt,name=phase,proto3" json:"phase,omitempty"`                                       // current or last
+	Role            string                 `protobuf:"bytes,19,opt,name=role,proto3" json:"role,omitempty"`                                         // source | destination, as seen by the host that answers
+	Code            string                 `protobuf:"bytes,20,opt,name=code,proto3" json:"code,omitempty"`                                         // stable cause when aborted: cancelled, deadline, link, …
+	Blackout        []*Phase               `protobuf:"bytes,21,rep,name=blackout,proto3" json:"blackout,omitempty"`                                 // the blackout split by step
+	ClockErrorMs    float64                `protobuf:"fixed64,22,opt,name=clock_error_ms,json=clockErrorMs,proto3" json:"clock_error_ms,omitempty"` // the hosts' clocks agree within this, as far as measured
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2763,6 +2797,13 @@ func (x *Migration) GetBlackout() []*Phase {
 		return x.Blackout
 	}
 	return nil
+}
+
+func (x *Migration) GetClockErrorMs() float64 {
+	if x != nil {
+		return x.ClockErrorMs
+	}
+	return 0
 }
 
 type CancelRequest struct {
@@ -8562,10 +8603,14 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x0fremaining_bytes\x18\b \x01(\x03R\x0eremainingBytes\x12\x15\n" +
 	"\x06eta_ms\x18\t \x01(\x03R\x05etaMs\x12%\n" +
 	"\x0ethrottled_cpus\x18\n" +
-	" \x01(\x01R\rthrottledCpus\"+\n" +
+	" \x01(\x01R\rthrottledCpus\"\x8c\x01\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
-	"\x02ms\x18\x02 \x01(\x01R\x02ms\"\x9e\x01\n" +
+	"\x02ms\x18\x02 \x01(\x01R\x02ms\x12\x13\n" +
+	"\x05at_ms\x18\x03 \x01(\x01R\x04atMs\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\x12\x0e\n" +
+	"\x02of\x18\x05 \x01(\tR\x02of\x12&\n" +
+	"\x0fstarted_unix_ns\x18\x06 \x01(\x03R\rstartedUnixNs\"\x9e\x01\n" +
 	"\x05Round\x12\f\n" +
 	"\x01n\x18\x01 \x01(\rR\x01n\x12\x14\n" +
 	"\x05pages\x18\x02 \x01(\x03R\x05pages\x12\x1b\n" +
@@ -8573,7 +8618,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
 	"bytes_sent\x18\x04 \x01(\x03R\tbytesSent\x12\x0e\n" +
 	"\x02ms\x18\x05 \x01(\x01R\x02ms\x12%\n" +
-	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\"\xd4\x04\n" +
+	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\"\xfa\x04\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1c\n" +
@@ -8598,7 +8643,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x05phase\x18\x12 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04role\x18\x13 \x01(\tR\x04role\x12\x12\n" +
 	"\x04code\x18\x14 \x01(\tR\x04code\x12.\n" +
-	"\bblackout\x18\x15 \x03(\v2\x12.tranship.v1.PhaseR\bblackout\"\x1f\n" +
+	"\bblackout\x18\x15 \x03(\v2\x12.tranship.v1.PhaseR\bblackout\x12$\n" +
+	"\x0eclock_error_ms\x18\x16 \x01(\x01R\fclockErrorMs\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x0eCancelResponse\x124\n" +
