@@ -38,6 +38,7 @@ type Config struct {
 	CRIU       CRIUConfig       `toml:"criu"`
 	Store      StoreConfig      `toml:"store"`
 	Log        LogConfig        `toml:"log"`
+	Traces     TracesConfig     `toml:"traces"`
 	Peers      []StaticPeer     `toml:"peers"`
 }
 
@@ -226,6 +227,9 @@ func (c Config) validate() error {
 	}
 	if m := c.Profile.DirtyMinutes; m < 0 || m > 1440 {
 		bad("profile.dirty_minutes: %d is not between 0 (only on demand) and 1440", m)
+	}
+	if err := c.Traces.validate(); err != nil {
+		bad("%w", err)
 	}
 	c.validatePool(bad)
 	seen := map[string]bool{c.Node: true}

@@ -183,9 +183,14 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 	if h.peers != nil {
 		pool = h.peers
 	}
+	traces, stopTraces, err := openTraces(ctx, h.cfg.Traces, h.cfg.Node, h.version, h.log)
+	if err != nil {
+		return err
+	}
+	h.onClose(stopTraces)
 	h.moves, err = migrate.New(migrate.Config{
 		Node: h.cfg.Node, StoreDir: store, TmpfsDir: filepath.Join(h.cfg.RunDir, "tmpfs"), Daemon: self, CRIU: binary, CRIULogLevel: h.cfg.CRIU.LogLevel, Unchanged: unchanged,
-		Versions: h.facts.versions, Subnet: h.cfg.Network.Subnet, Tracker: kind,
+		Versions: h.facts.versions, Subnet: h.cfg.Network.Subnet, Tracker: kind, Traces: traces,
 	}, h.journal, h.rt, pool, migrate.NewMetrics(h.metrics), h.log)
 	if err != nil {
 		return err

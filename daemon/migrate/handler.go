@@ -219,6 +219,7 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 	}
 	result, _ := o.report.snapshot()
 	m.metrics.ended(result)
+	traceMigration(m.cfg.Traces, result)
 	log.Info("migration ended", "outcome", outcome, "code", code, "reason", reason,
 		"blackout_ms", result.GetBlackoutMs(), "total_ms", result.GetTotalMs(), "pages", result.GetPages(), "bytes_sent", result.GetBytesSent())
 	m.mu.Lock()

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
@@ -65,6 +66,8 @@ type Config struct {
 	Subnet netip.Prefix
 	// Tracker is what this host's kernel can do.
 	Tracker track.Kind
+	// Traces, if any, gets a trace of every migration that ends here as source.
+	Traces trace.Tracer
 }
 
 // Manager runs this host's end of every migration. Safe for concurrent use.

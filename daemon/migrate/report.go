@@ -76,7 +76,9 @@ func (r *report) enter(phase string) {
 func (r *report) endPhase() {
 	at := r.now()
 	if r.m.GetPhase() != "" {
-		r.m.Phases = append(r.m.Phases, &v1.Phase{Name: r.m.GetPhase(), Ms: millis(at.Sub(r.phaseAt))})
+		r.m.Phases = append(r.m.Phases, &v1.Phase{
+			Name: r.m.GetPhase(), Ms: millis(at.Sub(r.phaseAt)), AtMs: millis(r.phaseAt.Sub(r.started)),
+		})
 	}
 	r.phaseAt = at
 }
@@ -87,7 +89,7 @@ func (r *report) round(res RoundResult, remaining int64, dirtyPagesPerSecond flo
 		r.m.Rounds = append(r.m.Rounds, &v1.Round{
 			N: uint32(res.N), Pages: int64(res.Pages),
 			BytesRaw: int64(res.BytesRaw), BytesSent: int64(res.BytesSent), Ms: millis(res.Duration),
-			ThrottledCpus: res.CPUs,
+			ThrottledCpus: res.CPUs, AtMs: millis(r.now().Add(-res.Duration).Sub(r.started)),
 		})
 		r.m.Pages += int64(res.Pages)
 		r.m.BytesRaw += int64(res.BytesRaw)

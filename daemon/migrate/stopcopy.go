@@ -67,6 +67,7 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	if err := o.isolate(ctx); err != nil {
 		return err
 	}
+	o.report.set(func(m *v1.Migration) { m.FrozenAtMs = millis(o.frozenAt.Sub(o.report.started)) })
 	o.step("freeze", o.frozenAt)
 	if err := failpoint.Hit(ctx, "source.frozen"); err != nil {
 		return err

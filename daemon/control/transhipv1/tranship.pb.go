@@ -2429,11 +2429,11 @@ type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Ms    float64                `protobuf:"fixed64,2,opt,name=ms,proto3" json:"ms,omitempty"`
+	AtMs  float64                `protobuf:"fixed64,3,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"` // begin: of a phase after started_at, of a part of a blackout after frozen_at
 	// Of the parts of a blackout:
-	AtMs          float64 `protobuf:"fixed64,3,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"` // begin, after the first frozen task, by the source's clock
-	Node          string  `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
-	Of            string  `protobuf:"bytes,5,opt,name=of,proto3" json:"of,omitempty"`                                               // the part that it is a part of; then at_ms may be unknown: -1
-	StartedUnixNs int64   `protobuf:"varint,6,opt,name=started_unix_ns,json=startedUnixNs,proto3" json:"started_unix_ns,omitempty"` // between hosts: begin, by the sender's clock
+	Node          string `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Of            string `protobuf:"bytes,5,opt,name=of,proto3" json:"of,omitempty"`                                               // the part that it is a part of; then at_ms may be unknown: -1
+	StartedUnixNs int64  `protobuf:"varint,6,opt,name=started_unix_ns,json=startedUnixNs,proto3" json:"started_unix_ns,omitempty"` // between hosts: begin, by the sender's clock
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2518,6 +2518,7 @@ type Round struct {
 	BytesSent     int64                  `protobuf:"varint,4,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
 	Ms            float64                `protobuf:"fixed64,5,opt,name=ms,proto3" json:"ms,omitempty"`
 	ThrottledCpus float64                `protobuf:"fixed64,6,opt,name=throttled_cpus,json=throttledCpus,proto3" json:"throttled_cpus,omitempty"`
+	AtMs          float64                `protobuf:"fixed64,7,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2594,6 +2595,13 @@ func (x *Round) GetThrottledCpus() float64 {
 	return 0
 }
 
+func (x *Round) GetAtMs() float64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
 type Migration struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2618,6 +2626,7 @@ type Migration struct {
 	Code            string                 `protobuf:"bytes,20,opt,name=code,proto3" json:"code,omitempty"`                                         // stable cause when aborted: cancelled, deadline, link, …
 	Blackout        []*Phase               `protobuf:"bytes,21,rep,name=blackout,proto3" json:"blackout,omitempty"`                                 // the blackout split by step
 	ClockErrorMs    float64                `protobuf:"fixed64,22,opt,name=clock_error_ms,json=clockErrorMs,proto3" json:"clock_error_ms,omitempty"` // the hosts' clocks agree within this, as far as measured
+	FrozenAtMs      float64                `protobuf:"fixed64,23,opt,name=frozen_at_ms,json=frozenAtMs,proto3" json:"frozen_at_ms,omitempty"`       // after started_at; 0 if it was not frozen
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2802,6 +2811,13 @@ func (x *Migration) GetBlackout() []*Phase {
 func (x *Migration) GetClockErrorMs() float64 {
 	if x != nil {
 		return x.ClockErrorMs
+	}
+	return 0
+}
+
+func (x *Migration) GetFrozenAtMs() float64 {
+	if x != nil {
+		return x.FrozenAtMs
 	}
 	return 0
 }
@@ -8610,7 +8626,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x05at_ms\x18\x03 \x01(\x01R\x04atMs\x12\x12\n" +
 	"\x04node\x18\x04 \x01(\tR\x04node\x12\x0e\n" +
 	"\x02of\x18\x05 \x01(\tR\x02of\x12&\n" +
-	"\x0fstarted_unix_ns\x18\x06 \x01(\x03R\rstartedUnixNs\"\x9e\x01\n" +
+	"\x0fstarted_unix_ns\x18\x06 \x01(\x03R\rstartedUnixNs\"\xb3\x01\n" +
 	"\x05Round\x12\f\n" +
 	"\x01n\x18\x01 \x01(\rR\x01n\x12\x14\n" +
 	"\x05pages\x18\x02 \x01(\x03R\x05pages\x12\x1b\n" +
@@ -8618,7 +8634,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
 	"bytes_sent\x18\x04 \x01(\x03R\tbytesSent\x12\x0e\n" +
 	"\x02ms\x18\x05 \x01(\x01R\x02ms\x12%\n" +
-	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\"\xfa\x04\n" +
+	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\x12\x13\n" +
+	"\x05at_ms\x18\a \x01(\x01R\x04atMs\"\x9c\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1c\n" +
@@ -8644,7 +8661,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04role\x18\x13 \x01(\tR\x04role\x12\x12\n" +
 	"\x04code\x18\x14 \x01(\tR\x04code\x12.\n" +
 	"\bblackout\x18\x15 \x03(\v2\x12.tranship.v1.PhaseR\bblackout\x12$\n" +
-	"\x0eclock_error_ms\x18\x16 \x01(\x01R\fclockErrorMs\"\x1f\n" +
+	"\x0eclock_error_ms\x18\x16 \x01(\x01R\fclockErrorMs\x12 \n" +
+	"\ffrozen_at_ms\x18\x17 \x01(\x01R\n" +
+	"frozenAtMs\"\x1f\n" +
 	"\rCancelRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"F\n" +
 	"\x0eCancelResponse\x124\n" +
