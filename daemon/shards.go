@@ -8,6 +8,7 @@ import (
 
 	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/transfer"
 )
 
 // services is what the local API shows of this host.
@@ -30,7 +31,7 @@ func (h *host) services() control.Services {
 			if err != nil {
 				return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w; tranship nodes lists the pool", err))
 			}
-			resp, err := peer.Run(ctx, connect.NewRequest(req))
+			resp, err := peer.Run(transfer.Once(ctx), connect.NewRequest(req))
 			if err != nil {
 				return nil, err
 			}

@@ -63,10 +63,30 @@ func HTTPClient(tlsFor func(node string) *tls.Config, resolve func(ctx context.C
 	return t, nil
 }
 
+// onceKey marks the context of a request that must not be sent twice.
+type onceKey struct{}
+
+// Once marks requests that may not run twice: see RoundTrip.
+func Once(ctx context.Context) context.Context { return context.WithValue(ctx, onceKey{}, true) }
+
 // RoundTrip sends a request. A peer that cannot be heard is ErrLinkLost, one
 // that is not who the URL names ErrUntrusted.
+//
+// A peer that was restarted since the last request knows nothing of the
+// connection, and says so when it is used. The request is then sent again on a
+// new one, unless Once forbids that: the old process may have worked on it.
 func (t *PeerTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.http.RoundTrip(req)
+	var restarted *quic.StatelessResetError
+	if once, _ := req.Context().Value(onceKey{}).(bool); errors.As(err, &restarted) && !once && req.GetBody != nil {
+		body, berr := req.GetBody()
+		if berr != nil {
+			return nil, errors.Join(linkError(err), berr)
+		}
+		again := req.Clone(req.Context())
+		again.Body = body
+		resp, err = t.http.RoundTrip(again)
+	}
 	if err != nil && req.Context().Err() == nil {
 		err = linkError(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -118,6 +119,97 @@ func TestTheAPIReconnectsAfterItsLinkWasLost(t *testing.T) {
 	h.socket.cut.Store(false)
 	if err := get(); err != nil {
 		t.Errorf("after it came back: %v", err)
+	}
+}
+
+// restart takes the process away as SIGKILL does, without a word, and another
+// one listens in its place.
+func (h *host) restart(t *testing.T, api http.Handler) {
+	t.Helper()
+	h.socket.cut.Store(true)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Listen(h.addr, h.server, api, newStore().accept, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- again.Serve(context.Background()) }()
+	t.Cleanup(func() {
+		if err := errors.Join(again.Close(), <-served); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestARequestToAPeerThatWasRestartedIsSentAgain(t *testing.T) {
+	var asked atomic.Int32
+	api := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		_, _ = io.Copy(w, r.Body)
+	})
+	h := newHost(t, hostOptions{accept: newStore().accept, api: api})
+	peers, err := HTTPClient(h.client, func(context.Context, string) (string, error) { return h.addr, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peers.Close()
+	post := func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://destination/", strings.NewReader("all of it"))
+		if err != nil {
+			return err
+		}
+		resp, err := (&http.Client{Transport: peers}).Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if got, err := io.ReadAll(resp.Body); err != nil || string(got) != "all of it" {
+			t.Errorf("%q, %v", got, err)
+		}
+		return nil
+	}
+	if err := post(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.restart(t, api)
+	if err := post(t.Context()); err != nil {
+		t.Errorf("after a restart: %v", err)
+	}
+	if n := asked.Load(); n != 2 {
+		t.Errorf("%d requests arrived", n)
+	}
+}
+
+func TestARequestThatMayNotRunTwiceIsNotSentAgain(t *testing.T) {
+	api := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	h := newHost(t, hostOptions{accept: newStore().accept, api: api})
+	peers, err := HTTPClient(h.client, func(context.Context, string) (string, error) { return h.addr, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peers.Close()
+	post := func() error {
+		req, err := http.NewRequestWithContext(Once(t.Context()), http.MethodPost, "https://destination/", strings.NewReader("once"))
+		if err != nil {
+			return err
+		}
+		resp, err := (&http.Client{Transport: peers}).Do(req)
+		if err == nil {
+			err = resp.Body.Close()
+		}
+		return err
+	}
+	if err := post(); err != nil {
+		t.Fatal(err)
+	}
+	h.restart(t, api)
+	if err := post(); !errors.Is(err, ErrLinkLost) {
+		t.Errorf("after a restart: %v", err)
+	}
+	if err := post(); err != nil {
+		t.Errorf("the next: %v", err)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/pagestore"
+	"github.com/tranship/tranship/internal/failpoint"
 )
 
 // server is one Serve.
@@ -179,8 +180,7 @@ func (s *server) receive(ctx context.Context, g *errgroup.Group, conn *net.UnixC
 		case gotZombie:
 			continue
 		case gotFinished:
-			s.finish()
-			return nil
+			return s.finish(ctx)
 		}
 		s.cfg.Log.Debug("task received", "pid", task.PID, "host_pid", task.HostPID)
 		f, err := s.adopt(task)
@@ -226,18 +226,22 @@ func (s *server) adopt(task Task) (*family, error) {
 }
 
 // finish says that the restored tasks are about to run.
-func (s *server) finish() {
+func (s *server) finish(ctx context.Context) error {
 	s.mu.Lock()
 	s.fillFrom = time.Now()
 	s.status.FinishedAt, s.status.Finished = s.fillFrom, true
 	families := s.families
 	s.mu.Unlock()
 	s.setState(StateFinished, nil)
+	if err := failpoint.Hit(ctx, "pages.fill"); err != nil {
+		return err
+	}
 	close(s.finished)
 	s.setState(StateFilling, nil)
 	for _, f := range families {
 		f.wakeUp()
 	}
+	return nil
 }
 
 // release gives the families' descriptors and buffers back. The families have

@@ -246,6 +246,8 @@ type Migration struct {
 	Pages      int64     `json:"pages"`
 	Phase      string    `json:"phase"`
 	Role       string    `json:"role"`
+	// FrozenAtMs is when the blackout began, after StartedAt; 0 if it did not.
+	FrozenAtMs float64 `json:"frozen_at_ms"`
 	// Blackout are the parts of the blackout, in the order in which they ended.
 	Blackout []Step `json:"blackout"`
 	// ClockErrorMs is how far the at_ms of the other host may be off.
@@ -259,7 +261,7 @@ func MigrationOf(m *v1.Migration) Migration {
 		Mode: m.GetMode(), Outcome: m.GetOutcome(), Reason: m.GetReason(), Code: m.GetCode(), Tracker: m.GetTracker(),
 		StartedAt: time.UnixMilli(m.GetStartedAtUnixMs()).UTC(), TotalMs: m.GetTotalMs(), BlackoutMs: m.GetBlackoutMs(),
 		Phases: phasesOf(m.GetPhases()), Rounds: []Round{}, BytesRaw: m.GetBytesRaw(), BytesSent: m.GetBytesSent(),
-		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: []Step{}, ClockErrorMs: m.GetClockErrorMs(),
+		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: []Step{}, ClockErrorMs: m.GetClockErrorMs(), FrozenAtMs: m.GetFrozenAtMs(),
 	}
 	for _, r := range m.GetRounds() {
 		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs(), ThrottledCPUs: r.GetThrottledCpus()})

@@ -90,6 +90,8 @@ type Manager struct {
 	busy     map[shardKey]string // which migration has a shard
 	holds    map[shardKey]*hold  // measurements, which give way to migrations
 	fixed    time.Duration       // the last blackout's fixed part, for the stop rule
+
+	turns *turns
 }
 
 type shardKey struct{ namespace, name string }
@@ -116,7 +118,7 @@ func New(cfg Config, journal *Journal, rt *runtime.Runtime, peers Peers, metrics
 	return &Manager{
 		cfg: cfg, journal: journal, rt: rt, peers: peers, metrics: metrics, log: log,
 		life: life, stop: stop,
-		outgoing: map[string]*outgoing{}, incoming: map[string]*incoming{}, busy: map[shardKey]string{},
+		outgoing: map[string]*outgoing{}, incoming: map[string]*incoming{}, busy: map[shardKey]string{}, turns: newTurns(),
 		fixed: initialFixed,
 	}, nil
 }

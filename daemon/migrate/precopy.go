@@ -78,7 +78,7 @@ func (o *outgoing) rounds(ctx context.Context) error {
 	var done []RoundResult
 	level, cpus := 0, 0.0
 	for {
-		n := len(done) + 1
+		n := o.nextRound()
 		if err := failpoint.Hit(ctx, "source.round"); err != nil {
 			return err
 		}
@@ -102,7 +102,10 @@ func (o *outgoing) rounds(ctx context.Context) error {
 				return err
 			}
 			if !slowed {
-				return nil
+				if rule.Levels = level; rule.Decide(done) != Continue {
+					return nil
+				}
+				continue
 			}
 			cpus = o.entry.Throttle.Set[len(o.entry.Throttle.Set)-1].CPUs()
 			level++
@@ -219,6 +222,9 @@ func (o *outgoing) sendExtent(ctx context.Context, r *transfer.Round, hostPID in
 	for at := e.Addr; at < e.End(); {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		if err := o.m.turns.wayFor(ctx, o); err != nil {
+			return err
 		}
 		chunk := buf[:min(uint64(len(buf)), e.End()-at)]
 		var gone []span

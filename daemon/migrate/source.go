@@ -27,7 +27,8 @@ import (
 //  1. reserve      pre-flight here and there; the destination holds room
 //  2. prepare      image content, then everything that the destination can build
 //  3. pre-copy     writable layer and log in bulk, then rounds of written pages
-//  4. stop         freeze, take the link down; last pages and CRIU's images
+//  4. stop         one shard of this host after the other: freeze, take the link
+//                   down; last pages and CRIU's images
 //  5. seal         the destination says that it has everything
 //  6. yield        journaled: from here only the destination may run the shard
 //  7. commit       the destination starts it, and answers when it runs
@@ -127,6 +128,10 @@ func (o *outgoing) run(ctx context.Context) error {
 		return fmt.Errorf("prepare %s on %s: %w", o.entry.Shard, o.entry.Peer, err)
 	}
 	if err := o.preCopy(ctx); err != nil {
+		return fmt.Errorf("pre-copy %s: %w", o.entry.Shard, err)
+	}
+	defer o.m.turns.leave(o)
+	if err := o.takeTurn(ctx); err != nil {
 		return fmt.Errorf("pre-copy %s: %w", o.entry.Shard, err)
 	}
 	if err := o.stopAndCopy(ctx); err != nil {

@@ -136,7 +136,11 @@ func (s StopRule) stalled(rounds []RoundResult) bool {
 	switch {
 	case level > 0:
 		rounds = rounds[slices.IndexFunc(rounds, func(r RoundResult) bool { return r.Level == level }):]
-		factor, patience = slowedFactor, 1
+		if level < s.Levels {
+			factor, patience = slowedFactor, 1
+		} else {
+			patience = throttleRounds // there is nothing left but to freeze it
+		}
 	default:
 		// The first round carries everything and says nothing about shrinking.
 		rounds = rounds[1:]

@@ -99,7 +99,8 @@ func TestAShardThatWritesFasterThanTheLinkIsSlowedInSteps(t *testing.T) {
 		{"half of it is progress", join(as(900, 500, 500, 490), at(1, as(480, 240)...)), Continue},
 		{"too little of it is not", join(as(900, 500, 500, 490), at(1, as(480, 400)...)), Throttle},
 		{"slow progress, later, is not either", join(as(900, 500, 500, 490), at(1, as(480, 240, 200)...)), Throttle},
-		{"there is an end to it", join(as(900, 500, 500, 490), at(1, as(480, 400)...), at(2, as(400, 390)...)), NotShrinking},
+		{"at the last step slow progress is all there is", join(as(900, 500, 500, 490), at(1, as(480, 400)...), at(2, as(400, 300, 240)...)), Continue},
+		{"there is an end to it", join(as(900, 500, 500, 490), at(1, as(480, 400)...), at(2, as(400, 390, 395)...)), NotShrinking},
 		{"a stall that fits the blackout needs no slowing", as(900, 25, 25, 25), Small},
 		// 20 MiB took 200 ms after 60 MiB in 600: the next takes 67 ms.
 		{"a rest that fits is made smaller while that is cheap", as(900, 60, 20), Continue},

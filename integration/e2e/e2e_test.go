@@ -176,10 +176,12 @@ type result struct {
 		BytesRaw      int64   `json:"bytes_raw"`
 		ThrottledCPUs float64 `json:"throttled_cpus"`
 	} `json:"rounds"`
-	BytesRaw     int64   `json:"bytes_raw"`
-	BytesSent    int64   `json:"bytes_sent"`
-	Pages        int64   `json:"pages"`
-	ClockErrorMs float64 `json:"clock_error_ms"`
+	BytesRaw     int64     `json:"bytes_raw"`
+	BytesSent    int64     `json:"bytes_sent"`
+	Pages        int64     `json:"pages"`
+	StartedAt    time.Time `json:"started_at"`
+	FrozenAtMs   float64   `json:"frozen_at_ms"`
+	ClockErrorMs float64   `json:"clock_error_ms"`
 	Blackout     []struct {
 		Name, Node, Of string
 		AtMs           float64 `json:"at_ms"`

@@ -389,6 +389,47 @@ func TestASecondMigrationOfAShardIsRefused(t *testing.T) {
 	f.mustBeWholeAt("host-2", digest)
 }
 
+// Moved at once, shards share the link and the processors, but each stands still
+// alone.
+func TestShardsThatMoveAtOnceStandStillOneAfterTheOther(t *testing.T) {
+	names := []string{"at-once-1", "at-once-2", "at-once-3"}
+	var all []*faulty
+	digests := map[string]string{}
+	for _, name := range names {
+		f := startFaulty(t, name)
+		digests[name] = f.digest()
+		all = append(all, f)
+	}
+	results := make(chan result, len(names))
+	for _, name := range names {
+		go func() {
+			r, _, err := migrate(t, name, "host-1", "host-2")
+			if err != nil {
+				t.Errorf("%s: %v (%s)", name, err, r.Reason)
+			}
+			results <- r
+		}()
+	}
+	type blackout struct{ from, to time.Time }
+	var seen []blackout
+	for range names {
+		r := <-results
+		from := r.StartedAt.Add(time.Duration(r.FrozenAtMs * float64(time.Millisecond)))
+		b := blackout{from, from.Add(time.Duration(r.BlackoutMs * float64(time.Millisecond)))}
+		t.Logf("%s: blackout %.0f ms, from %v", r.Shard, r.BlackoutMs, from.Format("05.000"))
+		for _, other := range seen {
+			// started_at has milliseconds.
+			if b.from.Add(2*time.Millisecond).Before(other.to) && other.from.Add(2*time.Millisecond).Before(b.to) {
+				t.Errorf("%s stood still from %v to %v, and another from %v to %v", r.Shard, b.from, b.to, other.from, other.to)
+			}
+		}
+		seen = append(seen, b)
+	}
+	for _, f := range all {
+		f.mustBeWholeAt("host-2", digests[f.name])
+	}
+}
+
 func TestTwoShardsCanChangePlaces(t *testing.T) {
 	a, b := startFaulty(t, "there"), startFaulty(t, "back")
 	da, db := a.digest(), b.digest()

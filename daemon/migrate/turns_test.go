@@ -1,0 +1,72 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestShardsStandStillOneAfterTheOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns()
+		standing, most, done := 0, 0, make(chan bool)
+		for range 10 {
+			go func() {
+				o := &outgoing{}
+				if _, err := turns.take(t.Context(), o); err != nil {
+					t.Error(err)
+				}
+				standing++
+				most = max(most, standing)
+				time.Sleep(200 * time.Millisecond) // the blackout
+				standing--
+				turns.leave(o)
+				turns.leave(o) // may run twice
+				done <- true
+			}()
+		}
+		began := time.Now()
+		for range 10 {
+			<-done
+		}
+		if took := time.Since(began); most != 1 || took != 2*time.Second {
+			t.Errorf("%d at once, %v", most, took)
+		}
+	})
+}
+
+func TestPreCopyGivesWayToABlackoutButNotForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns()
+		first, other := &outgoing{}, &outgoing{}
+		if waited, err := turns.take(t.Context(), first); waited || err != nil {
+			t.Fatal(waited, err)
+		}
+		began := time.Now()
+		if err := turns.wayFor(t.Context(), first); err != nil || time.Since(began) != 0 {
+			t.Error("the last round of the blackout itself waits for it")
+		}
+		time.AfterFunc(150*time.Millisecond, func() { turns.leave(first) })
+		if err := turns.wayFor(t.Context(), other); err != nil || time.Since(began) != 150*time.Millisecond {
+			t.Error(time.Since(began), err)
+		}
+		if _, err := turns.take(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		began = time.Now()
+		if err := turns.wayFor(t.Context(), other); err != nil || time.Since(began) != giveWay {
+			t.Error("a blackout that does not end:", time.Since(began), err)
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		stop := errors.New("stop")
+		time.AfterFunc(time.Millisecond, func() { cancel(stop) })
+		if _, err := turns.take(ctx, other); !errors.Is(err, stop) {
+			t.Error(err)
+		}
+		if err := turns.wayFor(ctx, other); !errors.Is(err, stop) {
+			t.Error(err)
+		}
+	})
+}
