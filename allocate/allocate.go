@@ -148,8 +148,9 @@ type Host struct {
 	Zone     string
 	Labels   map[string]string
 	Capacity Amount
-	Cost     float64 // an hour, in any currency
-	Link     float64 // bytes/s for moves
+	Cost     float64       // an hour, in any currency
+	Link     float64       // bytes/s for moves
+	Blackout time.Duration // of moves from here, without their last pages; zero: as where it was measured first
 	Cordoned bool
 	Data     map[string]bool // digests of layers and volumes that it has
 }

@@ -53,7 +53,7 @@ func (r *turn) consolidate() {
 		}
 		p.cands = p.targets(r.now, r.v, s, Consolidate, p.cands)
 		if len(p.cands) > 0 {
-			r.move(s, Consolidate, p.cfg.HostHour*r.v.Host.Cost/float64(n), CostOf(s.Bytes, s.Dirty, r.v.Host.Link))
+			r.move(s, Consolidate, p.cfg.HostHour*r.v.Host.Cost/float64(n), r.v.Host.cost(s))
 		}
 	}
 }
@@ -85,7 +85,7 @@ func (r *turn) fits() (stay []*Shard, ok bool) {
 		if !p.movable(r.now, s) {
 			return nil, false
 		}
-		price += p.cfg.price(CostOf(s.Bytes, s.Dirty, r.v.Host.Link), s.Priority)
+		price += p.cfg.price(r.v.Host.cost(s), s.Priority)
 		stay = append(stay, s)
 	}
 	if len(stay) == 0 || !p.Leaving() && p.cfg.SpareHours*p.cfg.HostHour*r.v.Host.Cost <= p.cfg.Margin*price {

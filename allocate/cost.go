@@ -25,7 +25,17 @@ const (
 // CostOf is what pre-copying bytes of memory, of which dirty bytes/s are
 // written again, takes over link bytes/s: each round sends what was written
 // during the one before (Clark et al., NSDI 2005).
-func CostOf(bytes, dirty, link float64) MoveCost {
+func CostOf(bytes, dirty, link float64) MoveCost { return costOf(bytes, dirty, link, baseBlackout) }
+
+// cost of moving s away from the host.
+func (h *Host) cost(s *Shard) MoveCost {
+	if h.Blackout > 0 {
+		return costOf(s.Bytes, s.Dirty, h.Link, h.Blackout)
+	}
+	return CostOf(s.Bytes, s.Dirty, h.Link)
+}
+
+func costOf(bytes, dirty, link float64, base time.Duration) MoveCost {
 	if link <= 0 {
 		return MoveCost{Bytes: bytes, Takes: math.MaxInt64, Blackout: math.MaxInt64}
 	}
@@ -45,7 +55,7 @@ func CostOf(bytes, dirty, link float64) MoveCost {
 	if took*dirty == 0 {
 		last = 0
 	}
-	blackout := baseBlackout.Seconds() + last/link
+	blackout := base.Seconds() + last/link
 	return MoveCost{Bytes: sent + last, Takes: seconds(took + blackout), Blackout: seconds(blackout)}
 }
 

@@ -309,7 +309,7 @@ const tie = 1.1
 // worth of moving s: what it saves, and that less its cost with the margin.
 func (r *turn) worth(s *Shard) (benefit, net float64, cost MoveCost) {
 	p := r.p
-	cost = CostOf(s.Bytes, s.Dirty, r.v.Host.Link)
+	cost = r.v.Host.cost(s)
 	without := p.sum.strainWith(s.Workload, &s.Demand, -1, &r.v.Host.Capacity)
 	// What happens before the move ends is not saved.
 	late := min(1, cost.Takes.Seconds()/horizon[0].until.Seconds())

@@ -2,6 +2,7 @@ package allocate
 
 import (
 	"cmp"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -147,6 +148,39 @@ func (p *Peer) Unfit(now time.Time, s *Shard, c *Config) string {
 		}
 	}
 	return ""
+}
+
+// Refusal is why a peer may not take a shard, in words that follow its name.
+type Refusal struct {
+	Host HostID
+	Why  string
+}
+
+var unfitWords = map[string]string{
+	UnfitCordoned: "takes no shards now", UnfitZone: "is in another zone", UnfitSpread: "is in a zone that has enough of the workload",
+	UnfitLabel: "lacks a label that it needs", UnfitLeft: "is where it came from",
+}
+
+// Refusals are of those of the peers that the last round sampled that may not
+// take s, as far as its own host can tell.
+func (p *Planner) Refusals(now time.Time, s *Shard, reason Reason) (out []Refusal) {
+	for _, peer := range p.peers {
+		why, unfit := "", peer.Unfit(now, s, &p.cfg)
+		if unfit != "" {
+			if why = unfitWords[unfit]; why == "" {
+				why = "has no " + unfit + " to spare"
+			}
+		} else {
+			chance, _ := peer.after(s, p.Correlation())
+			if worst := p.cfg.worst(chance, reason); worst > p.cfg.limit(reason) {
+				why = fmt.Sprintf("would be overloaded with probability %.2f", worst)
+			}
+		}
+		if why != "" {
+			out = append(out, Refusal{peer.ID, why})
+		}
+	}
+	return out
 }
 
 // targets are the sampled peers that may take s, best first.

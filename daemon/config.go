@@ -11,6 +11,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/tranship/tranship/daemon/balance"
 	"github.com/tranship/tranship/daemon/peers/gossip"
 )
 
@@ -25,6 +26,9 @@ type Config struct {
 	StateDir string `toml:"state_dir"`
 	// RunDir does not: sockets, network namespaces, page stores.
 	RunDir string `toml:"run_dir"`
+	// Autopilot is off, advise (the default: plan and tell) or on (do it), for
+	// shards without the label tranship.io/autopilot. Off is off for all.
+	Autopilot string `toml:"autopilot"`
 
 	Host       HostConfig       `toml:"host"`
 	API        APIConfig        `toml:"api"`
@@ -35,6 +39,7 @@ type Config struct {
 	Network    NetworkConfig    `toml:"network"`
 	Metrics    MetricsConfig    `toml:"metrics"`
 	Profile    ProfileConfig    `toml:"profile"`
+	Balance    BalanceConfig    `toml:"balance"`
 	CRIU       CRIUConfig       `toml:"criu"`
 	Store      StoreConfig      `toml:"store"`
 	Log        LogConfig        `toml:"log"`
@@ -78,6 +83,18 @@ type HostConfig struct {
 	Labels map[string]string `toml:"labels"`
 	// CostPerHour is in whatever the pool counts; 0 is unknown.
 	CostPerHour float64 `toml:"cost_per_hour"`
+	// CPUs and MemoryBytes are what shards may have of the host; 0 is all but what
+	// the host itself uses.
+	CPUs        float64 `toml:"cpus"`
+	MemoryBytes int64   `toml:"memory_bytes"`
+}
+
+// BalanceConfig is the planning of shards' limits and places.
+type BalanceConfig struct {
+	// EverySeconds is the time between two rounds.
+	EverySeconds int `toml:"every_seconds"`
+	// Consolidate lets hosts be emptied to spare them.
+	Consolidate bool `toml:"consolidate"`
 }
 
 // maxLabels is far beyond use.
@@ -142,6 +159,8 @@ func DefaultConfig() Config {
 	return Config{
 		StateDir:   "/var/lib/tranship",
 		RunDir:     "/run/tranship",
+		Autopilot:  string(balance.Advise),
+		Balance:    BalanceConfig{EverySeconds: 5},
 		API:        APIConfig{Socket: "/run/tranship/tranship.sock", Group: "tranship"},
 		Containerd: ContainerdConfig{Address: "/run/containerd/containerd.sock", Snapshotter: "overlayfs"},
 		PKI: PKIConfig{
@@ -232,6 +251,7 @@ func (c Config) validate() error {
 		bad("%w", err)
 	}
 	c.validatePool(bad)
+	c.validateBalance(bad)
 	seen := map[string]bool{c.Node: true}
 	for i, p := range c.Peers {
 		switch {
@@ -248,6 +268,21 @@ func (c Config) validate() error {
 // shutdownGrace is how long an orderly stop waits for running migrations to
 // abort before the journal is left to the next start.
 const shutdownGrace = 20 * time.Second
+
+func (c Config) validateBalance(bad func(format string, args ...any)) {
+	if _, err := balance.ParseMode(c.Autopilot); err != nil {
+		bad("autopilot: %v", err)
+	}
+	if every := time.Duration(c.Balance.EverySeconds) * time.Second; every < balance.MinEvery || every > balance.MaxEvery {
+		bad("balance.every_seconds: %d is not between %v and %v", c.Balance.EverySeconds, balance.MinEvery.Seconds(), balance.MaxEvery.Seconds())
+	}
+	if v := c.Host.CPUs; !(v == 0 || v >= 0.01 && v <= 1<<16) { // NaN too
+		bad("host.cpus: %v is not 0 (all there are) or between 0.01 and %d", v, 1<<16)
+	}
+	if v := c.Host.MemoryBytes; v < 0 || v > 1<<50 {
+		bad("host.memory_bytes: %d is not between 0 (all there is) and 1 PiB", v)
+	}
+}
 
 // validatePool checks what the other hosts are told of this one.
 func (c Config) validatePool(bad func(format string, args ...any)) {

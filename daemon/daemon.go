@@ -27,7 +27,9 @@ import (
 
 	"github.com/tranship/tranship/checkpoint/criu"
 	"github.com/tranship/tranship/checkpoint/track"
+	"github.com/tranship/tranship/daemon/balance"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/forecasts"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers"
 	"github.com/tranship/tranship/daemon/profiler"
@@ -73,6 +75,9 @@ type host struct {
 	facts   hostFacts
 	// profiles is nil when they are off, or this machine has none.
 	profiles *profiler.Profiler
+	// forecasts and balance are nil without profiles.
+	forecasts *forecasts.Keeper
+	balance   *balance.Balancer
 
 	closers []func() error
 }
@@ -131,6 +136,7 @@ func (h *host) start(ctx context.Context) error {
 		return err
 	}
 	h.startProfiles()
+	h.startBalance()
 	if h.peers != nil {
 		if err := h.listenForPeers(serverTLS); err != nil {
 			return err
@@ -204,6 +210,7 @@ func (h *host) listenForPeers(conf *serverTLS) error {
 	moves := migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}))
 	mux.Handle(transhipv1connect.NewPeerHandler(&guarded{PeerHandler: moves, h: h}, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewPoolHandler(&poolHandler{h: h}, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewRoomsHandler(&roomsHandler{h: h}, handlerOptions()...))
 	var err error
 	if h.pages, err = transfer.Listen(h.cfg.Peer.Listen, conf, mux, h.moves.AcceptPages, h.log); err != nil {
 		return err
@@ -266,6 +273,9 @@ func (h *host) serve(ctx context.Context) error {
 	}
 	if h.profiles != nil {
 		g.Go(func() error { return h.profiles.Run(ctx) })
+	}
+	if h.balance != nil {
+		g.Go(func() error { return h.balance.Run(ctx) })
 	}
 	if h.cluster != nil {
 		g.Go(func() error { return h.cluster.run(ctx) })

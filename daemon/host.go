@@ -105,6 +105,7 @@ func (h *host) localAPI() http.Handler {
 	mux.Handle(transhipv1connect.NewClusterHandler(&clusterHandler{h: h}, handlerOptions()...))
 	control.Mount(mux, h.services(), handlerOptions()...)
 	h.mountProfiles(mux)
+	h.mountBalance(mux)
 	return mux
 }
 

@@ -67,6 +67,7 @@ func (h *host) startProfiles() {
 	h.onClose(p.Close)
 	h.metrics.MustRegister(p.NewCollector())
 	if keeper != nil {
+		h.forecasts = keeper
 		h.metrics.MustRegister(keeper.NewCollector())
 	}
 }

@@ -28,6 +28,7 @@ type Client struct {
 	Migrations transhipv1connect.MigrationsClient
 	Profiles   transhipv1connect.ProfilesClient
 	Cluster    transhipv1connect.ClusterClient
+	Balance    transhipv1connect.BalanceClient
 	http       *http.Client
 }
 
@@ -60,6 +61,7 @@ func NewClient(address string) (*Client, error) {
 		Migrations: transhipv1connect.NewMigrationsClient(hc, base, opts...),
 		Profiles:   transhipv1connect.NewProfilesClient(hc, base, opts...),
 		Cluster:    transhipv1connect.NewClusterClient(hc, base, opts...),
+		Balance:    transhipv1connect.NewBalanceClient(hc, base, opts...),
 		http:       hc,
 	}, nil
 }

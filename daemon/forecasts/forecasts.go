@@ -485,6 +485,28 @@ func (k *Keeper) Forecast(namespace, name string, signal profile.Signal, h time.
 	return f.Forecast(h, target)
 }
 
+// Curves are the quantiles of the value of a signal so far ahead of at, the end
+// of the newest ten seconds.
+func (k *Keeper) Curves(namespace, name string, signal profile.Signal, ahead []time.Duration) (out []predict.Quantiles, at time.Time, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	f, sh, err := k.find(namespace+"/"+name, signal)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	for _, h := range ahead {
+		if h > reach(f) {
+			return nil, time.Time{}, ErrReach
+		}
+		q, err := f.Forecast(h, predict.Value)
+		if err != nil {
+			return nil, time.Time{}, err
+		}
+		out = append(out, q)
+	}
+	return out, sh.until, nil
+}
+
 // find looks a forecaster up. k.mu is held.
 func (k *Keeper) find(key string, signal profile.Signal) (*predict.Forecaster, *shard, error) {
 	sh := k.shards[key]

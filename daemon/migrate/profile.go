@@ -36,6 +36,37 @@ func (m *Manager) CameFrom(namespace, name string) (migration, node string, ok b
 	return last.ID, last.Peer, true
 }
 
+// Arrival is how a shard came to this host last.
+type Arrival struct {
+	At   time.Time // by this host's clock
+	From string
+}
+
+// Arrivals are those that the journal knows, by namespace and name.
+func (m *Manager) Arrivals() (map[[2]string]Arrival, error) {
+	entries, err := m.journal.List()
+	if err != nil {
+		return nil, err
+	}
+	came := map[[2]string]Arrival{}
+	for _, e := range entries {
+		at := [2]string{e.Namespace, e.Shard}
+		if e.Role == Destination && e.State == Done && e.Updated.After(came[at].At) {
+			came[at] = Arrival{At: e.Updated, From: e.Peer}
+		}
+	}
+	return came, nil
+}
+
+// Coming are the shards that migrations are bringing here, by namespace and name.
+func (m *Manager) Coming() map[[2]string]bool {
+	out := map[[2]string]bool{}
+	for _, in := range m.allIncoming() {
+		out[[2]string{in.entry.Namespace, in.entry.Shard}] = true
+	}
+	return out
+}
+
 // hold is a measurement that has a shard's memory tracked.
 type hold struct {
 	cancel context.CancelCauseFunc

@@ -119,6 +119,14 @@ func (d *Directory) Pool(node string) (transhipv1connect.PoolClient, error) {
 	return transhipv1connect.NewPoolClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
 }
 
+// Rooms speaks the API of room for shards with a node.
+func (d *Directory) Rooms(node string) (transhipv1connect.RoomsClient, error) {
+	if _, err := d.address(node); err != nil {
+		return nil, err
+	}
+	return transhipv1connect.NewRoomsClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
+}
+
 // Dial opens a page session with a node.
 func (d *Directory) Dial(ctx context.Context, node, migration string, opt transfer.Options) (*transfer.Session, error) {
 	addr, err := d.address(node)

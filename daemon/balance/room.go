@@ -1,0 +1,204 @@
+package balance
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/tranship/tranship/allocate"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/internal/failpoint"
+)
+
+// booking is room that was promised to a shard of another host.
+type booking struct {
+	shard    allocate.Shard
+	from     string
+	reason   allocate.Reason
+	expires  time.Time
+	landed   bool // it runs here
+	landedAt time.Time
+}
+
+// Vetoes of the daemon's own, beside allocate's.
+const (
+	vetoNotReady allocate.VetoCode = "not-ready" // nothing has been planned here yet, or lately
+	vetoTaken    allocate.VetoCode = "taken"     // a shard of this name is here, or promised a place to another host
+)
+
+const (
+	// stale: forecasts that are older say nothing of the room there is.
+	stale = 2 * time.Minute
+	// slower than this host thinks may a move be: a source that names hours would
+	// keep room from others.
+	slower = 4
+)
+
+// Room is what this host tells a peer of itself.
+func (b *Balancer) Room(ctx context.Context, peer string) (*v1.RoomResponse, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.viewAt.IsZero() {
+		return nil, connect.NewError(connect.CodeUnavailable, fmt.Errorf("%s has not looked at its own shards yet", b.facts.Name))
+	}
+	view := b.view
+	view.Held = b.ledger.Held(b.now())
+	self := b.acting.Self(&view)
+	self.Leaving = self.Leaving || b.facts.Draining
+	if err := failpoint.Hit(ctx, "balance.lie."+peer); err != nil {
+		// A host that claims to be empty.
+		self.Load, self.Usage, self.Shards = allocate.Demand{}, allocate.Amount{}, 0
+	}
+	return roomMessage(&self), nil
+}
+
+// Book keeps room for a shard of peer, or says why not. What cannot be computed
+// with is InvalidArgument.
+func (b *Balancer) Book(peer string, m *v1.BookRequest) (*v1.BookResponse, error) {
+	req, err := requestOf(peer, m)
+	if err != nil {
+		b.mu.Lock()
+		b.counts.garbage++
+		b.mu.Unlock()
+		b.log.Warn("balance: a request for room cannot be computed with", "peer", peer, "err", err)
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := b.now()
+	r, veto := b.reserve(now, peer, req)
+	if veto != nil {
+		b.counts.vetoes[veto.Code]++
+		b.log.Info("balance: no room", "peer", peer, "shard", req.Shard.ID, "err", veto)
+		return &v1.BookResponse{Veto: string(veto.Code), Words: vetoWords(veto)}, nil
+	}
+	b.booked[req.Shard.ID] = &booking{shard: req.Shard, from: peer, reason: req.Reason, expires: r.Expires}
+	b.counts.granted++
+	b.log.Info("balance: room is kept", "peer", peer, "shard", req.Shard.ID, "until", r.Expires)
+	return &v1.BookResponse{HoldsMs: r.Expires.Sub(now).Milliseconds()}, nil
+}
+
+// reserve asks the ledger. b.mu is held.
+func (b *Balancer) reserve(now time.Time, peer string, req allocate.Request) (allocate.Reservation, *allocate.Veto) {
+	no := func(code allocate.VetoCode) (allocate.Reservation, *allocate.Veto) {
+		return allocate.Reservation{}, &allocate.Veto{Host: allocate.HostID(b.facts.Name), Code: code}
+	}
+	facts := b.cfg.Host.Facts()
+	switch {
+	case b.viewAt.IsZero() || now.Sub(b.viewAt) > stale || b.trouble != "":
+		return no(vetoNotReady)
+	case facts.Draining:
+		return no(allocate.VetoLeaving)
+	}
+	if other := b.booked[req.Shard.ID]; other != nil && other.from != peer {
+		return no(vetoTaken)
+	}
+	for i := range b.view.Shards {
+		if b.view.Shards[i].ID == req.Shard.ID {
+			return no(vetoTaken)
+		}
+	}
+	host := b.view.Host
+	host.Cordoned = facts.Cordoned
+	req.Takes = min(req.Takes, slower*allocate.CostOf(req.Shard.Bytes, req.Shard.Dirty, host.Link).Takes+b.acting.Config().Hold)
+	return b.ledger.Reserve(now, allocate.Own{
+		Host: &host, Shards: b.withArriving(now, b.view.Shards), Leaving: b.acting.Leaving(), Correlation: b.acting.Correlation(),
+	}, req)
+}
+
+// withArriving adds shards whose promise has run out while they were still on
+// their way.
+func (b *Balancer) withArriving(now time.Time, shards []allocate.Shard) []allocate.Shard {
+	for id, x := range b.booked {
+		if !x.expires.After(now) && (b.facts.Arriving[id] || x.landed) && !b.here(id) {
+			shards = append(shards[:len(shards):len(shards)], x.shard)
+		}
+	}
+	return shards
+}
+
+func (b *Balancer) here(id allocate.ShardID) bool {
+	for i := range b.view.Shards {
+		if b.view.Shards[i].ID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// Unbook ends a promise. Only who asked for it may.
+func (b *Balancer) Unbook(peer string, m *v1.UnbookRequest) (*v1.UnbookResponse, error) {
+	id := shardID(m.GetNamespace(), m.GetName())
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	x := b.booked[id]
+	if x == nil {
+		return &v1.UnbookResponse{}, nil // it ended by itself
+	}
+	if x.from != peer {
+		return nil, connect.NewError(connect.CodePermissionDenied, fmt.Errorf("room for %s was asked for by another host than %s", id, peer))
+	}
+	c := m.GetCost()
+	if c == nil {
+		b.ledger.Release(id)
+		delete(b.booked, id)
+		return &v1.UnbookResponse{}, nil
+	}
+	// It is kept until the shard is seen here, or runs out.
+	x.landed, x.landedAt = true, b.now()
+	if good(c.GetDirtyBytesPerSecond()) && good(c.GetBytes()) {
+		b.costs.adopt(x.landedAt, id, c.GetDirtyBytesPerSecond())
+		if err := b.store.writeCosts(&b.costs); err != nil {
+			b.log.Warn("balance: costs", "err", err)
+		}
+	}
+	return &v1.UnbookResponse{}, nil
+}
+
+// tend drops promises whose shard is here, or will not come. b.mu is held.
+func (b *Balancer) tend(now time.Time, shards []allocate.Shard) {
+	running := map[allocate.ShardID]bool{}
+	for i := range shards {
+		running[shards[i].ID] = true
+	}
+	b.ledger.Held(now)
+	for id, x := range b.booked {
+		if running[id] && !b.facts.Arriving[id] {
+			if !x.landed {
+				x.landed, x.landedAt = true, now // the source's word was lost
+			}
+			b.ledger.Release(id)
+		}
+		if over := x.landed && now.Sub(x.landedAt) > settling; over || !x.landed && !x.expires.After(now) && !b.facts.Arriving[id] {
+			if !over {
+				b.counts.expired++
+			}
+			b.ledger.Release(id)
+			delete(b.booked, id)
+		}
+	}
+}
+
+func vetoWords(v *allocate.Veto) string {
+	switch v.Code {
+	case vetoNotReady:
+		return fmt.Sprintf("%s refuses: it has not looked at its own shards lately", v.Host)
+	case vetoTaken:
+		return fmt.Sprintf("%s refuses: a shard of this name is there, or was promised a place for another host", v.Host)
+	case allocate.VetoUsage:
+		return fmt.Sprintf("%s refuses: what its shards use now leaves too little, %.3g are missing", v.Host, v.Value)
+	case allocate.VetoMemory:
+		return fmt.Sprintf("%s refuses: %.0f MiB of memory would be missing", v.Host, v.Value/(1<<20))
+	case allocate.VetoSpread:
+		return fmt.Sprintf("%s refuses: it runs as many shards of the workload as allowed, or one to keep away from", v.Host)
+	case allocate.VetoInFlight:
+		return fmt.Sprintf("%s refuses: as many shards as allowed are on their way there", v.Host)
+	case allocate.VetoCordoned:
+		return fmt.Sprintf("%s refuses: it is cordoned", v.Host)
+	case allocate.VetoLeaving:
+		return fmt.Sprintf("%s refuses: it is being emptied", v.Host)
+	}
+	return v.Error()
+}
