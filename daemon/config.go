@@ -45,6 +45,19 @@ type Config struct {
 	Log        LogConfig        `toml:"log"`
 	Traces     TracesConfig     `toml:"traces"`
 	Peers      []StaticPeer     `toml:"peers"`
+
+	// Tenants by name: what the owner of a workload, this host, lets them use.
+	Tenants map[string]TenantConfig `toml:"tenants"`
+}
+
+// TenantConfig bounds what all shards of a tenant may count on; 0 is no bound.
+type TenantConfig struct {
+	CPUs        float64 `toml:"cpus"`
+	MemoryBytes int64   `toml:"memory_bytes"`
+	Shards      int     `toml:"shards"`
+	// Weight is the tenant's share against others, for whoever has to choose
+	// between them; 0 counts as 1.
+	Weight float64 `toml:"weight"`
 }
 
 // APIConfig is the local API on a unix socket.
@@ -252,6 +265,11 @@ func (c Config) validate() error {
 	}
 	c.validatePool(bad)
 	c.validateBalance(bad)
+	for name, t := range c.Tenants {
+		if !(t.CPUs >= 0 && t.CPUs <= 1e6) || t.MemoryBytes < 0 || t.Shards < 0 || !(t.Weight >= 0 && t.Weight <= 1e6) { // NaN too
+			bad("tenants.%s: cpus, memory_bytes, shards and weight are 0 (no bound) or more", name)
+		}
+	}
 	seen := map[string]bool{c.Node: true}
 	for i, p := range c.Peers {
 		switch {

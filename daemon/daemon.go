@@ -34,6 +34,7 @@ import (
 	"github.com/tranship/tranship/daemon/peers"
 	"github.com/tranship/tranship/daemon/profiler"
 	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/daemon/workloads/steward"
 	"github.com/tranship/tranship/transfer"
 )
 
@@ -69,6 +70,7 @@ type host struct {
 	drains  drains
 	metrics *prometheus.Registry
 	moves   *migrate.Manager
+	steward *steward.Steward
 	pages   *transfer.Server
 	api     net.Listener
 	scrape  net.Listener
@@ -133,6 +135,9 @@ func (h *host) start(ctx context.Context) error {
 	h.metrics = prometheus.NewRegistry()
 	h.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if err := h.startMigrations(ctx, store); err != nil {
+		return err
+	}
+	if err := h.startWorkloads(ctx); err != nil {
 		return err
 	}
 	h.startProfiles()
@@ -209,6 +214,7 @@ func (h *host) listenForPeers(conf *serverTLS) error {
 	mux := http.NewServeMux()
 	moves := migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}))
 	mux.Handle(transhipv1connect.NewPeerHandler(&guarded{PeerHandler: moves, h: h}, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewWorkloadHostsHandler(steward.Peers{Steward: h.steward}, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewPoolHandler(&poolHandler{h: h}, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewRoomsHandler(&roomsHandler{h: h}, handlerOptions()...))
 	var err error
@@ -277,6 +283,7 @@ func (h *host) serve(ctx context.Context) error {
 	if h.balance != nil {
 		g.Go(func() error { return h.balance.Run(ctx) })
 	}
+	g.Go(func() error { return h.steward.Run(ctx) })
 	if h.cluster != nil {
 		g.Go(func() error { return h.cluster.run(ctx) })
 	}

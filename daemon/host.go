@@ -20,6 +20,7 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers/pki"
+	"github.com/tranship/tranship/daemon/workloads/steward"
 	"github.com/tranship/tranship/transfer"
 )
 
@@ -103,6 +104,7 @@ func (h *host) localAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle(transhipv1connect.NewMigrationsHandler(h.moves, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewClusterHandler(&clusterHandler{h: h}, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewWorkloadsHandler(steward.Local{Steward: h.steward}, handlerOptions()...))
 	control.Mount(mux, h.services(), handlerOptions()...)
 	h.mountProfiles(mux)
 	h.mountBalance(mux)

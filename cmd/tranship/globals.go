@@ -72,7 +72,7 @@ func verbs(g *globals) []*cobra.Command {
 	return []*cobra.Command{
 		newRunCommand(g), newPsCommand(g), newInspectCommand(g), newLogsCommand(g), newStopCommand(g), newRmCommand(g),
 		newCheckCommand(g), newMigrateCommand(g), newCancelCommand(g), newMigrationsCommand(g),
-		newNodesCommand(g), newCordonCommand(g), newUncordonCommand(g), newDrainCommand(g), newClusterCommand(g), newTopCommand(g), newForecastCommand(g), newPlanCommand(g), newBacktestCommand(g), newSimulateCommand(g), newDoctorCommand(g), newLabCommand(g), newVersionCommand(g),
+		newNodesCommand(g), newCordonCommand(g), newUncordonCommand(g), newDrainCommand(g), newWorkloadCommand(g), newClusterCommand(g), newTopCommand(g), newForecastCommand(g), newPlanCommand(g), newBacktestCommand(g), newSimulateCommand(g), newDoctorCommand(g), newLabCommand(g), newVersionCommand(g),
 	}
 }
 

@@ -27,6 +27,7 @@ type Client struct {
 	Nodes      transhipv1connect.NodesClient
 	Migrations transhipv1connect.MigrationsClient
 	Profiles   transhipv1connect.ProfilesClient
+	Workloads  transhipv1connect.WorkloadsClient
 	Cluster    transhipv1connect.ClusterClient
 	Balance    transhipv1connect.BalanceClient
 	http       *http.Client
@@ -60,6 +61,7 @@ func NewClient(address string) (*Client, error) {
 		Nodes:      transhipv1connect.NewNodesClient(hc, base, opts...),
 		Migrations: transhipv1connect.NewMigrationsClient(hc, base, opts...),
 		Profiles:   transhipv1connect.NewProfilesClient(hc, base, opts...),
+		Workloads:  transhipv1connect.NewWorkloadsClient(hc, base, opts...),
 		Cluster:    transhipv1connect.NewClusterClient(hc, base, opts...),
 		Balance:    transhipv1connect.NewBalanceClient(hc, base, opts...),
 		http:       hc,

@@ -91,7 +91,7 @@ func ShardMessage(node string, s *runtime.Shard, migration string) *v1.Shard {
 	m := &v1.Shard{
 		Name: s.Name, Namespace: s.Namespace, Image: s.Image, Status: s.Status, Pid: s.PID,
 		Network: string(s.Network.Kind), Mac: s.Network.MAC, NetnsPath: s.Network.Path, Node: node,
-		MemoryLimitBytes: s.MemoryLimit, MemoryUsedBytes: s.MemoryUsed, Cpus: s.CPUs,
+		MemoryLimitBytes: s.MemoryLimit, MemoryUsedBytes: s.MemoryUsed, MemoryHeldBytes: s.MemoryHeld, Cpus: s.CPUs,
 		Labels: s.Labels, CreatedAtUnixMs: s.CreatedAt.UnixMilli(), MigrationId: migration,
 		ExitCode: s.ExitCode, Command: s.Command,
 	}

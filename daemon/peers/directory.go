@@ -127,6 +127,14 @@ func (d *Directory) Rooms(node string) (transhipv1connect.RoomsClient, error) {
 	return transhipv1connect.NewRoomsClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
 }
 
+// Workloads speaks with a node about workloads.
+func (d *Directory) Workloads(node string) (transhipv1connect.WorkloadHostsClient, error) {
+	if _, err := d.address(node); err != nil {
+		return nil, err
+	}
+	return transhipv1connect.NewWorkloadHostsClient(d.http, "https://"+node, connect.WithReadMaxBytes(maxMessage)), nil
+}
+
 // Dial opens a page session with a node.
 func (d *Directory) Dial(ctx context.Context, node, migration string, opt transfer.Options) (*transfer.Session, error) {
 	addr, err := d.address(node)

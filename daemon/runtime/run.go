@@ -23,6 +23,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/tranship/tranship/internal/failpoint"
 )
 
 // RunSpec is what Run needs. The zero value of a field is its default.
@@ -169,6 +171,9 @@ func (r *Runtime) Run(ctx context.Context, s RunSpec) (_ *Shard, err error) {
 		return nil, err
 	}
 	undo = append(undo, func(ctx context.Context) error { return r.deleteTask(ctx, c) })
+	if err := failpoint.Hit(ctx, "run.created"); err != nil {
+		return nil, err
+	}
 	io, err := r.logIO(s.Namespace, s.Name)
 	if err != nil {
 		return nil, err

@@ -35,6 +35,7 @@ type Shard struct {
 	Network         NetworkRecord
 	MemoryLimit     int64
 	MemoryUsed      int64
+	MemoryHeld      int64 // of MemoryUsed, without page cache that is idle
 	CPUs            float64
 	Labels          map[string]string
 	Command         []string
@@ -126,6 +127,7 @@ func (r *Runtime) shard(ctx context.Context, namespace string, c containerd.Cont
 	// Between the two looks the shard may have ended: then it uses nothing.
 	if cg, err := openCgroup(int(s.PID)); err == nil {
 		s.MemoryUsed, _ = cg.MemoryCurrent()
+		s.MemoryHeld, _ = cg.workingSet()
 		// containerd learns of a freeze only if it was asked for it.
 		if state, err := cg.Freezer().State(); err == nil && state != Thawed {
 			s.Status = StatusPaused

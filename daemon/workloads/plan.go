@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -37,6 +38,7 @@ type Shard struct {
 	RequestCPUs     float64
 	RequestMemory   int64
 	Used            int64 // memory
+	Held            int64 // of Used, what it cannot give back
 	Digest          string
 	// Policy are the labels that Input.Policy is compared with.
 	Policy map[string]string
@@ -254,6 +256,9 @@ func (p *planner) keep(index int, at place) {
 	if p.moving(at) {
 		return
 	}
+	if z := want.Size.MemoryLimit; step.Op == Change && z > 0 && z < s.Held {
+		p.refuse("%s has %s of memory that it cannot give back, and the limit would be %s: choose a limit above that", s.Name, FormatSize(s.Held), FormatSize(z))
+	}
 	p.grows(at)
 	p.Steps = append(p.Steps, step)
 }
@@ -281,7 +286,7 @@ func (p *planner) differences(s *Shard) string {
 		if s.Policy[k] == p.in.Policy[k] || strings.HasPrefix(name, "limit-") && len(out) > 0 {
 			continue
 		}
-		out = append(out, fmt.Sprintf("%s %s → %s", name, orDash(s.Policy[k]), orDash(p.in.Policy[k])))
+		out = append(out, fmt.Sprintf("%s %s → %s", name, readable(name, s.Policy[k]), readable(name, p.in.Policy[k])))
 	}
 	return strings.Join(out, ", ")
 }
@@ -300,11 +305,15 @@ func cpusOrNone(c float64) string {
 	return fmt.Sprintf("%g", c)
 }
 
-func orDash(s string) string {
-	if s == "" {
+// readable is a label's value for a person.
+func readable(name, value string) string {
+	if value == "" {
 		return "-"
 	}
-	return s
+	if n, err := strconv.ParseInt(value, 10, 64); err == nil && strings.HasSuffix(name, "-memory") {
+		return FormatSize(n)
+	}
+	return value
 }
 
 // grows refuses a larger request that the host has no room for, and counts it.
@@ -407,3 +416,18 @@ func (p *planner) count() {
 
 // epsilon is less CPU than anybody asks for, and more than sums of floats err by.
 const epsilon = 1e-6
+
+// Grows says why a shard cannot have the requests of a spec on its host; "" when
+// it can.
+func Grows(h Host, name string, want *Spec) string {
+	for i := range h.Shards {
+		s := &h.Shards[i]
+		if s.Namespace != want.Namespace || s.Name != name {
+			continue
+		}
+		p := &planner{in: Input{Want: want}}
+		p.grows(place{&h, &Shard{Name: s.Name, RequestCPUs: s.RequestCPUs, RequestMemory: s.RequestMemory}})
+		return strings.Join(p.Refused, "; ")
+	}
+	return ""
+}

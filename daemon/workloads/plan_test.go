@@ -84,6 +84,8 @@ func TestAPlanIsTheDifference(t *testing.T) {
 			refused: "wait for migration m1"},
 		{name: "one on its way is not removed", hosts: []Host{host("a", is(0, func(s *Shard) { s.Moving = "m1" }))}, refused: "wait for migration m1"},
 
+		{name: "less than is in use", want: web(func(s *Spec) { s.Shards, s.Size.MemoryLimit = 1, 64<<20 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Held = 65 << 20 }))},
+			steps: "~ web-0 memory 256M → 64M in place", refused: "web-0 has 65M of memory that it cannot give back, and the limit would be 64M: choose"},
 		{name: "growth beyond the room", want: web(func(s *Spec) { s.Shards, s.Size.MemoryRequest, s.Size.MemoryLimit = 1, 7<<30, 8<<30 }), hosts: []Host{host("a", is(0))},
 			steps: "~ web-0 memory 256M → 8G in place", refused: "web-0 cannot grow on a: 7104M more are needed, and 5952M are free; move it"},
 		{name: "more CPUs than there are", want: web(func(s *Spec) { s.Shards, s.Size.CPURequest, s.Size.CPULimit = 3, 1.5, 2 }), hosts: []Host{host("a"), host("b")},

@@ -45,6 +45,7 @@ type Shard struct {
 	MigrationId      string                 `protobuf:"bytes,16,opt,name=migration_id,json=migrationId,proto3" json:"migration_id,omitempty"` // a migration under way, or ""
 	ExitCode         uint32                 `protobuf:"varint,17,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Command          []string               `protobuf:"bytes,18,rep,name=command,proto3" json:"command,omitempty"`
+	MemoryHeldBytes  int64                  `protobuf:"varint,19,opt,name=memory_held_bytes,json=memoryHeldBytes,proto3" json:"memory_held_bytes,omitempty"` // of what is used, what the kernel could not take back at once
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -203,6 +204,13 @@ func (x *Shard) GetCommand() []string {
 		return x.Command
 	}
 	return nil
+}
+
+func (x *Shard) GetMemoryHeldBytes() int64 {
+	if x != nil {
+		return x.MemoryHeldBytes
+	}
+	return 0
 }
 
 type Mount struct {
@@ -8410,7 +8418,7 @@ var File_daemon_control_tranship_proto protoreflect.FileDescriptor
 
 const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
-	"\x1ddaemon/control/tranship.proto\x12\vtranship.v1\"\xd0\x04\n" +
+	"\x1ddaemon/control/tranship.proto\x12\vtranship.v1\"\xfc\x04\n" +
 	"\x05Shard\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
@@ -8431,7 +8439,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x12created_at_unix_ms\x18\x0f \x01(\x03R\x0fcreatedAtUnixMs\x12!\n" +
 	"\fmigration_id\x18\x10 \x01(\tR\vmigrationId\x12\x1b\n" +
 	"\texit_code\x18\x11 \x01(\rR\bexitCode\x12\x18\n" +
-	"\acommand\x18\x12 \x03(\tR\acommand\x1a9\n" +
+	"\acommand\x18\x12 \x03(\tR\acommand\x12*\n" +
+	"\x11memory_held_bytes\x18\x13 \x01(\x03R\x0fmemoryHeldBytes\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"v\n" +
