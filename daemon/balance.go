@@ -265,7 +265,7 @@ type roomPeers struct{ h *host }
 
 var _ balance.Peers = (*roomPeers)(nil)
 
-// Peers leaves out whom gossip suspects, and those that say that they are cordoned.
+// Peers leaves out whom gossip suspects.
 func (p *roomPeers) Peers() []balance.Peer {
 	live := p.h.cluster.live.Load()
 	var out []balance.Peer
@@ -273,7 +273,7 @@ func (p *roomPeers) Peers() []balance.Peer {
 		peer := balance.Peer{Name: name}
 		if live != nil {
 			m, ok := live.Member(name)
-			if ok && (m.State != gossip.Alive || m.Cordoned) {
+			if ok && m.State != gossip.Alive {
 				continue
 			}
 			peer.Idle = ok && m.CPULoad == 0

@@ -47,6 +47,11 @@ func TestABadConfigurationIsNamed(t *testing.T) {
 		{"a cost that is no number", "node='a'\n[host]\ncost_per_hour=nan", "host.cost_per_hour"},
 		{"an address without a port", "node='a'\n[peer]\nadvertise='192.0.2.1'", "peer.advertise"},
 		{"membership at a name", "node='a'\n[cluster]\ngossip='host:7444'", "cluster.gossip"},
+		{"an autopilot that flies elsewhere", "node='a'\nautopilot='yes'", "autopilot"},
+		{"rounds without a pause", "node='a'\n[balance]\nevery_seconds=0", "balance.every_seconds"},
+		{"no processor", "node='a'\n[host]\ncpus=-1.0", "host.cpus"},
+		{"processors that are no number", "node='a'\n[host]\ncpus=nan", "host.cpus"},
+		{"memory of another world", "node='a'\n[host]\nmemory_bytes=9007199254740993", "host.memory_bytes"},
 		{"a negative store", "node='a'\n[store]\nsize_bytes=-1", "store.size_bytes"},
 	}
 	for _, tt := range tests {

@@ -196,7 +196,7 @@ func (b *Balancer) stayWords(t *turn, p *allocate.Plan, planner *allocate.Planne
 		}
 		return words
 	case allocate.InFlight:
-		return fmt.Sprintf("%s, and %d moves are under way, as many as allowed", over, cfg.OutMax)
+		return fmt.Sprintf("%s, and more than %d moves at a time are not allowed", over, cfg.OutMax)
 	case allocate.NoTarget:
 		return fmt.Sprintf("%s; no host may take %s: %s", over, shown(n.Shard), b.whyNoTarget(t, planner, n.Shard))
 	}
