@@ -46,7 +46,7 @@ type DumpConfig struct {
 	IgnoreCgroups bool
 	LogLevel      int
 	// Reached, if any, is told of CRIU's notifications as they come (criu/include/
-	// action-scripts.h): network-lock once all tasks are held and collected,
+	// action-scripts.h): query-ext-files once all tasks are held and collected,
 	// post-dump when their state is in the images.
 	Reached func(script string)
 }

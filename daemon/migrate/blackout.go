@@ -36,7 +36,7 @@ func (o *outgoing) dumpParts(cfg *criu.DumpConfig) (report func()) {
 	var locked, dumped time.Time
 	cfg.Reached = func(script string) {
 		switch script {
-		case "network-lock":
+		case "query-ext-files":
 			locked = time.Now()
 		case "post-dump":
 			dumped = time.Now()

@@ -13,6 +13,7 @@ import (
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/transfer"
 )
 
 // Modes of a migration.
@@ -173,7 +174,8 @@ func (m *Manager) launch(o *outgoing) error {
 	m.mu.Unlock()
 	m.work.Go(func() {
 		defer cancel(nil)
-		dctx, stop := context.WithTimeoutCause(ctx, time.Duration(o.req.GetDeadlineMs())*time.Millisecond, errDeadline)
+		// A destination that was restarted knows nothing of what it had promised.
+		dctx, stop := context.WithTimeoutCause(transfer.Once(ctx), time.Duration(o.req.GetDeadlineMs())*time.Millisecond, errDeadline)
 		defer stop()
 		m.conclude(dctx, o, o.run(dctx))
 	})
