@@ -188,7 +188,12 @@ func (c *changing) change(ctx context.Context, req *v1.ChangeWorkloadRequest) er
 	if ok, err := c.agreed(plan); err != nil || !ok {
 		return errors.Join(err, c.settle(plan, &v1.WorkloadResult{Outcome: "cancelled", Reason: "nothing was done"}, 0))
 	}
-	req.DryRun, req.Expect = false, plan.GetFingerprint()
+	req.DryRun, req.Expect, req.Prefer = false, plan.GetFingerprint(), map[string]string{}
+	for _, s := range plan.GetSteps() {
+		if s.GetOp() == workloads.Add {
+			req.Prefer[s.GetShard()] = s.GetNode()
+		}
+	}
 	plan, res, done, err := c.follow(ctx, req)
 	if ctx.Err() != nil && res == nil {
 		res, err = &v1.WorkloadResult{Outcome: "cancelled", Reason: "what was begun is ended or undone; the same command goes on from there"}, nil

@@ -121,7 +121,7 @@ func (p *planner) add(missing []int) {
 			h := &p.in.Hosts[i]
 			if reason := Unfit(want, name, h, zones); reason != "" {
 				why = append(why, h.Name+" "+reason)
-			} else if best == nil || better(want, h, best, zones) {
+			} else if best == nil || p.in.Prefer[name] == h.Name || p.in.Prefer[name] != best.Name && better(want, h, best, zones) {
 				best = h
 			}
 		}

@@ -64,6 +64,9 @@ type Input struct {
 	Tenants map[string]Tenant
 	// Policy are the labels that a shard of Want carries.
 	Policy map[string]string
+	// Prefer says on which host a new shard, by name, goes if it may: an earlier
+	// plan said so, and loads have changed a little since.
+	Prefer map[string]string
 }
 
 // Operations of a step.
@@ -255,6 +258,9 @@ func (p *planner) keep(index int, at place) {
 	}
 	if p.moving(at) {
 		return
+	}
+	if step.Op == Replace && at.host.Cordoned {
+		p.refuse("%s would be replaced (%s) on %s, which is cordoned: tranship uncordon it, or move the shard first", s.Name, step.Detail, at.host.Name)
 	}
 	if z := want.Size.MemoryLimit; step.Op == Change && z > 0 && z < s.Held {
 		p.refuse("%s has %s of memory that it cannot give back, and the limit would be %s: choose a limit above that", s.Name, FormatSize(s.Held), FormatSize(z))

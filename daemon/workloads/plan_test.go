@@ -64,6 +64,8 @@ func TestAPlanIsTheDifference(t *testing.T) {
 			steps: "~ web-0 priority 0 → 7 in place"},
 		{name: "another image", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{host("a", is(0))},
 			steps: "± web-0 on a replaced: image i → j"},
+		{name: "another image on a cordoned host", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{{Name: "a", Alive: true, Cordoned: true, CPUs: 2, Shards: []Shard{is(0)}}},
+			steps: "± web-0 on a replaced: image i → j", refused: "on a, which is cordoned: tranship uncordon it"},
 		{name: "one has stopped", want: web(two), hosts: []Host{host("a", is(0), is(1, func(s *Shard) { s.Running, s.State = false, "stopped (exit code 1)" }))},
 			steps: "± web-1 on a replaced: it is stopped (exit code 1)"},
 		{name: "containers that joined are left alone", want: web(two), hosts: []Host{host("a", is(0), is(1), is(7, func(s *Shard) { s.Index, s.Name = -1, "old" }))}},
@@ -171,6 +173,26 @@ func TestShardsAreSpreadEvenly(t *testing.T) {
 	slices.Sort(at)
 	if fmt.Sprint(at) != "[a b c c]" || len(plan.Refused) > 0 {
 		t.Errorf("%v %v", at, plan.Refused)
+	}
+}
+
+// Loads change between the plan that is shown and the one that is done.
+func TestANewShardGoesWhereItWasShown(t *testing.T) {
+	in := Input{Name: "web", Namespace: "default", Want: web(func(s *Spec) { s.Shards = 3 }), Hosts: []Host{host("a"), host("b"), host("c")}}
+	shown := Make(in)
+	in.Prefer = map[string]string{}
+	for _, s := range shown.Steps {
+		in.Prefer[s.Shard] = s.Node
+	}
+	for i, load := range []float64{0.9, 0.5, 0.1} {
+		in.Hosts[i].CPULoad = load
+	}
+	if again := Make(in); again.Fingerprint() != shown.Fingerprint() {
+		t.Errorf("%v\n%v", again.Steps, shown.Steps)
+	}
+	in.Hosts[0].Cordoned = true
+	if again := Make(in); again.Fingerprint() == shown.Fingerprint() || len(again.Refused) > 0 {
+		t.Error(again)
 	}
 }
 

@@ -4257,8 +4257,9 @@ type ChangeWorkloadRequest struct {
 	Cpus          *float64               `protobuf:"fixed64,5,opt,name=cpus,proto3,oneof" json:"cpus,omitempty"`
 	MemoryBytes   *int64                 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3,oneof" json:"memory_bytes,omitempty"`
 	DryRun        bool                   `protobuf:"varint,7,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	Expect        string                 `protobuf:"bytes,8,opt,name=expect,proto3" json:"expect,omitempty"`        // fingerprint of the plan that was agreed to; "": any
-	Forwarded     bool                   `protobuf:"varint,9,opt,name=forwarded,proto3" json:"forwarded,omitempty"` // by another host: it goes no further
+	Expect        string                 `protobuf:"bytes,8,opt,name=expect,proto3" json:"expect,omitempty"`                                                                            // fingerprint of the plan that was agreed to; "": any
+	Forwarded     bool                   `protobuf:"varint,9,opt,name=forwarded,proto3" json:"forwarded,omitempty"`                                                                     // by another host: it goes no further
+	Prefer        map[string]string      `protobuf:"bytes,10,rep,name=prefer,proto3" json:"prefer,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // node by shard: where the plan that was agreed to puts new ones
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4354,6 +4355,13 @@ func (x *ChangeWorkloadRequest) GetForwarded() bool {
 		return x.Forwarded
 	}
 	return false
+}
+
+func (x *ChangeWorkloadRequest) GetPrefer() map[string]string {
+	if x != nil {
+		return x.Prefer
+	}
+	return nil
 }
 
 type WorkloadStep struct {
@@ -8800,7 +8808,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\tseason_ms\x18\x05 \x01(\x03R\bseasonMs\x12\x1a\n" +
 	"\bborrowed\x18\x06 \x01(\tR\bborrowed\x128\n" +
 	"\bhorizons\x18\a \x03(\v2\x1c.tranship.v1.ForecastHorizonR\bhorizons\x12-\n" +
-	"\x04path\x18\b \x03(\v2\x19.tranship.v1.ForecastPathR\x04path\"\xae\x02\n" +
+	"\x04path\x18\b \x03(\v2\x19.tranship.v1.ForecastPathR\x04path\"\xb1\x03\n" +
 	"\x15ChangeWorkloadRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1b\n" +
@@ -8810,7 +8818,12 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\x06 \x01(\x03H\x02R\vmemoryBytes\x88\x01\x01\x12\x17\n" +
 	"\adry_run\x18\a \x01(\bR\x06dryRun\x12\x16\n" +
 	"\x06expect\x18\b \x01(\tR\x06expect\x12\x1c\n" +
-	"\tforwarded\x18\t \x01(\bR\tforwardedB\t\n" +
+	"\tforwarded\x18\t \x01(\bR\tforwarded\x12F\n" +
+	"\x06prefer\x18\n" +
+	" \x03(\v2..tranship.v1.ChangeWorkloadRequest.PreferEntryR\x06prefer\x1a9\n" +
+	"\vPreferEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
 	"\a_shardsB\a\n" +
 	"\x05_cpusB\x0f\n" +
 	"\r_memory_bytes\"`\n" +
@@ -9179,7 +9192,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 140)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 141)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                   // 0: tranship.v1.Shard
 	(*Mount)(nil),                   // 1: tranship.v1.Mount
@@ -9319,8 +9332,9 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	nil,                             // 135: tranship.v1.ShardLoad.AbsentEntry
 	nil,                             // 136: tranship.v1.LoadPoint.MeanEntry
 	nil,                             // 137: tranship.v1.LoadPoint.PeakEntry
-	nil,                             // 138: tranship.v1.WorkloadRecordsRequest.KnownEntry
-	nil,                             // 139: tranship.v1.RoomResponse.LabelsEntry
+	nil,                             // 138: tranship.v1.ChangeWorkloadRequest.PreferEntry
+	nil,                             // 139: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	nil,                             // 140: tranship.v1.RoomResponse.LabelsEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
 	130, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
@@ -9361,150 +9375,151 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	54,  // 35: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	56,  // 36: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
 	57,  // 37: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
-	62,  // 38: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
-	63,  // 39: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
-	60,  // 40: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
-	66,  // 41: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
-	0,   // 42: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
-	138, // 43: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
-	0,   // 44: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
-	0,   // 45: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
-	87,  // 46: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
-	87,  // 47: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
-	22,  // 48: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,   // 49: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,   // 50: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	23,  // 51: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,   // 52: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	29,  // 53: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	34,  // 54: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	116, // 55: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
-	121, // 56: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	117, // 57: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
-	118, // 58: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
-	121, // 59: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	122, // 60: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
-	122, // 61: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
-	123, // 62: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
-	139, // 63: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
-	122, // 64: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
-	2,   // 65: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,   // 66: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,   // 67: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,   // 68: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10,  // 69: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12,  // 70: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	24,  // 71: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	26,  // 72: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	14,  // 73: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 74: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 75: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	28,  // 76: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	31,  // 77: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	37,  // 78: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	39,  // 79: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	41,  // 80: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	43,  // 81: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	48,  // 82: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	51,  // 83: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	53,  // 84: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
-	59,  // 85: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	64,  // 86: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
-	59,  // 87: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	67,  // 88: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
-	69,  // 89: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
-	71,  // 90: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
-	73,  // 91: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
-	75,  // 92: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
-	77,  // 93: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
-	79,  // 94: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
-	81,  // 95: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
-	83,  // 96: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
-	85,  // 97: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
-	88,  // 98: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
-	90,  // 99: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
-	92,  // 100: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
-	14,  // 101: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 102: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 103: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	98,  // 104: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	96,  // 105: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	100, // 106: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	102, // 107: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	104, // 108: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	106, // 109: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	108, // 110: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	110, // 111: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	43,  // 112: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	94,  // 113: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,   // 114: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	112, // 115: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	114, // 116: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
-	119, // 117: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
-	124, // 118: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
-	126, // 119: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
-	128, // 120: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
-	3,   // 121: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,   // 122: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,   // 123: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,   // 124: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11,  // 125: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13,  // 126: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	25,  // 127: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	27,  // 128: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	15,  // 129: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 130: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 131: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	30,  // 132: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	32,  // 133: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	38,  // 134: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	40,  // 135: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	42,  // 136: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	44,  // 137: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	50,  // 138: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	52,  // 139: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	58,  // 140: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
-	61,  // 141: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
-	65,  // 142: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
-	61,  // 143: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
-	68,  // 144: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
-	70,  // 145: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
-	72,  // 146: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
-	74,  // 147: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
-	76,  // 148: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
-	78,  // 149: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
-	80,  // 150: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
-	82,  // 151: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
-	84,  // 152: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
-	86,  // 153: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
-	89,  // 154: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
-	91,  // 155: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
-	93,  // 156: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
-	15,  // 157: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 158: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 159: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	99,  // 160: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	97,  // 161: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	101, // 162: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	103, // 163: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	105, // 164: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	107, // 165: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	109, // 166: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	111, // 167: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	44,  // 168: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	95,  // 169: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,   // 170: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	113, // 171: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	115, // 172: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
-	120, // 173: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
-	125, // 174: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
-	127, // 175: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
-	129, // 176: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
-	121, // [121:177] is the sub-list for method output_type
-	65,  // [65:121] is the sub-list for method input_type
-	65,  // [65:65] is the sub-list for extension type_name
-	65,  // [65:65] is the sub-list for extension extendee
-	0,   // [0:65] is the sub-list for field type_name
+	138, // 38: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
+	62,  // 39: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
+	63,  // 40: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
+	60,  // 41: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
+	66,  // 42: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
+	0,   // 43: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
+	139, // 44: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
+	0,   // 45: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
+	0,   // 46: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
+	87,  // 47: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
+	87,  // 48: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
+	22,  // 49: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,   // 50: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,   // 51: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	23,  // 52: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,   // 53: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	29,  // 54: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	34,  // 55: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	116, // 56: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
+	121, // 57: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	117, // 58: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
+	118, // 59: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
+	121, // 60: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	122, // 61: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
+	122, // 62: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
+	123, // 63: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
+	140, // 64: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
+	122, // 65: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
+	2,   // 66: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,   // 67: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,   // 68: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,   // 69: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10,  // 70: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12,  // 71: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	24,  // 72: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	26,  // 73: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	14,  // 74: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 75: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 76: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	28,  // 77: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	31,  // 78: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	37,  // 79: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	39,  // 80: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	41,  // 81: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	43,  // 82: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	48,  // 83: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	51,  // 84: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	53,  // 85: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	59,  // 86: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	64,  // 87: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
+	59,  // 88: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	67,  // 89: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
+	69,  // 90: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
+	71,  // 91: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
+	73,  // 92: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
+	75,  // 93: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
+	77,  // 94: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
+	79,  // 95: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
+	81,  // 96: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
+	83,  // 97: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
+	85,  // 98: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
+	88,  // 99: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
+	90,  // 100: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
+	92,  // 101: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
+	14,  // 102: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 103: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 104: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	98,  // 105: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	96,  // 106: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	100, // 107: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	102, // 108: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	104, // 109: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	106, // 110: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	108, // 111: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	110, // 112: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	43,  // 113: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	94,  // 114: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,   // 115: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	112, // 116: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	114, // 117: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
+	119, // 118: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
+	124, // 119: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
+	126, // 120: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
+	128, // 121: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
+	3,   // 122: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,   // 123: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,   // 124: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,   // 125: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11,  // 126: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13,  // 127: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	25,  // 128: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	27,  // 129: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	15,  // 130: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 131: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 132: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	30,  // 133: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	32,  // 134: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	38,  // 135: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	40,  // 136: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	42,  // 137: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	44,  // 138: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	50,  // 139: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	52,  // 140: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	58,  // 141: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	61,  // 142: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
+	65,  // 143: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
+	61,  // 144: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
+	68,  // 145: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
+	70,  // 146: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
+	72,  // 147: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
+	74,  // 148: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
+	76,  // 149: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
+	78,  // 150: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
+	80,  // 151: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
+	82,  // 152: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
+	84,  // 153: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
+	86,  // 154: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
+	89,  // 155: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
+	91,  // 156: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
+	93,  // 157: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
+	15,  // 158: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 159: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 160: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	99,  // 161: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	97,  // 162: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	101, // 163: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	103, // 164: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	105, // 165: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	107, // 166: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	109, // 167: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	111, // 168: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	44,  // 169: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	95,  // 170: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,   // 171: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	113, // 172: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	115, // 173: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
+	120, // 174: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
+	125, // 175: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
+	127, // 176: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
+	129, // 177: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
+	122, // [122:178] is the sub-list for method output_type
+	66,  // [66:122] is the sub-list for method input_type
+	66,  // [66:66] is the sub-list for extension type_name
+	66,  // [66:66] is the sub-list for extension extendee
+	0,   // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -9521,7 +9536,7 @@ func file_daemon_control_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   140,
+			NumMessages:   141,
 			NumExtensions: 0,
 			NumServices:   11,
 		},

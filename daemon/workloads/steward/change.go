@@ -242,7 +242,7 @@ func (c *change) look(ctx context.Context) error {
 }
 
 func (c *change) lookOnce(ctx context.Context) error {
-	in := workloads.Input{Name: c.name, Want: c.want, Tenants: c.s.Tenants}
+	in := workloads.Input{Name: c.name, Want: c.want, Tenants: c.s.Tenants, Prefer: c.req.GetPrefer()}
 	if c.want != nil {
 		in.Namespace, in.Policy = c.want.Namespace, policyOf(c.want)
 	} else if spec := c.have.spec(); spec != nil {

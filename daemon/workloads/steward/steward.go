@@ -85,8 +85,9 @@ func (s *Steward) Recover(ctx context.Context) error {
 	}
 	for _, b := range begun {
 		started, err := s.Runtime.UndoRun(ctx, b[0], b[1])
-		if err != nil {
-			return err
+		if err != nil { // the next start tries again; what runs here needs the daemon
+			s.Log.Error("a shard was being started when the daemon ended", "shard", b[1], "namespace", b[0], "err", err)
+			continue
 		}
 		s.Log.Info("a shard was being started when the daemon ended", "shard", b[1], "namespace", b[0], "runs", started)
 		if err := s.Book.end(b[0], b[1]); err != nil {
