@@ -243,7 +243,7 @@ func (b *Balancer) Run(ctx context.Context) error {
 func (b *Balancer) round(ctx context.Context) {
 	begun := time.Now()
 	shards, err := b.cfg.Host.Shards(ctx)
-	if err == nil {
+	if err == nil && b.cfg.Autopilot != Off {
 		b.askPeers(ctx)
 	}
 	if ctx.Err() != nil {

@@ -25,11 +25,12 @@ import (
 
 // rig is one host by hand: what runs, what is forecast, and what is done to it.
 type rig struct {
-	t    *testing.T
-	name string
-	pool *fakePool
-	b    *Balancer
-	at   atomic.Int64 // unix nanoseconds
+	t     *testing.T
+	name  string
+	pool  *fakePool
+	b     *Balancer
+	spare bool         // it may be emptied
+	at    atomic.Int64 // unix nanoseconds
 
 	mu      sync.Mutex
 	facts   Facts
@@ -113,7 +114,7 @@ func (r *rig) open(mode Mode, path string) {
 	r.t.Helper()
 	var err error
 	r.b, err = New(Config{
-		Autopilot: mode, Every: 5 * time.Second, StorePath: path, Host: r, Forecasts: r, Peers: &link{r.name, r.pool},
+		Autopilot: mode, Every: 5 * time.Second, Consolidate: r.spare, StorePath: path, Host: r, Forecasts: r, Peers: &link{r.name, r.pool},
 		Log: slog.New(slog.DiscardHandler), Now: r.clock,
 	})
 	if err != nil {
@@ -529,5 +530,42 @@ func TestMetricsHaveBoundedLabels(t *testing.T) {
 		if !seen[want] {
 			t.Errorf("no %s", want)
 		}
+	}
+}
+
+func TestAHostThatCanBeSparedIsEmptiedOnceAndStaysSo(t *testing.T) {
+	for name, mode := range map[string]Mode{"on": On, "advise": Advise} {
+		t.Run(name, func(t *testing.T) {
+			p := newPool()
+			a, b := p.add(t, "host-1", mode), p.add(t, "host-2", mode)
+			for _, r := range []*rig{a, b} {
+				path := r.b.cfg.StorePath
+				if err := r.b.Close(); err != nil {
+					t.Fatal(err)
+				}
+				r.spare = true
+				r.open(mode, path)
+			}
+			a.run("small", 0.2)
+			b.run("large", 0.6)
+			for range 60 {
+				p.round(t, b, a)
+				a.settle()
+				b.settle()
+			}
+			if mode == Advise {
+				d := a.history()
+				if len(a.moved)+len(b.moved) > 0 || len(d) == 0 || d[len(d)-1].GetReason() != string(allocate.Consolidate) || d[len(d)-1].GetOutcome() != outcomeAdvised {
+					t.Errorf("moved %v %v; %v", a.moved, b.moved, d)
+				}
+				if v := a.book("host-2", asking("x", 0.1)); v != "" {
+					t.Errorf("a host that only advises to empty itself refuses: %s", v)
+				}
+				return
+			}
+			if len(a.moved) != 1 || a.moved[0] != "small host-2" || len(b.moved) != 0 {
+				t.Errorf("moved %v and %v", a.moved, b.moved)
+			}
+		})
 	}
 }

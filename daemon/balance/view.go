@@ -40,6 +40,9 @@ const (
 	// unknownDirty is the share of its memory that a shard is taken to write each
 	// second before it was measured: a busy Redis writes 1 to 2 hundredths.
 	unknownDirty = 0.02
+	// unknownCost of an hour of a host that was given none: hosts of a pool without
+	// costs are all worth the same, and worth to be spared.
+	unknownCost = 1
 	// leftFor: the profile of a shard that was moved away ends within this.
 	leftFor = 15 * time.Second
 	// forgetShards that were not seen for so long.
@@ -315,6 +318,9 @@ func (b *Balancer) viewOf(now time.Time, shards []allocate.Shard) allocate.View 
 	f := &b.facts
 	h := allocate.Host{ID: allocate.HostID(f.Name), Zone: f.Zone, Labels: f.Labels, Cost: f.CostPerHour, Cordoned: f.Cordoned,
 		Link: b.costs.link(f.Link), Blackout: b.costs.blackout()}
+	if h.Cost == 0 {
+		h.Cost = unknownCost
+	}
 	h.Capacity[allocate.CPU], h.Capacity[allocate.Memory], h.Capacity[allocate.Network] = f.CPUs, f.Memory, f.Link
 	v := allocate.View{Host: h, Shards: shards, Held: slices.Clone(b.ledger.Held(now)), Peers: b.peers.pool(), Dominant: map[allocate.Tenant]float64{}}
 	sums := map[allocate.Tenant]*allocate.Amount{}
