@@ -74,6 +74,8 @@ type balanced struct {
 	looked time.Time
 	known  map[[2]string]*runtime.Shard
 	came   map[[2]string]migrate.Arrival
+	images map[string]map[string]runtime.ImageRef // by namespace and name
+	sizes  map[string]int64
 }
 
 var _ balance.Host = (*balanced)(nil)
@@ -105,7 +107,12 @@ func (b *balanced) Facts() balance.Facts {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	f.Link = b.link
+	f.Link, f.Images = b.link, map[string]bool{}
+	for _, of := range b.images {
+		for _, ref := range of {
+			f.Images[ref.Key] = true
+		}
+	}
 	if n := float64(goruntime.NumCPU()); f.CPUs == 0 {
 		f.CPUs = max(n-b.rest, n/10)
 	}
@@ -135,6 +142,9 @@ func (b *balanced) Shards(ctx context.Context) ([]balance.Shard, error) {
 			Namespace: at[0], Name: at[1], Labels: s.Labels, CPULimit: s.CPUs, Rates: l.GetRates(),
 			Migration: b.h.moves.MigrationOf(at[0], at[1]), Foreign: runtime.ForeignNamespace(at[0]),
 			MovedAt: b.came[at].At, LastHost: b.came[at].From,
+		}
+		if ref, ok := b.images[at[0]][s.Image]; ok {
+			o.Image, o.ImageBytes = ref.Key, float64(ref.Bytes)
 		}
 		if l.DirtyPagesPerSecond != nil {
 			bytes := l.GetDirtyPagesPerSecond() * checkpoint.PageSize
@@ -193,8 +203,31 @@ func (b *balanced) look(ctx context.Context, shards []*v1.ShardLoad) error {
 		known[at] = s
 	}
 	b.known, b.came, b.looked = known, came, time.Now()
+	return b.lookAtImages(ctx)
+}
+
+// lookAtImages lists what a shard that comes here does not have to bring.
+func (b *balanced) lookAtImages(ctx context.Context) error {
+	namespaces, err := b.h.rt.Namespaces(ctx)
+	if err != nil {
+		return err
+	}
+	if b.sizes == nil || len(b.sizes) > maxSizes {
+		b.sizes = map[string]int64{}
+	}
+	images := map[string]map[string]runtime.ImageRef{}
+	for _, ns := range namespaces {
+		if images[ns], err = b.h.rt.Images(ctx, ns, b.sizes); err != nil {
+			// Plans are worth having without them.
+			b.h.log.Debug("balance: images", "err", err)
+		}
+	}
+	b.images = images
 	return nil
 }
+
+// maxSizes of images are remembered.
+const maxSizes = 4096
 
 // Resize sets a shard's CPU limit.
 func (b *balanced) Resize(ctx context.Context, namespace, name string, cpus float64) error {
@@ -283,12 +316,12 @@ func (p *roomPeers) Peers() []balance.Peer {
 	return out
 }
 
-func (p *roomPeers) Room(ctx context.Context, node string) (*v1.RoomResponse, error) {
+func (p *roomPeers) Room(ctx context.Context, node string, req *v1.RoomRequest) (*v1.RoomResponse, error) {
 	client, err := p.h.peers.Rooms(node)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := client.Room(ctx, connect.NewRequest(&v1.RoomRequest{}))
+	resp, err := client.Room(ctx, connect.NewRequest(req))
 	if err != nil {
 		return nil, err
 	}
@@ -329,12 +362,12 @@ func (r *roomsHandler) balance() (*balance.Balancer, error) {
 }
 
 // Room tells of this host.
-func (r *roomsHandler) Room(ctx context.Context, _ *connect.Request[v1.RoomRequest]) (*connect.Response[v1.RoomResponse], error) {
+func (r *roomsHandler) Room(ctx context.Context, req *connect.Request[v1.RoomRequest]) (*connect.Response[v1.RoomResponse], error) {
 	b, err := r.balance()
 	if err != nil {
 		return nil, err
 	}
-	return response(b.Room(ctx, transfer.PeerFrom(ctx)))
+	return response(b.Room(ctx, transfer.PeerFrom(ctx), req.Msg))
 }
 
 // Book keeps room for a shard of the caller.

@@ -55,6 +55,8 @@ type Facts struct {
 	Cordoned, Draining bool
 	// Arriving are the shards that migrations are bringing here.
 	Arriving map[allocate.ShardID]bool
+	// Images that are here, as Shard.Image names them.
+	Images map[string]bool
 }
 
 // Shard is one that runs here.
@@ -72,6 +74,9 @@ type Shard struct {
 	// MovedAt is when a migration brought it here, from LastHost.
 	MovedAt  time.Time
 	LastHost string
+	// Image is the same on every host that has it, ImageBytes its size; "" unknown.
+	Image      string
+	ImageBytes float64
 }
 
 // ID is the shard's name in plans.
@@ -111,7 +116,7 @@ type Peer struct {
 type Peers interface {
 	// Peers lists those that might take shards; it does not block.
 	Peers() []Peer
-	Room(ctx context.Context, node string) (*v1.RoomResponse, error)
+	Room(ctx context.Context, node string, req *v1.RoomRequest) (*v1.RoomResponse, error)
 	Book(ctx context.Context, node string, req *v1.BookRequest) (*v1.BookResponse, error)
 	Unbook(ctx context.Context, node string, req *v1.UnbookRequest) error
 }

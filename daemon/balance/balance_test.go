@@ -69,8 +69,8 @@ func (l *link) Peers() (out []Peer) {
 	return out
 }
 
-func (l *link) Room(ctx context.Context, node string) (*v1.RoomResponse, error) {
-	m, err := l.pool.rigs[node].b.Room(ctx, l.self)
+func (l *link) Room(ctx context.Context, node string, req *v1.RoomRequest) (*v1.RoomResponse, error) {
+	m, err := l.pool.rigs[node].b.Room(ctx, l.self, req)
 	if lie := l.pool.lies[node]; lie != nil && err == nil {
 		m = lie(m)
 	}
@@ -568,4 +568,36 @@ func TestAHostThatCanBeSparedIsEmptiedOnceAndStaysSo(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAHostThatHasTheImageIsTheBetterTarget(t *testing.T) {
+	p, a, b := overloaded(t, On)
+	c := p.add(t, "host-3", On)
+	b.run("other", 0.1) // the emptier is the better one, if nothing else counts
+	for _, s := range a.shards {
+		s.Image, s.ImageBytes = "default/sha256:1", 4<<30
+	}
+	b.facts.Images = map[string]bool{"default/sha256:1": true}
+	p.round(t, b, c)
+	// The first round names nothing yet: advice of its own is not awaited.
+	a.b.askPeers(t.Context())
+	a.b.mu.Lock()
+	if _, err := a.b.think(mustShards(t, a)); err != nil {
+		t.Error(err)
+	}
+	a.b.mu.Unlock()
+	p.round(t, a)
+	a.settle()
+	if len(a.moved) == 0 || !strings.HasSuffix(a.moved[0], " host-2") {
+		t.Errorf("moved: %v", a.moved)
+	}
+}
+
+func mustShards(t *testing.T, r *rig) []Shard {
+	t.Helper()
+	s, err := r.Shards(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }

@@ -3,6 +3,7 @@ package balance
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 	"unicode"
 
@@ -76,10 +77,17 @@ func flat(d *allocate.Demand) []float32 {
 
 // peerOf is what a host said of itself, if it can be true. Its name is whom was
 // asked, not what it says.
-func peerOf(name string, m *v1.RoomResponse) (*allocate.Peer, error) {
+func peerOf(name string, images []string, m *v1.RoomResponse) (*allocate.Peer, error) {
 	p := &allocate.Peer{Shards: int(m.GetShards()), Leaving: m.GetLeaving()}
 	p.Host = allocate.Host{ID: allocate.HostID(name), Zone: m.GetZone(), Labels: m.GetLabels(), Cost: m.GetCostPerHour(), Link: m.GetLinkBytesPerSecond(), Cordoned: m.GetCordoned()}
 	errs := []error{checkText("zone", p.Zone)}
+	if len(m.GetImages()) > maxWords {
+		errs = append(errs, fmt.Errorf("%d images", len(m.GetImages())))
+	}
+	p.Data = map[string]bool{}
+	for _, image := range images {
+		p.Data[image] = slices.Contains(m.GetImages(), image)
+	}
 	if len(p.Labels) > maxWords {
 		errs = append(errs, fmt.Errorf("%d labels", len(p.Labels)))
 	}

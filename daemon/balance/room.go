@@ -37,7 +37,11 @@ const (
 )
 
 // Room is what this host tells a peer of itself.
-func (b *Balancer) Room(ctx context.Context, peer string) (*v1.RoomResponse, error) {
+func (b *Balancer) Room(ctx context.Context, peer string, m *v1.RoomRequest) (*v1.RoomResponse, error) {
+	if n := len(m.GetImages()); n > maxWords {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%d images, and %d may be named", n, maxWords))
+	}
+
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.viewAt.IsZero() {
@@ -51,7 +55,13 @@ func (b *Balancer) Room(ctx context.Context, peer string) (*v1.RoomResponse, err
 		// A host that claims to be empty.
 		self.Load, self.Usage, self.Shards = allocate.Demand{}, allocate.Amount{}, 0
 	}
-	return roomMessage(&self), nil
+	resp := roomMessage(&self)
+	for _, image := range m.GetImages() {
+		if b.facts.Images[image] {
+			resp.Images = append(resp.Images, image)
+		}
+	}
+	return resp, nil
 }
 
 // Book keeps room for a shard of peer, or says why not. What cannot be computed

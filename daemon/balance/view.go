@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tranship/tranship/allocate"
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/profile"
 	"github.com/tranship/tranship/predict"
@@ -102,6 +103,9 @@ func (b *Balancer) shardOf(now time.Time, s *Shard) allocate.Shard {
 	}
 	a.Request[allocate.CPU] = decimalLabel(s.Labels, runtime.LabelRequestCPUs)
 	a.Request[allocate.Memory] = decimalLabel(s.Labels, runtime.LabelRequestMemory)
+	if s.Image != "" && good(s.ImageBytes) {
+		a.Data = []allocate.Data{{Digest: s.Image, Bytes: s.ImageBytes}}
+	}
 	b.foresee(now, s, k, &a)
 	a.SampledAt, a.Demand = k.at, k.demand
 	// A limit moves between what the shard counts on and what it may use at most.
@@ -370,7 +374,7 @@ func (b *Balancer) askPeers(ctx context.Context) {
 	}) || len(b.peers.names) < min(len(all), b.acting.Config().Peers) {
 		b.peers.names, b.peers.since, b.peers.again = b.choose(all), now, false
 	}
-	names := b.peers.names
+	names, images := b.peers.names, b.images()
 	b.mu.Unlock()
 	said, faults := map[string]*allocate.Peer{}, map[string]string{}
 	var wg sync.WaitGroup
@@ -379,7 +383,7 @@ func (b *Balancer) askPeers(ctx context.Context) {
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 			defer cancel()
-			p, err := b.ask(ctx, name)
+			p, err := b.ask(ctx, name, images)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
@@ -404,12 +408,24 @@ func (b *Balancer) askPeers(ctx context.Context) {
 	b.peers.said, b.peers.faults = said, faults
 }
 
-func (b *Balancer) ask(ctx context.Context, name string) (*allocate.Peer, error) {
-	resp, err := b.cfg.Peers.Room(ctx, name)
+// images are those of the shards of the last round, as many as may be asked for.
+func (b *Balancer) images() (out []string) {
+	for i := range b.view.Shards {
+		for _, d := range b.view.Shards[i].Data {
+			if !slices.Contains(out, d.Digest) && len(out) < maxWords {
+				out = append(out, d.Digest)
+			}
+		}
+	}
+	return out
+}
+
+func (b *Balancer) ask(ctx context.Context, name string, images []string) (*allocate.Peer, error) {
+	resp, err := b.cfg.Peers.Room(ctx, name, &v1.RoomRequest{Images: images})
 	if err != nil {
 		return nil, fmt.Errorf("does not say what room it has: %w", err)
 	}
-	p, err := peerOf(name, resp)
+	p, err := peerOf(name, images, resp)
 	if err != nil {
 		return nil, fmt.Errorf("says of itself what cannot be: %w", err)
 	}

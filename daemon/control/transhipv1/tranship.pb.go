@@ -7974,6 +7974,7 @@ func (x *AskedTarget) GetWords() string {
 
 type RoomRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []string               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -8008,6 +8009,13 @@ func (*RoomRequest) Descriptor() ([]byte, []int) {
 	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
 }
 
+func (x *RoomRequest) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
 // Amounts are CPUs, and bytes or bytes a second of memory, network, disk. Curves
 // are five quantiles (.1 .5 .9 .95 .99) by span and amount, 60 numbers.
 type RoomResponse struct {
@@ -8022,6 +8030,7 @@ type RoomResponse struct {
 	Load               []float32              `protobuf:"fixed32,8,rep,packed,name=load,proto3" json:"load,omitempty"`
 	Usage              []float64              `protobuf:"fixed64,9,rep,packed,name=usage,proto3" json:"usage,omitempty"`
 	Shards             uint32                 `protobuf:"varint,10,opt,name=shards,proto3" json:"shards,omitempty"`
+	Images             []string               `protobuf:"bytes,11,rep,name=images,proto3" json:"images,omitempty"` // those that it has, of the ones that were named
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -8124,6 +8133,13 @@ func (x *RoomResponse) GetShards() uint32 {
 		return x.Shards
 	}
 	return 0
+}
+
+func (x *RoomResponse) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
 }
 
 type BookRequest struct {
@@ -9069,8 +9085,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\vAskedTarget\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\tR\x04code\x12\x14\n" +
-	"\x05words\x18\x03 \x01(\tR\x05words\"\r\n" +
-	"\vRoomRequest\"\x87\x03\n" +
+	"\x05words\x18\x03 \x01(\tR\x05words\"%\n" +
+	"\vRoomRequest\x12\x16\n" +
+	"\x06images\x18\x01 \x03(\tR\x06images\"\x9f\x03\n" +
 	"\fRoomResponse\x12\x12\n" +
 	"\x04zone\x18\x01 \x01(\tR\x04zone\x12=\n" +
 	"\x06labels\x18\x02 \x03(\v2%.tranship.v1.RoomResponse.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9082,7 +9099,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04load\x18\b \x03(\x02R\x04load\x12\x14\n" +
 	"\x05usage\x18\t \x03(\x01R\x05usage\x12\x16\n" +
 	"\x06shards\x18\n" +
-	" \x01(\rR\x06shards\x1a9\n" +
+	" \x01(\rR\x06shards\x12\x16\n" +
+	"\x06images\x18\v \x03(\tR\x06images\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf2\x02\n" +
