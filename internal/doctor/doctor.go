@@ -89,7 +89,7 @@ func (m Machine) Examine(ctx context.Context) []Finding {
 		m.program("containerd", "containerd", "apt-get install containerd"),
 		m.program("runc", "runc", "apt-get install runc"),
 		m.containerdSocket, m.overlay, m.cni, m.nft, m.bridgeFilter,
-		m.criu, m.criuForRunc, m.userfaultfd, m.tracker, m.pipes,
+		m.criu, m.criuForRunc, m.userfaultfd, m.tracker, m.pipes, m.offload,
 		m.runDir, m.memory,
 	} {
 		findings = append(findings, ask(ctx))
