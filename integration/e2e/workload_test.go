@@ -21,7 +21,7 @@ func workloadFile(t *testing.T, text string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")+".toml")
+	path := filepath.Join(dir, strings.NewReplacer("/", "-", ",", "").Replace(t.Name())+".toml")
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -151,8 +151,18 @@ func removeWorkload(t *testing.T, name string) {
 	t.Cleanup(func() { _, _ = on(t, "host-1", "tranship", "workload", "rm", name) })
 }
 
-func TestAWorkloadIsSpreadScaledGrownMovedAndRemoved(t *testing.T) {
+// TestWorkloads has one guard for all: each leaves nothing, so all do.
+func TestWorkloads(t *testing.T) {
 	needChecks(t)
+	needImage(t)
+	guard(t)
+	t.Run("are spread, scaled, grown, moved and removed", spreadScaledGrownMovedAndRemoved)
+	t.Run("mistakes in a file are told with their line", mistakesInAFile)
+	t.Run("a host without the image is sent it", sentTheImage)
+	t.Run("a container joins by its label", joinsByLabel)
+}
+
+func spreadScaledGrownMovedAndRemoved(t *testing.T) {
 	removeWorkload(t, "web")
 	file := workloadFile(t, redisWorkload("web", 6, "128M"))
 	mustChange(t, "planned", 6, "host-1", "apply", "-f", file, "--dry-run")
@@ -241,8 +251,7 @@ func TestAWorkloadIsSpreadScaledGrownMovedAndRemoved(t *testing.T) {
 	}
 }
 
-func TestWhatIsWrongWithAWorkloadFileIsSaidWithItsLine(t *testing.T) {
-	guard(t)
+func mistakesInAFile(t *testing.T) {
 	for _, c := range []struct {
 		name, text, want string
 		code             int
@@ -296,8 +305,7 @@ func TestAnApplyGoesOnAfterItsDaemonsWereKilled(t *testing.T) {
 	mustChange(t, "done", 3, "host-1", "rm", "web")
 }
 
-func TestAHostWithoutTheImageIsSentIt(t *testing.T) {
-	needChecks(t)
+func sentTheImage(t *testing.T) {
 	removeWorkload(t, "web")
 	for _, h := range []string{"host-1", "host-2"} {
 		t.Cleanup(func() { _, _ = on(t, h, "tranship", "uncordon", h) })
@@ -314,8 +322,7 @@ func TestAHostWithoutTheImageIsSentIt(t *testing.T) {
 	mustChange(t, "done", 1, "host-1", "rm", "web")
 }
 
-func TestAContainerJoinsAWorkloadByItsLabel(t *testing.T) {
-	needImage(t)
+func joinsByLabel(t *testing.T) {
 	runShard(t, "host-1", "old", "--label", "tranship.io/workload=web", "--label", "tranship.io/priority=2", testImage, "sleep", "1000")
 	if s := shardsOfWorkload(t, "web")["old"]; s.Node != "host-1" || s.Labels["tranship.io/priority"] != "2" {
 		t.Errorf("%+v", s)
