@@ -103,6 +103,26 @@ func eachWord(page, end uint64, f func(w int, mask uint64)) uint64 {
 // pageRun is [from, to), in pages.
 type pageRun struct{ from, to uint64 }
 
+// has says whether any of n pages at addr is in the set, and whether all are.
+func (x *extentIndex) has(addr uint64, n checkpoint.Pages) (some, all bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	all = true
+	for page, end := addr/checkpoint.PageSize, addr/checkpoint.PageSize+uint64(n); page < end; {
+		g := x.groups[page/groupPages]
+		if g == nil {
+			all = false
+			page = page - page%groupPages + groupPages
+			continue
+		}
+		page = eachWord(page, end, func(w int, mask uint64) {
+			some = some || g[w]&mask != 0
+			all = all && g[w]&mask == mask
+		})
+	}
+	return some, all
+}
+
 // runs are the set in order, merged.
 func (x *extentIndex) runs() []pageRun {
 	x.mu.Lock()
@@ -146,9 +166,13 @@ func (s *Store) Seal() error {
 	return nil
 }
 
-func appendRuns(b []byte, runs []pageRun) []byte {
+func appendRuns(b []byte, runs []pageRun) []byte { return appendList(b, extentsMagic, runs) }
+
+// appendList is magic, the number of runs, each run's distance from the last and
+// its length, and the xxh3 of all that.
+func appendList(b []byte, magic string, runs []pageRun) []byte {
 	start := len(b)
-	b = append(b, extentsMagic...)
+	b = append(b, magic...)
 	b = binary.AppendUvarint(b, uint64(len(runs)))
 	at := uint64(0)
 	for _, r := range runs {
@@ -161,11 +185,13 @@ func appendRuns(b []byte, runs []pageRun) []byte {
 
 var errExtents = errors.New("not a list of extents")
 
-func parseRuns(b []byte) ([]pageRun, error) {
+func parseRuns(b []byte) ([]pageRun, error) { return parseList(b, extentsMagic) }
+
+func parseList(b []byte, magic string) ([]pageRun, error) {
 	if len(b) < 8 || xxh3.Hash(b[:len(b)-8]) != binary.LittleEndian.Uint64(b[len(b)-8:]) {
 		return nil, fmt.Errorf("%w: damaged", errExtents)
 	}
-	b, ok := bytes.CutPrefix(b[:len(b)-8], []byte(extentsMagic))
+	b, ok := bytes.CutPrefix(b[:len(b)-8], []byte(magic))
 	if !ok {
 		return nil, fmt.Errorf("%w: magic", errExtents)
 	}

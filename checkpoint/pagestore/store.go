@@ -6,7 +6,8 @@
 // the offset of a page is its virtual address and a hole is a zero page. There
 // is no index to lose: what was written before its writer was killed is found
 // again by Open. The flow is PutPages and ZeroPages (rounds), Seal, Extents and
-// ReadPages (restore), Release (filling), Remove.
+// ReadPages (restore), Release (filling), Remove; in post-copy Owe before Seal,
+// and Arrive between restore and filling (owed.go).
 //
 // It refuses other file systems, addresses past 57 bits, and to answer for
 // pages that were released.
@@ -39,6 +40,8 @@ const marker = "pagestore.v1"
 const (
 	pagesSuffix  = ".pages"
 	placedSuffix = ".placed"
+	owedSuffix   = ".owed"
+	cameSuffix   = ".came"
 )
 
 var (
@@ -49,6 +52,11 @@ var (
 	ErrReleased = errors.New("page was released")
 	// ErrLost says that a page with content is a hole now and nobody released it.
 	ErrLost = errors.New("page was lost")
+	// ErrOwed says that a page has not arrived: what the store may have there is
+	// older than the process.
+	ErrOwed = errors.New("page has not arrived")
+	// ErrNotOwed says that a page was not promised, or has arrived before.
+	ErrNotOwed = errors.New("page is not owed")
 	// ErrNotTmpfs says that the directory is on another file system. Others
 	// end at 16 TiB, below the addresses of processes, or write pages to disk.
 	ErrNotTmpfs = errors.New("not on a tmpfs")
@@ -77,6 +85,10 @@ type taskFile struct {
 
 	placed placedRecord
 	index  *extentIndex // nil when others may have put pages
+	// owed are the pages that will arrive after the restore; came are those of
+	// them that have, in a record like placed.
+	owed *extentIndex
+	came placedRecord
 }
 
 // Create makes an empty store in dir, which must not exist or be empty, on a
@@ -134,11 +146,19 @@ func openTask(dir string, pid checkpoint.PID, flags int) (*taskFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("page store of pid %d: %w", pid, full(err))
 	}
-	f := &taskFile{pid: pid, pages: pages, placed: placedRecord{path: base + placedSuffix}}
-	if err := f.placed.find(); err != nil {
+	f := &taskFile{pid: pid, pages: pages,
+		placed: placedRecord{path: base + placedSuffix}, came: placedRecord{path: base + cameSuffix}}
+	if err := errors.Join(f.placed.find(), f.came.find()); err != nil {
 		return nil, errors.Join(fmt.Errorf("page store of pid %d: %w", pid, err), pages.Close())
 	}
+	if err := f.loadOwed(base + owedSuffix); err != nil {
+		return nil, errors.Join(fmt.Errorf("page store of pid %d: %w", pid, err), f.close())
+	}
 	return f, nil
+}
+
+func (f *taskFile) close() error {
+	return errors.Join(f.placed.close(), f.came.close(), f.pages.Close())
 }
 
 // PutPages stores data, whole pages, at addr of pid; it replaces what was
@@ -275,7 +295,8 @@ func (f *taskFile) nextData(from uint64) (start, end uint64, err error) {
 }
 
 // ReadPages fills dst, whole pages, from addr of pid. Holes and processes
-// without pages are zero; a page that was released is ErrReleased.
+// without pages are zero; a page that was released is ErrReleased, one that has
+// not arrived ErrOwed.
 func (s *Store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
 	if err := checkExtent(pid, addr, uint64(len(dst))); err != nil {
 		return err
@@ -287,6 +308,10 @@ func (s *Store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
 	if f == nil {
 		clear(dst)
 		return nil
+	}
+	// Looked up before the read: what arrives in between is read, or refused.
+	if some, _ := f.owed.has(addr, checkpoint.Pages(len(dst)/checkpoint.PageSize)); some {
+		return fmt.Errorf("read %d pages at pid %d %#x: %w", len(dst)/checkpoint.PageSize, pid, addr, ErrOwed)
 	}
 	n, err := readAt(f.pages, dst, int64(addr))
 	if err != nil {
@@ -334,7 +359,7 @@ func (s *Store) ReadData(pid checkpoint.PID, addr uint64, dst []byte) error {
 // Release records that n pages at addr of pid were placed wherever they were
 // needed, and then gives their memory back. The record stands before the
 // memory goes, so that no crash in between leaves a hole that could be taken
-// for a zero page.
+// for a zero page. A page that has not arrived is owed no more.
 func (s *Store) Release(pid checkpoint.PID, addr uint64, n checkpoint.Pages) error {
 	if err := checkPages(pid, addr, n); err != nil {
 		return err
@@ -346,6 +371,7 @@ func (s *Store) Release(pid checkpoint.PID, addr uint64, n checkpoint.Pages) err
 	if err := f.placed.add(addr, n); err != nil {
 		return fmt.Errorf("release %d pages at pid %d %#x: %w", n, pid, addr, full(err))
 	}
+	f.owed.clear(addr, n)
 	return f.punch(addr, n)
 }
 
@@ -403,7 +429,7 @@ func (s *Store) Close() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for pid, f := range s.files {
-		errs = append(errs, f.placed.close(), f.pages.Close())
+		errs = append(errs, f.close())
 		delete(s.files, pid)
 	}
 	return errors.Join(errs...)
