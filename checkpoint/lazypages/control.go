@@ -10,7 +10,8 @@ import (
 )
 
 // The control protocol is lines of JSON: a request, then one answer, or for
-// opWatch one at once and one whenever the state has changed, up to a final one.
+// opWatch one at once and one whenever the state has changed, up to a final one. After opPull the connection is a puller's
+// (pull.go).
 type request struct {
 	Op string `json:"op"`
 }
@@ -100,6 +101,11 @@ func (s *server) serveClient(conn *net.UnixConn) {
 		case opWatch:
 			s.watch(conn)
 			return
+		case opPull:
+			if st, _ := s.snapshot(); s.tell(conn, answer{Status: st}) {
+				s.pull(conn)
+			}
+			return
 		default:
 			s.tell(conn, answer{Refused: "unknown request " + req.Op})
 			return
@@ -157,8 +163,12 @@ func (s *server) tell(conn *net.UnixConn, a answer) bool {
 		s.cfg.Log.Error("control socket", "err", err)
 		return false
 	}
+	return s.write(conn, raw)
+}
+
+func (s *server) write(conn *net.UnixConn, line []byte) bool {
 	_ = conn.SetWriteDeadline(time.Now().Add(farewell))
-	_, err = conn.Write(append(raw, '\n'))
+	_, err := conn.Write(append(line, '\n'))
 	return err == nil
 }
 

@@ -1,6 +1,7 @@
 package lazypages
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +38,9 @@ const (
 	// changingWait is how long to wait for a thread between its operation and
 	// its event, or between its event and its going on.
 	changingWait = 100 * time.Microsecond
+	// owedWait is how often a family that only waits for pages to arrive looks
+	// whether its spaces are alive: the death of one is announced nowhere.
+	owedWait = 100 * time.Millisecond
 	// fillPause is how long to wait when filling is held back.
 	fillPause = time.Millisecond
 	// memoryWait and memoryPatience: how often to try, and how long, when there
@@ -78,6 +82,15 @@ type family struct {
 	touched []int // indexes into live.groups
 	isTouch []bool
 	keep    bool // give nothing back any more
+	// owed are the pages of live that the store does not have yet. Nothing is
+	// placed from there, and a fault on one waits.
+	owed pageSet
+	// wanted is what of them somebody needs, for those who pull (pull.go);
+	// hungry, if not nil, is called when there is news for them.
+	wanted wanted
+	hungry func()
+	// inbox holds what was pulled until this goroutine takes it.
+	inbox inbox
 	// pending is the sum over spaces, for others to read.
 	pending atomic.Int64
 }
@@ -96,14 +109,10 @@ func (f *family) load(images string) error {
 	if err != nil {
 		return err
 	}
-	err = f.store.Extents(f.task.PID, 0, pagestore.AddressLimit, func(addr uint64, n checkpoint.Pages) error {
-		f.live.appendRun(addr/checkpoint.PageSize, addr/checkpoint.PageSize+uint64(n))
-		return nil
-	})
-	if err != nil {
+	if err := f.loadStore(); err != nil {
 		return err
 	}
-	root := &space{name: fmt.Sprintf("pid %d", f.task.PID), fd: f.task.UFFD, dump: dump, layout: newLayout(dump.mappings)}
+	root := &space{name: fmt.Sprintf("pid %d", f.task.PID), fd: f.task.UFFD, dump: dump, layout: newLayout(dump.mappings), owed: &f.owed}
 	root.pending = f.live.empty()
 	wanted := f.live.empty()
 	for _, l := range dump.lazy {
@@ -117,24 +126,66 @@ func (f *family) load(images string) error {
 	f.isTouch = make([]bool, len(f.live.groups))
 	f.spaces = []*space{root}
 	f.pending.Store(int64(root.pending.count))
+	f.wanted.begin(&f.owed, &root.pending)
+	return nil
+}
+
+// loadStore finds out what the store has, and what it is owed instead: there it
+// may have something older.
+func (f *family) loadStore() error {
+	var runs, owed []span
+	note := func(to *[]span) func(addr uint64, n checkpoint.Pages) error {
+		return func(addr uint64, n checkpoint.Pages) error {
+			*to = append(*to, span{addr, addr + uint64(n.Bytes())})
+			return nil
+		}
+	}
+	if err := f.store.Extents(f.task.PID, 0, pagestore.AddressLimit, note(&runs)); err != nil {
+		return err
+	}
+	if err := f.store.Owed(f.task.PID, note(&owed)); err != nil {
+		return err
+	}
+	all := append(runs, owed...)
+	slices.SortFunc(all, func(a, b span) int { return cmp.Compare(a.start, b.start) })
+	for i, at := 0, uint64(0); i < len(all); i++ {
+		// Both lists are in order, and what is in both counts once.
+		if from := max(at, all[i].start); from < all[i].end {
+			f.live.appendRun(from/checkpoint.PageSize, all[i].end/checkpoint.PageSize)
+			at = all[i].end
+		}
+	}
+	f.owed = f.live.empty()
+	for _, o := range owed {
+		f.owed.add(o.start/checkpoint.PageSize, o.end/checkpoint.PageSize)
+	}
 	return nil
 }
 
 // run serves the family until every page is placed or the family has died. On
 // an error the userfaultfds stay open: the caller stops the tasks first.
 //
-//  1. read events and apply them
-//  2. answer faults
-//  3. once CRIU has finished: place a piece, give back what nobody needs
-//  4. when nothing is left for a space, and the kernel has no event
+//  1. store what was pulled
+//  2. read events and apply them
+//  3. answer faults
+//  4. once CRIU has finished: place a piece, give back what nobody needs
+//  5. when nothing is left for a space, and the kernel has no event
 //     outstanding: close its userfaultfd, which makes the rest zero pages
-//  5. wait
-func (f *family) run(ctx context.Context) error {
+//  6. wait
+func (f *family) run(ctx context.Context) (err error) {
+	defer func() {
+		if err == nil { // else pages are missing, and for good
+			f.wanted.clear()
+		}
+		f.inbox.close()
+		f.hear()
+	}()
 	for {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		f.noteFinish()
+		f.takeDeliveries()
 		if err := f.readEvents(); err != nil {
 			return err
 		}
@@ -238,6 +289,16 @@ func (f *family) answerFaults() (time.Duration, error) {
 		queued := s.faults
 		s.faults = s.faults[:0]
 		for i, addr := range queued {
+			if image, ok := s.content(addr, 1); ok && s.isOwed(image.start) {
+				// It waits, and the others do not wait for it.
+				s.cursor = addr - addr%neighbourhood
+				s.faults = append(s.faults, addr)
+				if f.wanted.want(image.start / checkpoint.PageSize) {
+					f.hear()
+				}
+				wait = min(wait, owedWait)
+				continue
+			}
 			w, err := f.answer(s, addr)
 			if err != nil {
 				return 0, err

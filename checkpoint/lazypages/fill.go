@@ -23,9 +23,13 @@ func (f *family) fill() (time.Duration, error) {
 		f.reapDead() // filling would notice
 		return fillPause, nil
 	}
-	i := slices.IndexFunc(f.spaces, func(s *space) bool { return s.fd >= 0 && s.pending.count > 0 })
+	i := slices.IndexFunc(f.spaces, func(s *space) bool { return s.fd >= 0 && s.ready() })
 	if i < 0 {
-		return forever, nil
+		if f.owed.count == 0 {
+			return forever, nil
+		}
+		f.reapDead()
+		return owedWait, nil
 	}
 	s := f.spaces[i]
 	pieces := f.pieces(s)
@@ -69,7 +73,7 @@ func (f *family) fill() (time.Duration, error) {
 func (f *family) pieces(s *space) []piece {
 	var out []piece
 	for addr := s.cursor; len(out) < len(f.bufs); {
-		at, image, ok := s.next(addr, f.stride)
+		at, image, ok := s.nextHere(addr, f.stride)
 		if !ok {
 			if len(out) > 0 || addr == 0 {
 				break
@@ -242,7 +246,25 @@ func (f *family) release() bool {
 			f.keep = true
 		}
 		f.live.clear(start, end)
+		f.settleOwed(start, end)
 		from = end
 	}
 	return true
+}
+
+// settleOwed notes that pages have arrived, or that nobody needs them any more.
+func (f *family) settleOwed(from, to uint64) {
+	if f.owed.clear(from, to) == 0 {
+		return
+	}
+	if f.wanted.settle(from, to) == 0 {
+		f.hear()
+	}
+}
+
+// hear tells those who pull that there is news.
+func (f *family) hear() {
+	if f.hungry != nil {
+		f.hungry()
+	}
 }

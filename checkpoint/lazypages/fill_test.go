@@ -45,6 +45,8 @@ type rig struct {
 	entered func(pid int)
 	// namespaced gives each task a pid namespace, in which it is 1.
 	namespaced bool
+	// owed says which pages of a process come after the restore; nil is none.
+	owed func(page uint64) bool
 }
 
 func newRig(t testing.TB) *rig {
@@ -111,6 +113,7 @@ func (r *rig) put(pid int, spec taskSpec) {
 		}
 		from = to
 	}
+	r.owe(checkpoint.PID(pid), spec)
 	whole := span{spec.Base, spec.Base + spec.Pages*page}
 	vmas := []testVMA{{whole, lazyVMA, 1 | 1<<9, 0}}
 	if spec.Wipe > 0 {

@@ -5,7 +5,8 @@
 // Flow: Serve listens (server.go), receives tasks (receive.go), and serves each
 // with its children in one goroutine (family.go) over what was dumped
 // (images.go), what is missing (pageset.go) and where it is now (layout.go);
-// the daemon follows through a control socket (control.go, client.go).
+// the daemon follows through a control socket (control.go, client.go), and pulls
+// through it what the store is still owed (pull.go, wanted.go).
 //
 // It refuses to close a userfaultfd while a page with content is missing: if it
 // cannot go on, it kills the tasks first (kill.go).
@@ -94,6 +95,8 @@ type Status struct {
 	// Remaining pages are still to be placed, counted once a process.
 	Remaining checkpoint.Pages `json:"remaining_pages"`
 	Faults    int64            `json:"faults"`
+	// Owed are those of the remaining pages that have not arrived.
+	Owed checkpoint.Pages `json:"owed_pages"`
 	// FinishedAt is when CRIU's word came that the restore has finished.
 	FinishedAt time.Time `json:"finished_at,omitzero"`
 	// FillMs is how long filling took or has taken.

@@ -116,6 +116,32 @@ func (s *pageSet) next(from, to, limit uint64) (start, end uint64, ok bool) {
 	return 0, 0, false
 }
 
+// nextWithout is next for the pages that are not in other, a set with the same
+// skeleton.
+func (s *pageSet) nextWithout(from, to, limit uint64, other *pageSet) (start, end uint64, ok bool) {
+	if other.count == 0 {
+		return s.next(from, to, limit)
+	}
+	for i := s.groupAt(from); i < len(s.groups) && s.groups[i].first < to; i++ {
+		g := &s.groups[i]
+		for w := range g.words {
+			base := g.first + uint64(w)*64
+			word := g.words[w] &^ other.groups[i].words[w] & mask64(base, from, to)
+			if word == 0 {
+				continue
+			}
+			start = base + uint64(bits.TrailingZeros64(word))
+			// A run ends where this set does, or where other begins.
+			end = s.runEnd(i, start, min(to, start+limit))
+			if at, _, ok := other.next(start, end, 1); ok {
+				end = at
+			}
+			return start, end, true
+		}
+	}
+	return 0, 0, false
+}
+
 // runEnd returns where the run that begins at start, in group i, ends.
 func (s *pageSet) runEnd(i int, start, to uint64) uint64 {
 	end := start

@@ -32,6 +32,7 @@ type server struct {
 	status   Status
 	changed  chan struct{} // closed and replaced when status.State changes
 	families []*family
+	news     chan struct{} // closed and replaced when a puller may find something
 	fillFrom time.Time
 	stop     func() // ends listening; nil once CRIU has connected
 }
@@ -103,6 +104,7 @@ func newServer(cfg Config) (*server, error) {
 		cfg: cfg, store: store, probe: probe,
 		finished: make(chan struct{}),
 		changed:  make(chan struct{}),
+		news:     make(chan struct{}),
 		status:   Status{SchemaVersion: 1, State: StateListening},
 	}, nil
 }
@@ -202,6 +204,7 @@ func (s *server) adopt(task Task) (*family, error) {
 		log: s.cfg.Log, mayFill: s.cfg.mayFill, spaces: []*space{{name: fmt.Sprintf("pid %d", task.PID), fd: task.UFFD}},
 		wakeFD: -1, stride: minFill,
 	}
+	f.hungry = s.tellHungry
 	s.mu.Lock()
 	s.families = append(s.families, f)
 	s.status.Tasks++
@@ -295,6 +298,7 @@ func (s *server) snapshot() (Status, <-chan struct{}) {
 	st.Forks = s.count.forks.Load()
 	for _, f := range s.families {
 		st.Remaining += checkpoint.Pages(f.pending.Load())
+		st.Owed += f.wanted.count()
 	}
 	if !st.State.Final() && !s.fillFrom.IsZero() {
 		st.FillMs = milliseconds(time.Since(s.fillFrom))

@@ -17,7 +17,9 @@ type space struct {
 
 	layout  layout
 	pending pageSet // store pages that must still be placed, unless given up
-	faults  []uint64
+	// owed is the family's: those that the store does not have yet.
+	owed   *pageSet
+	faults []uint64
 	// cursor is the address at which background filling goes on.
 	cursor uint64
 
@@ -34,6 +36,7 @@ func (s *space) fork(fd int, n int) *space {
 		dump:    s.dump,
 		layout:  s.layout.clone(),
 		pending: s.pending.clone(),
+		owed:    s.owed,
 	}
 	for _, w := range s.dump.wiped {
 		child.giveUp(w)
@@ -47,13 +50,25 @@ func (s *space) giveUp(image span) checkpoint.Pages {
 	return s.pending.clear(image.start/checkpoint.PageSize, image.end/checkpoint.PageSize)
 }
 
-// next returns the next run of at most limit pages to fill, at or after addr.
+// next returns the next run of at most limit pages that lack, at or after addr,
+// whether the store has them or they are owed.
 func (s *space) next(addr uint64, limit uint64) (at, image span, ok bool) {
+	return s.search(addr, func(from, to uint64) (start, end uint64, ok bool) { return s.pending.next(from, to, limit) })
+}
+
+// nextHere is next among the pages that the store has.
+func (s *space) nextHere(addr uint64, limit uint64) (at, image span, ok bool) {
+	return s.search(addr, func(from, to uint64) (start, end uint64, ok bool) {
+		return s.pending.nextWithout(from, to, limit, s.owed)
+	})
+}
+
+func (s *space) search(addr uint64, next func(from, to uint64) (start, end uint64, ok bool)) (at, image span, ok bool) {
 	for i := s.layout.search(addr); i < len(s.layout.windows); i++ {
 		w := s.layout.windows[i]
 		in := w.part(w.overlap(span{addr, ^uint64(0)}))
 		from, to := in.image/checkpoint.PageSize, (in.image+in.end-in.start)/checkpoint.PageSize
-		start, end, ok := s.pending.next(from, to, limit)
+		start, end, ok := next(from, to)
 		if !ok {
 			continue
 		}
@@ -65,10 +80,26 @@ func (s *space) next(addr uint64, limit uint64) (at, image span, ok bool) {
 }
 
 // content returns the store addresses of the run of pending pages that begins
-// at addr; ok is false where a zero page belongs.
+// at addr; ok is false where a zero page belongs. The first page of the run may
+// be owed, and then nothing is said of the others; if it is not, none is.
 func (s *space) content(addr uint64, limit uint64) (image span, ok bool) {
 	at, image, ok := s.next(addr, limit)
-	return image, ok && at.start == addr
+	if !ok || at.start != addr {
+		return image, false
+	}
+	if owed, _, ok := s.owed.next(image.start/checkpoint.PageSize, image.end/checkpoint.PageSize, 1); ok && !s.isOwed(image.start) {
+		image.end = owed * checkpoint.PageSize
+	}
+	return image, true
+}
+
+// isOwed says that a page of the store has not arrived.
+func (s *space) isOwed(image uint64) bool { return s.owed.has(image / checkpoint.PageSize) }
+
+// ready reports whether something can be placed.
+func (s *space) ready() bool {
+	_, _, ok := s.pending.nextWithout(0, ^uint64(0), 1, s.owed)
+	return ok
 }
 
 // read takes what the kernel has to say. Faults in a batch may be younger than
