@@ -213,7 +213,7 @@ func (h *host) startMigrations(ctx context.Context, store string) error {
 func (h *host) listenForPeers(conf *serverTLS) error {
 	mux := http.NewServeMux()
 	moves := migrate.NewPeerHandler(h.moves, h.withProfiles(migrate.Host{Node: h.node, Shards: h.localShards, Run: h.runForPeer}))
-	mux.Handle(transhipv1connect.NewPeerHandler(&guarded{PeerHandler: moves, h: h}, handlerOptions()...))
+	mux.Handle(transhipv1connect.NewPeerHandler(&guarded{PeerHandler: moves, h: h}, append(handlerOptions(), rawPages())...))
 	mux.Handle(transhipv1connect.NewWorkloadHostsHandler(steward.Peers{Steward: h.steward}, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewPoolHandler(&poolHandler{h: h}, handlerOptions()...))
 	mux.Handle(transhipv1connect.NewRoomsHandler(&roomsHandler{h: h}, handlerOptions()...))

@@ -118,6 +118,16 @@ func handlerOptions() []connect.HandlerOption {
 	return []connect.HandlerOption{connect.WithReadMaxBytes(maxRequest)}
 }
 
+// rawPages keeps connect from compressing pages once more, and slower.
+func rawPages() connect.HandlerOption {
+	return connect.WithConditionalHandlerOptions(func(spec connect.Spec) []connect.HandlerOption {
+		if spec.Procedure != transhipv1connect.PeerFetchProcedure {
+			return nil
+		}
+		return []connect.HandlerOption{connect.WithCompression("gzip", nil, nil)}
+	})
+}
+
 // noPeers is the pool of a host that has no peer address.
 type noPeers struct{}
 

@@ -15,7 +15,7 @@ import (
 func (h *host) services() control.Services {
 	s := control.Services{
 		Node: h.cfg.Node, Runtime: h.rt, Self: h.node, MigrationOf: h.moves.MigrationOf,
-		AwaitArrival: h.moves.AwaitArrival, Cordon: h.cordonNode, Drain: h.drainNode, StopDrain: h.stopDrain,
+		Note: h.moves.Note, Pulling: h.moves.Pulling, AwaitArrival: h.moves.AwaitArrival, Cordon: h.cordonNode, Drain: h.drainNode, StopDrain: h.stopDrain,
 	}
 	if h.peers != nil {
 		s.Peers = func(ctx context.Context) []control.NodeStatus {
@@ -65,7 +65,9 @@ func (h *host) localShards(ctx context.Context) []*v1.Shard {
 			continue
 		}
 		for i := range shards {
-			out = append(out, control.ShardMessage(h.cfg.Node, &shards[i], h.moves.MigrationOf(ns, shards[i].Name)))
+			m := control.ShardMessage(h.cfg.Node, &shards[i], h.moves.MigrationOf(ns, shards[i].Name))
+			control.Annotate(m, h.moves.Note)
+			out = append(out, m)
 		}
 	}
 	return out

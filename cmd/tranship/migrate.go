@@ -113,7 +113,7 @@ func (m *migration) follow(ctx context.Context, req *v1.MigrateRequest) (ending,
 	var end ending
 	interrupted, again := ctx.Done(), make(chan os.Signal, 1)
 	defer signal.Stop(again)
-	var wanted bool
+	var wanted, committed bool
 	cancelled := make(chan error, 1)
 	for {
 		select {
@@ -137,9 +137,13 @@ func (m *migration) follow(ctx context.Context, req *v1.MigrateRequest) (ending,
 			m.progress.say("cancelling; waiting for the source to run as before")
 			signal.Notify(again, os.Interrupt)
 		case <-again:
+			if committed {
+				return ending{}, &exitError{code: exitInDoubt, err: fmt.Errorf("left; %s goes on, see tranship migrations %s", m.id, m.id)}
+			}
 			return ending{}, &exitError{code: exitInDoubt, err: fmt.Errorf("left while %s was being cancelled; see tranship migrations %s", m.id, m.id)}
 		case err := <-cancelled:
-			if err != nil && connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			if err != nil {
+				committed = connect.CodeOf(err) == connect.CodeFailedPrecondition
 				m.progress.say("cancel: " + explain(err, ""))
 			}
 		}

@@ -62,6 +62,8 @@ func newPsCommand(g *globals) *cobra.Command {
 func shardRow(s control.Shard, withNamespace bool, now time.Time) []string {
 	status := s.Status
 	switch {
+	case s.Note != "":
+		status += " (" + s.Note + ")"
 	case s.MigrationID != "":
 		status += " (moving)"
 	case s.Status == "stopped":

@@ -61,6 +61,12 @@ type Services struct {
 	Cordon    func(ctx context.Context, req *v1.CordonRequest) (*v1.CordonResponse, error)
 	Drain     func(ctx context.Context, req *v1.DrainRequest, send func(*v1.DrainEvent) error) error
 	StopDrain func(ctx context.Context, req *v1.StopDrainRequest) error
+	// Note says what an operator should know of a shard, and whether it stands
+	// still here; nil without migrations.
+	Note func(namespace, name string) (note string, frozen bool)
+	// Pulling says that a shard runs here and lacks pages that are on another host:
+	// it may be stopped or removed, without waiting for them.
+	Pulling func(namespace, name string) bool
 	// MigrationOf names the migration that is moving a shard, or "".
 	MigrationOf func(namespace, name string) string
 	// AwaitArrival waits while a shard that already runs here gets the rest of

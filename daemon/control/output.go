@@ -43,6 +43,8 @@ type Shard struct {
 	Command          []string          `json:"command"`
 	CreatedAt        time.Time         `json:"created_at"`
 	MigrationID      string            `json:"migration_id"`
+	// Note is what an operator should know of it, mostly nothing.
+	Note string `json:"note,omitempty"`
 }
 
 // ShardOf converts a message. IP loses its prefix length, which is the pool's
@@ -59,6 +61,7 @@ func ShardOf(m *v1.Shard) Shard {
 		MemoryLimitBytes: m.GetMemoryLimitBytes(), MemoryUsedBytes: m.GetMemoryUsedBytes(), CPUs: m.GetCpus(),
 		Labels: labels, Command: append([]string{}, m.GetCommand()...),
 		CreatedAt: time.UnixMilli(m.GetCreatedAtUnixMs()).UTC(), MigrationID: m.GetMigrationId(),
+		Note: m.GetNote(),
 	}
 }
 

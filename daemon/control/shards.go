@@ -98,7 +98,20 @@ func (h *shards) runSpec(m *v1.RunRequest) (runtime.RunSpec, error) {
 
 // message adds the migration that moves the shard away.
 func (h *shards) message(s *runtime.Shard) *v1.Shard {
-	return ShardMessage(h.s.Node, s, h.migrationOf(s.Namespace, s.Name))
+	m := ShardMessage(h.s.Node, s, h.migrationOf(s.Namespace, s.Name))
+	if h.s.Note != nil {
+		Annotate(m, h.s.Note)
+	}
+	return m
+}
+
+// Annotate adds to a shard of this host what its migration says of it.
+func Annotate(m *v1.Shard, note func(namespace, name string) (string, bool)) {
+	text, frozen := note(m.GetNamespace(), m.GetName())
+	m.Note = text
+	if frozen {
+		m.Status = "paused"
+	}
 }
 
 func (h *shards) migrationOf(namespace, name string) string {
@@ -241,6 +254,9 @@ func target(m interface {
 
 // notMoving refuses to pull a shard away from under its migration.
 func (h *shards) notMoving(ctx context.Context, namespace, name string) error {
+	if h.s.Pulling != nil && h.s.Pulling(namespace, name) {
+		return nil
+	}
 	if h.s.AwaitArrival != nil {
 		if err := h.s.AwaitArrival(ctx, namespace, name); err != nil {
 			return connect.NewError(connect.CodeCanceled, err)

@@ -50,6 +50,14 @@ func (o *outgoing) commit(ctx context.Context) error {
 			return err
 		}
 	}
+	var s *serving
+	if o.req.GetMode() == ModePostCopy {
+		var err error
+		if s, err = o.m.openServing(ctx, o.entry, o.report); err != nil {
+			return err
+		}
+		o.committed.Store(true)
+	}
 	at := time.Now()
 	o.entry.State = Yielded
 	if err := o.m.journal.Put(o.entry); err != nil {
@@ -67,6 +75,9 @@ func (o *outgoing) commit(ctx context.Context) error {
 	o.step("commit and restore", at)
 	o.report.enter(PhaseActivate)
 	o.settleBlackout(answer)
+	if s != nil {
+		return o.postCopy(s)
+	}
 	if err := o.m.discard(ctx, o.entry); err != nil {
 		return &leftoverError{err}
 	}
@@ -163,6 +174,7 @@ func (e *refusedToRunError) Unwrap() error { return e.err }
 func (m *Manager) discard(ctx context.Context, e *Entry) error {
 	ctx, cancel := undo(ctx)
 	defer cancel()
+	m.endServing(e.ID)
 	if err := failpoint.Hit(ctx, "source.discard"); err != nil {
 		return err
 	}

@@ -36,6 +36,8 @@ import (
 //  6. run        journaled; only now the link comes up: before, a failure is
 //     undone and the source goes on, because nothing left the shard
 //  7. fill       pages are placed behind the running shard; then adopt, clean up
+//
+// In post-copy some of them are not here at 4; from 5 on they are fetched (puller.go).
 
 // Kinds of blobs that the source sends; the name's meaning depends on the kind.
 const (
@@ -44,6 +46,7 @@ const (
 	blobLog     = "log" // name: offset in the log file
 	blobFrames  = "frames"
 	blobImages  = "images"
+	blobOwed    = "owed" // post-copy: which pages come later
 )
 
 // incoming is one migration that arrives at this host.
@@ -65,6 +68,11 @@ type incoming struct {
 
 	sinks    sync.WaitGroup // calls into the Sink that run now
 	received atomic.Uint64  // digest of the CRIU images that arrived
+	owed     atomic.Pointer[owedList]
+
+	pullMu  sync.Mutex // guards pull.end and pull.done
+	pull    pulling
+	arrived atomic.Int64 // bytes that were pulled
 }
 
 var _ transfer.Sink = (*incoming)(nil)
@@ -239,6 +247,8 @@ func (in *incoming) Blob(ctx context.Context, kind, name string, size int64, r i
 		}
 		in.received.Store(uint64(sum))
 		return nil
+	case blobOwed:
+		return in.takeOwed(r)
 	}
 	return fmt.Errorf("unknown kind of data %q", kind)
 }
@@ -285,7 +295,7 @@ func (in *incoming) redirect() error {
 
 // 4. seal
 
-func (in *incoming) seal(ctx context.Context, sum uint64) error {
+func (in *incoming) seal(ctx context.Context, sum, owedSum uint64) error {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.entry.State == Sealed {
@@ -302,6 +312,9 @@ func (in *incoming) seal(ctx context.Context, sum uint64) error {
 		return err
 	}
 	in.sinks.Wait() // an honest source has nothing under way any more
+	if err := in.owe(owedSum); err != nil {
+		return err
+	}
 	if in.store != nil {
 		if err := in.store.Seal(); err != nil {
 			return err
@@ -350,6 +363,7 @@ func (in *incoming) start(ctx context.Context) (*v1.CommitResponse, error) {
 		in.entry.State = Sealed
 		return nil, err
 	}
+	in.startPull()
 	if err := in.restore(ctx); err != nil {
 		return nil, in.neverRuns(ctx, CodeRestore, err)
 	}
@@ -414,11 +428,13 @@ func (in *incoming) activate(ctx context.Context) {
 		}
 	}
 	in.step("link up", at)
+	in.startPull()
 	in.m.work.Go(func() { in.fill(in.m.life) })
 }
 
 func (in *incoming) runs() *v1.CommitResponse {
-	return &v1.CommitResponse{Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano()}
+	return &v1.CommitResponse{Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano(),
+		Whole: in.pull.whole.Load() || in.entry.State == Done && in.entry.Code != CodePagesLost}
 }
 
 // neverRuns undoes everything and journals that the shard will not run here, in
@@ -480,6 +496,7 @@ func (in *incoming) destroy(ctx context.Context) error {
 	// Data that is being written now would come back after its directory went.
 	in.entry.State = Aborted
 	in.sinks.Wait()
+	in.endPull()
 	in.dropHold()
 	var errs []error
 	// The task first: while it may run, its pages must be served.
@@ -534,6 +551,12 @@ func (in *incoming) fill(ctx context.Context) {
 			// memory is worse than none.
 			log.Error("pages of a shard are lost; it is stopped", "err", err)
 			in.stopForGood(ctx, err)
+		}
+		if in.entry.Mode == ModePostCopy {
+			in.endPull()
+		}
+		if in.entry.Mode == ModePostCopy && err == nil {
+			in.isWhole() // or needs no page any more
 		}
 	}
 	in.mu.Lock()

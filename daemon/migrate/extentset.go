@@ -50,6 +50,23 @@ func (s extentSet) missing(e checkpoint.Extent) []checkpoint.Extent {
 	return out
 }
 
+// common returns the parts of e that the set has, in order.
+func (s extentSet) common(e checkpoint.Extent) []checkpoint.Extent {
+	var out []checkpoint.Extent
+	at := e.Addr
+	emit := func(to uint64) {
+		if to > at {
+			out = append(out, checkpoint.Extent{PID: e.PID, Addr: at, Pages: checkpoint.Pages(to-at) / checkpoint.PageSize})
+		}
+	}
+	for _, gap := range s.missing(e) {
+		emit(gap.Addr)
+		at = gap.End()
+	}
+	emit(e.End())
+	return out
+}
+
 // endsBehind is the index of the first span that ends at or behind an address.
 func endsBehind(spans []span, at uint64) int {
 	i, _ := slices.BinarySearchFunc(spans, at, func(sp span, at uint64) int {

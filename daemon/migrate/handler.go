@@ -19,7 +19,10 @@ import (
 // Modes of a migration.
 const (
 	ModePreCopy = "precopy"
-	ModeStop    = "stop"
+	// ModePostCopy lets the shard run at the destination before its last pages
+	// are there.
+	ModePostCopy = "postcopy"
+	ModeStop     = "stop"
 )
 
 // Defaults of the API.
@@ -91,6 +94,9 @@ func (m *Manager) Migrate(ctx context.Context, r *connect.Request[v1.MigrateRequ
 			return ctx.Err() // the client left; the migration goes on
 		case <-o.done:
 			result, progress := o.report.snapshot()
+			if result.GetOutcome() == OutcomeRunning {
+				return connect.NewError(connect.CodeUnavailable, fmt.Errorf("%w; migration %s goes on when it is back", errShutdown, result.GetId()))
+			}
 			event := &v1.MigrateEvent{Progress: progress, Result: result}
 			if result.GetCode() == CodeRefused {
 				event.Refused = o.findings
@@ -124,11 +130,14 @@ func normalise(req *v1.MigrateRequest) error {
 		req.DeadlineMs = defaultDeadline.Milliseconds()
 	}
 	errs := []error{runtime.CheckName("namespace", req.GetNamespace()), runtime.CheckName("shard", req.GetShard())}
+	if req.GetMode() == ModePostCopy {
+		req.NoThrottle = true // what is still written is fetched later
+	}
 	if req.GetNode() == "" {
 		errs = append(errs, errors.New("name the node to move to; tranship nodes lists them"))
 	}
-	if !slices.Contains([]string{ModePreCopy, ModeStop}, req.GetMode()) {
-		errs = append(errs, fmt.Errorf("mode %q: this version knows %s and %s", req.GetMode(), ModePreCopy, ModeStop))
+	if !slices.Contains([]string{ModePreCopy, ModePostCopy, ModeStop}, req.GetMode()) {
+		errs = append(errs, fmt.Errorf("mode %q: this version knows %s, %s and %s", req.GetMode(), ModePreCopy, ModePostCopy, ModeStop))
 	}
 	if req.GetMaxBlackoutMs() < 0 || req.GetDeadlineMs() < 0 || req.GetBandwidthBitsPerSecond() < 0 {
 		errs = append(errs, errors.New("blackout, deadline and bandwidth cannot be negative"))
@@ -140,10 +149,11 @@ func (m *Manager) newOutgoing(req *v1.MigrateRequest) *outgoing {
 	now := time.Now()
 	id := newID(now)
 	return &outgoing{
-		m: m, req: req, done: make(chan struct{}), told: extentSet{}, mountIndex: map[int]*layer.Index{},
+		m: m, req: req, done: make(chan struct{}), told: extentSet{}, owed: extentSet{}, mountIndex: map[int]*layer.Index{},
 		entry: &Entry{
 			ID: id, Role: Source, State: Preparing, Namespace: req.GetNamespace(), Shard: req.GetShard(),
 			Peer: req.GetNode(), Mode: req.GetMode(), Started: now,
+			Bandwidth: req.GetBandwidthBitsPerSecond(),
 		},
 		report: newReport(&v1.Migration{
 			Id: id, Shard: req.GetShard(), Namespace: req.GetNamespace(), From: m.cfg.Node, To: req.GetNode(),
@@ -201,6 +211,7 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 	case unsettled:
 		log.Error("migration is not settled yet", "err", err)
 	case outcome == OutcomeAborted:
+		m.endServing(o.entry.ID)
 		uctx, cancel := undo(ctx)
 		if uerr := o.undo.run(uctx); uerr != nil {
 			log.Error("undo", "err", uerr)
@@ -248,8 +259,10 @@ func outcomeOf(ctx context.Context, state State, err error) (outcome, code strin
 	switch {
 	case err == nil, errors.As(err, &leftover):
 		return OutcomeDone, ""
-	case errors.As(err, &noRestore):
+	case errors.As(err, &noRestore), errors.Is(err, errTakenBack):
 		return OutcomeAborted, CodeRestore
+	case state == Serving:
+		return OutcomeRunning, CodeRestarted // only the end of the daemon interrupts it
 	case state == Yielded, errors.Is(err, errInDoubt):
 		return OutcomeInDoubt, CodeInDoubt
 	case errors.As(err, &refusal):
@@ -292,6 +305,10 @@ func (m *Manager) Cancel(ctx context.Context, r *connect.Request[v1.CancelReques
 		}
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s and can no longer be cancelled", e.ID, e.State))
 	}
+	if o.committed.Load() {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(
+			"migration %s can no longer be cancelled: %s runs on %s, which fetches the rest of its memory from here", o.entry.ID, o.entry.Shard, o.entry.Peer))
+	}
 	o.cancel(errCancelled)
 	select {
 	case <-o.done:
@@ -318,10 +335,10 @@ func (m *Manager) ListMigrations(_ context.Context, r *connect.Request[v1.ListMi
 		m.mu.Unlock()
 		if o != nil && e.Role == Source {
 			live, _ := o.report.snapshot()
-			resp.Migrations = append(resp.Migrations, live)
+			resp.Migrations = append(resp.Migrations, m.described(live, e))
 			continue
 		}
-		resp.Migrations = append(resp.Migrations, migrationOf(e, m.cfg.Node))
+		resp.Migrations = append(resp.Migrations, m.described(migrationOf(e, m.cfg.Node), e))
 	}
 	if id := r.Msg.GetId(); id != "" && len(resp.GetMigrations()) == 0 {
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%s: %w; tranship migrations lists those that %s knows", id, ErrUnknownMigration, m.cfg.Node))

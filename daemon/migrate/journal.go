@@ -36,6 +36,10 @@ const (
 	// Yielded: the destination may run the shard; only its answer, or an
 	// operator's, ends this state.
 	Yielded State = "yielded"
+	// Serving, in post-copy: the shard runs at the destination and its last pages
+	// are here; the destination's word that it has them all, or an operator's,
+	// ends this state.
+	Serving State = "serving"
 )
 
 // States of the destination.
@@ -80,6 +84,8 @@ type Entry struct {
 	FrozenBefore bool     `json:"frozen_before,omitempty"` // the operator had paused it
 	// Throttle is set before the shard is slowed for the first time.
 	Throttle *Throttling `json:"throttle,omitempty"`
+	// Bandwidth is what may be sent, in bits a second, 0 for unlimited.
+	Bandwidth int64 `json:"bandwidth,omitempty"`
 
 	// Destination: what undo and completion need.
 	PageServerPID   int      `json:"page_server_pid,omitempty"`

@@ -87,6 +87,7 @@ type Manager struct {
 	mu       sync.Mutex
 	outgoing map[string]*outgoing // by migration id
 	incoming map[string]*incoming
+	serving  map[string]*serving // whose pages the destination reads
 	busy     map[shardKey]string // which migration has a shard
 	holds    map[shardKey]*hold  // measurements, which give way to migrations
 	fixed    time.Duration       // the last blackout's fixed part, for the stop rule
@@ -118,7 +119,7 @@ func New(cfg Config, journal *Journal, rt *runtime.Runtime, peers Peers, metrics
 	return &Manager{
 		cfg: cfg, journal: journal, rt: rt, peers: peers, metrics: metrics, log: log,
 		life: life, stop: stop,
-		outgoing: map[string]*outgoing{}, incoming: map[string]*incoming{}, busy: map[shardKey]string{}, turns: newTurns(),
+		outgoing: map[string]*outgoing{}, incoming: map[string]*incoming{}, serving: map[string]*serving{}, busy: map[shardKey]string{}, turns: newTurns(),
 		fixed: initialFixed,
 	}, nil
 }
@@ -214,6 +215,14 @@ func shardNet(rec *runtime.Record) (runtime.ShardNet, bool) {
 
 func (o *outgoing) shardNet() (runtime.ShardNet, bool) { return shardNet(o.rec) }
 
+// maxRounds: in post-copy a third round would carry what is written once more.
+func (o *outgoing) maxRounds() int {
+	if o.req.GetMode() == ModePostCopy {
+		return 2
+	}
+	return maxRounds
+}
+
 func (o *outgoing) maxBlackout() time.Duration {
 	return time.Duration(o.req.GetMaxBlackoutMs()) * time.Millisecond
 }
@@ -271,7 +280,7 @@ func (in *incoming) memoryToCome() int64 {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.entry.State != Receiving {
-		return 0
+		return in.stillOwed()
 	}
 	have := checkpoint.Bytes(0)
 	if in.store != nil {

@@ -113,6 +113,19 @@ func (s *pageServer) state(ctx context.Context) (lazypages.Status, error) {
 	return lazypages.ReadStatus(s.control)
 }
 
+// ended says that nobody answers any more.
+func (s *pageServer) ended(ctx context.Context) bool {
+	if s.client == nil {
+		return true
+	}
+	_, err := s.client.Status(ctx)
+	if err != nil {
+		return errors.Is(err, lazypages.ErrServerGone)
+	}
+	_, err = lazypages.ReadStatus(s.control) // its last
+	return err == nil
+}
+
 // kill ends the server. Only after its tasks are dead: their missing pages would
 // become zeros.
 func (s *pageServer) kill() error {

@@ -131,7 +131,7 @@ func (h *PeerHandler) Seal(ctx context.Context, r *connect.Request[v1.SealReques
 	if err != nil {
 		return nil, err
 	}
-	if err := in.seal(ctx, r.Msg.GetImageDigest()); err != nil {
+	if err := in.seal(ctx, r.Msg.GetImageDigest(), r.Msg.GetOwedDigest()); err != nil {
 		return nil, apiError(err)
 	}
 	return connect.NewResponse(&v1.SealResponse{UnixNs: time.Now().UnixNano()}), nil

@@ -66,7 +66,7 @@ func (o *outgoing) trackerKind() track.Kind {
 
 // rounds sends written pages until the stop rule ends it.
 func (o *outgoing) rounds(ctx context.Context) error {
-	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: maxRounds}
+	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: o.maxRounds()}
 	var use busy
 	if !o.req.GetNoThrottle() {
 		if err := use.look(o.cgroup, time.Now()); err == nil {

@@ -26,6 +26,8 @@ const (
 	// ask: this host has yielded; ask the destination to run the shard until it
 	// says yes or never.
 	ask action = "ask"
+	// serve: the shard runs at the destination, and reads its last pages here.
+	serve action = "serve"
 	// wait: the source decides; ask it until it has.
 	wait action = "wait"
 	// look: a restore was under way; see whether the shard runs.
@@ -41,6 +43,8 @@ func recoveryOf(role Role, state State) action {
 		return nothing
 	case role == Source && state == Yielded:
 		return ask
+	case role == Source && state == Serving:
+		return serve
 	case role == Source:
 		return undoAll
 	case state == Sealed:
@@ -64,7 +68,7 @@ const (
 // decisionOf is what a source in a state tells a destination that asks.
 func decisionOf(s State) string {
 	switch s {
-	case Yielded, Done:
+	case Yielded, Serving, Done:
 		return decisionCommitted
 	case Aborted:
 		return decisionAborted
@@ -107,7 +111,7 @@ func (m *Manager) Recover(ctx context.Context) error {
 
 func (m *Manager) recover(ctx context.Context, act action, e *Entry) error {
 	switch act {
-	case ask:
+	case ask, serve:
 		m.work.Go(func() { m.settle(m.life, e) })
 		return nil
 	case undoAll:
@@ -181,19 +185,30 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 			return
 		}
 		// An operator may have settled it meanwhile.
-		if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded {
+		if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded && now.State != Serving {
 			return
 		}
-		peer, err := m.peers.Client(e.Peer)
-		if err == nil {
-			_, err = m.askToRun(ctx, e, peer, doubtPatience)
+		s, err := m.serveAgain(ctx, e)
+		if err == nil && e.State == Yielded {
+			err = m.askAgain(ctx, e)
 		}
 		var refused *refusedToRunError
 		switch {
+		case err == nil && s != nil:
+			if _, err = m.serve(ctx, s); ctx.Err() != nil {
+				return
+			}
 		case err == nil:
 			err = m.discard(ctx, e)
 		case errors.As(err, &refused):
 			err = m.takeBack(ctx, e, refused.Error())
+		case e.Mode == ModePostCopy && s == nil:
+			log.Error("pages that the destination lacks cannot be served", "err", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(doubtPatience):
+			}
+			continue
 		default:
 			log.Warn("migration is in doubt", "err", err)
 			select {
@@ -216,19 +231,49 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 	}
 }
 
+// askAgain asks the destination to run a shard, and journals that it does if it
+// lacks pages that are here.
+func (m *Manager) askAgain(ctx context.Context, e *Entry) error {
+	peer, err := m.peers.Client(e.Peer)
+	if err != nil {
+		return err
+	}
+	if _, err := m.askToRun(ctx, e, peer, doubtPatience); err != nil || e.Mode != ModePostCopy {
+		return err
+	}
+	e.State = Serving
+	if err := m.journal.Put(e); err != nil {
+		e.State = Yielded
+		return err
+	}
+	return nil
+}
+
+// serveAgain lets the destination read pages of a shard that an earlier daemon
+// has yielded; nil if there are none. It comes before the destination is asked to
+// run the shard: the restore may need them.
+func (m *Manager) serveAgain(ctx context.Context, e *Entry) (*serving, error) {
+	if e.Mode != ModePostCopy {
+		return nil, nil
+	}
+	return m.openServing(ctx, e, nil)
+}
+
 // takeBack lets a yielded shard go on here, after the destination's word that
 // it never will there, or an operator's.
 func (m *Manager) takeBack(ctx context.Context, e *Entry, reason string) error {
 	uctx, cancel := undo(ctx)
 	defer cancel()
+	m.endServing(e.ID)
 	rec, err := m.rt.Describe(uctx, e.Namespace, e.Shard)
 	if err != nil {
 		return err
 	}
 	// Journaled first: between here and the thaw a restart must not ask again.
+	before := e.State
 	e.State, e.Code, e.Reason = Aborted, CodeRestore, reason
 	if err := m.journal.Put(e); err != nil {
-		e.State = Yielded
+		e.State = before
 		return err
 	}
 	if err := m.giveBack(uctx, e, rec); err != nil {
@@ -245,6 +290,9 @@ func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequ
 	}
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	if e.State == Serving {
+		return m.resolveServing(ctx, e, r.Msg.GetKeep())
 	}
 	if e.State != Yielded {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s: there is no doubt to resolve", e.ID, e.State))
@@ -267,6 +315,33 @@ func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequ
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
 	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+	return connect.NewResponse(&v1.ResolveResponse{Migration: migrationOf(e, m.cfg.Node)}), nil
+}
+
+// resolveServing ends, on an operator's word, the wait for a destination that
+// will never have every page.
+func (m *Manager) resolveServing(ctx context.Context, e *Entry, keep string) (*connect.Response[v1.ResolveResponse], error) {
+	if keep != keepHere && keep != keepThere {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("keep %q: say here or there", keep))
+	}
+	m.mu.Lock()
+	s := m.serving[e.ID]
+	m.mu.Unlock()
+	var err error
+	switch reason := "an operator kept it on " + m.cfg.Node; {
+	case s != nil:
+		err = s.decide(ctx, keep, reason)
+	case keep == keepHere: // nothing of it can be read, which is why it is not served
+		err = m.takeBack(ctx, e, reason)
+	default:
+		err = m.discard(ctx, e)
+	}
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
+	if e, err = m.journal.Get(Source, e.ID); err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
 	return connect.NewResponse(&v1.ResolveResponse{Migration: migrationOf(e, m.cfg.Node)}), nil
 }
 

@@ -3,7 +3,7 @@ package migrate
 import "testing"
 
 func TestRecoveryNeverRunsTwoCopies(t *testing.T) {
-	source := []State{Preparing, Stopping, Yielded, Done, Aborted}
+	source := []State{Preparing, Stopping, Yielded, Serving, Done, Aborted}
 	destination := []State{Receiving, Sealed, Starting, Running, Done, Aborted}
 	for _, s := range source {
 		act := recoveryOf(Source, s)
@@ -11,6 +11,9 @@ func TestRecoveryNeverRunsTwoCopies(t *testing.T) {
 		// destination that it has not committed.
 		if act == undoAll && decisionOf(s) == decisionCommitted {
 			t.Errorf("source %s: goes on here and tells the destination to run", s)
+		}
+		if s == Serving && (act != serve || decisionOf(s) != decisionCommitted) {
+			t.Errorf("source %s: %s, although the shard runs there", s, act)
 		}
 		if s == Yielded && act != ask {
 			t.Errorf("source %s: %s", s, act)

@@ -20,6 +20,7 @@ const (
 	PhaseStopAndCopy = "stop-and-copy"
 	PhaseCommit      = "commit"
 	PhaseActivate    = "activate"
+	PhasePostCopy    = "post-copy"
 	PhaseDone        = "done"
 	PhaseAborted     = "aborted"
 )
@@ -122,6 +123,19 @@ func (r *report) transferring(n int, raw, sent, remaining int64) {
 	})
 }
 
+// pulled updates the byte counts of post-copy.
+func (r *report) pulled(raw, sent, remaining int64) {
+	r.update(func() {
+		p := r.progress
+		p.Round, p.RemainingBytes = 0, remaining
+		p.BytesRaw, p.BytesSent = r.m.GetBytesRaw()+raw, r.m.GetBytesSent()+sent
+		if took := r.now().Sub(r.phaseAt); took > 0 && raw > 0 {
+			p.BytesPerSecond = float64(sent) / took.Seconds()
+			p.EtaMs = int64(float64(remaining) / float64(raw) * millis(took))
+		}
+	})
+}
+
 // count adds bytes that went over the wire outside of rounds.
 func (r *report) count(sent int64) {
 	r.update(func() {
@@ -211,6 +225,8 @@ func migrationOf(e *Entry, node string) *v1.Migration {
 		m.Outcome, m.Phase = OutcomeAborted, PhaseAborted
 	case Yielded:
 		m.Outcome = OutcomeInDoubt
+	case Serving:
+		m.Outcome, m.Phase = OutcomeRunning, PhasePostCopy
 	default:
 		m.Outcome = OutcomeRunning
 		if m.GetPhase() == "" {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -33,6 +34,9 @@ import (
 //  6. yield        journaled: from here only the destination may run the shard
 //  7. commit       the destination starts it, and answers when it runs
 //  8. discard      kill the frozen source and remove what it had
+//
+// In post-copy the last pages stay here at 4, and between 7 and 8 the destination
+// fetches them (serving.go).
 //
 // Until 6 every error runs the undo list and the shard goes on here.
 
@@ -63,6 +67,9 @@ type outgoing struct {
 	logSent    int64
 	tmpfs      []tmpfsSource // as Record.Tmpfs
 	told       extentSet
+	owed       extentSet // post-copy: what the last round left here
+	owedDigest uint64
+	committed  atomic.Bool // post-copy: it cannot be cancelled any more
 	offset     clockOffset
 	undo       undoList
 	hold       *runtime.Hold // nil when no address moves

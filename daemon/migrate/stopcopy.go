@@ -166,7 +166,7 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 		return err
 	})
 	g.Go(func() error {
-		res, err := o.round(gctx, o.nextRound(), track.Options{Frozen: true})
+		res, err := o.lastRound(gctx, o.nextRound())
 		if err != nil {
 			return fmt.Errorf("last round: %w", err)
 		}
@@ -253,6 +253,13 @@ func (o *outgoing) dump(ctx context.Context, dumper *criu.Dumper, dir string) er
 	return nil
 }
 
+func (o *outgoing) lastRound(ctx context.Context, n int) (RoundResult, error) {
+	if o.req.GetMode() == ModePostCopy {
+		return o.leaveOwed(ctx, n)
+	}
+	return o.round(ctx, n, track.Options{Frozen: true})
+}
+
 // sendUntold sends the pages that CRIU left to tranship and that no round
 // covered. There should be none; if the tracker's idea of what CRIU leaves out
 // and CRIU's ever differ, this is what keeps the shard whole.
@@ -260,6 +267,9 @@ func (o *outgoing) sendUntold(ctx context.Context, images string) error {
 	lazy, err := image.LazyExtents(images)
 	if err != nil {
 		return fmt.Errorf("pages left out of the images: %w", err)
+	}
+	if o.req.GetMode() == ModePostCopy {
+		return o.sendOwed(ctx, lazy)
 	}
 	var missing []checkpoint.Extent
 	for _, extents := range lazy {
@@ -314,7 +324,7 @@ func (o *outgoing) seal(ctx context.Context) error {
 	if err := failpoint.Hit(ctx, "source.seal"); err != nil {
 		return err
 	}
-	req := &v1.SealRequest{Id: o.entry.ID, ImageDigest: o.entry.ImageDigest}
+	req := &v1.SealRequest{Id: o.entry.ID, ImageDigest: o.entry.ImageDigest, OwedDigest: o.owedDigest}
 	if _, err := o.peer.Seal(ctx, connect.NewRequest(req)); err != nil {
 		return fmt.Errorf("seal: %w", peerError(err))
 	}

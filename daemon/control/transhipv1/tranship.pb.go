@@ -46,6 +46,7 @@ type Shard struct {
 	ExitCode         uint32                 `protobuf:"varint,17,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	Command          []string               `protobuf:"bytes,18,rep,name=command,proto3" json:"command,omitempty"`
 	MemoryHeldBytes  int64                  `protobuf:"varint,19,opt,name=memory_held_bytes,json=memoryHeldBytes,proto3" json:"memory_held_bytes,omitempty"` // of what is used, what the kernel could not take back at once
+	Note             string                 `protobuf:"bytes,20,opt,name=note,proto3" json:"note,omitempty"`                                                 // what an operator should know of it, in words; mostly ""
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -211,6 +212,13 @@ func (x *Shard) GetMemoryHeldBytes() int64 {
 		return x.MemoryHeldBytes
 	}
 	return 0
+}
+
+func (x *Shard) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 type Mount struct {
@@ -6156,6 +6164,266 @@ func (*DepartResponse) Descriptor() ([]byte, []int) {
 	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{93}
 }
 
+type FetchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Pid           int32                  `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`       // in the shard's pid namespace
+	Runs          []*PageRun             `protobuf:"bytes,3,rep,name=runs,proto3" json:"runs,omitempty"`      // at most 1 MiB in all
+	Urgent        bool                   `protobuf:"varint,4,opt,name=urgent,proto3" json:"urgent,omitempty"` // a thread waits for it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchRequest) Reset() {
+	*x = FetchRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchRequest) ProtoMessage() {}
+
+func (x *FetchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
+func (*FetchRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
+}
+
+func (x *FetchRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *FetchRequest) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *FetchRequest) GetRuns() []*PageRun {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+func (x *FetchRequest) GetUrgent() bool {
+	if x != nil {
+		return x.Urgent
+	}
+	return false
+}
+
+type PageRun struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       uint64                 `protobuf:"varint,1,opt,name=address,proto3" json:"address,omitempty"`
+	Pages         int64                  `protobuf:"varint,2,opt,name=pages,proto3" json:"pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageRun) Reset() {
+	*x = PageRun{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageRun) ProtoMessage() {}
+
+func (x *PageRun) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageRun.ProtoReflect.Descriptor instead.
+func (*PageRun) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
+}
+
+func (x *PageRun) GetAddress() uint64 {
+	if x != nil {
+		return x.Address
+	}
+	return 0
+}
+
+func (x *PageRun) GetPages() int64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+type FetchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Content       []byte                 `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"` // the runs, one after the other
+	S2            bool                   `protobuf:"varint,2,opt,name=s2,proto3" json:"s2,omitempty"`          // content is an s2 block of them
+	Digest        uint64                 `protobuf:"varint,3,opt,name=digest,proto3" json:"digest,omitempty"`  // xxh3 of the pages
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchResponse) Reset() {
+	*x = FetchResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchResponse) ProtoMessage() {}
+
+func (x *FetchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
+func (*FetchResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
+}
+
+func (x *FetchResponse) GetContent() []byte {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *FetchResponse) GetS2() bool {
+	if x != nil {
+		return x.S2
+	}
+	return false
+}
+
+func (x *FetchResponse) GetDigest() uint64 {
+	if x != nil {
+		return x.Digest
+	}
+	return 0
+}
+
+type ReleaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRequest) Reset() {
+	*x = ReleaseRequest{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRequest) ProtoMessage() {}
+
+func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
+}
+
+func (x *ReleaseRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ReleaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseResponse) Reset() {
+	*x = ReleaseResponse{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseResponse) ProtoMessage() {}
+
+func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseResponse) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
+}
+
 type HistoryRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -6166,7 +6434,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6178,7 +6446,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6191,7 +6459,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *HistoryRequest) GetNamespace() string {
@@ -6218,7 +6486,7 @@ type HistoryResponse struct {
 
 func (x *HistoryResponse) Reset() {
 	*x = HistoryResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6230,7 +6498,7 @@ func (x *HistoryResponse) String() string {
 func (*HistoryResponse) ProtoMessage() {}
 
 func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6243,7 +6511,7 @@ func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryResponse.ProtoReflect.Descriptor instead.
 func (*HistoryResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *HistoryResponse) GetBlocks() [][]byte {
@@ -6268,7 +6536,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6280,7 +6548,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6293,7 +6561,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
 }
 
 type ClockResponse struct {
@@ -6305,7 +6573,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6317,7 +6585,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6330,7 +6598,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -6348,7 +6616,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6360,7 +6628,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6373,7 +6641,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
 }
 
 type StatusResponse struct {
@@ -6387,7 +6655,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6399,7 +6667,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6412,7 +6680,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -6456,7 +6724,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6468,7 +6736,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6481,7 +6749,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -6578,7 +6846,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6590,7 +6858,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6603,7 +6871,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -6631,7 +6899,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6643,7 +6911,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6656,7 +6924,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -6690,7 +6958,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6702,7 +6970,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6715,7 +6983,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -6741,7 +7009,7 @@ type RedirectRequest struct {
 
 func (x *RedirectRequest) Reset() {
 	*x = RedirectRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6753,7 +7021,7 @@ func (x *RedirectRequest) String() string {
 func (*RedirectRequest) ProtoMessage() {}
 
 func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6766,7 +7034,7 @@ func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
 func (*RedirectRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *RedirectRequest) GetId() string {
@@ -6784,7 +7052,7 @@ type RedirectResponse struct {
 
 func (x *RedirectResponse) Reset() {
 	*x = RedirectResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6796,7 +7064,7 @@ func (x *RedirectResponse) String() string {
 func (*RedirectResponse) ProtoMessage() {}
 
 func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6809,7 +7077,7 @@ func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
 func (*RedirectResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
 }
 
 type SealRequest struct {
@@ -6817,13 +7085,14 @@ type SealRequest struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	ImageDigest   uint64                 `protobuf:"varint,2,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"` // xxh3 of the CRIU image archive
 	Pages         int64                  `protobuf:"varint,3,opt,name=pages,proto3" json:"pages,omitempty"`
+	OwedDigest    uint64                 `protobuf:"varint,4,opt,name=owed_digest,json=owedDigest,proto3" json:"owed_digest,omitempty"` // xxh3 of the list of pages to come, in post-copy
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6835,7 +7104,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6848,7 +7117,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *SealRequest) GetId() string {
@@ -6872,6 +7141,13 @@ func (x *SealRequest) GetPages() int64 {
 	return 0
 }
 
+func (x *SealRequest) GetOwedDigest() uint64 {
+	if x != nil {
+		return x.OwedDigest
+	}
+	return 0
+}
+
 type SealResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	UnixNs        int64                  `protobuf:"varint,1,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`
@@ -6881,7 +7157,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6893,7 +7169,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6906,7 +7182,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -6925,7 +7201,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6937,7 +7213,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6950,7 +7226,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -6966,13 +7242,14 @@ type CommitResponse struct {
 	StartedUnixNs int64                  `protobuf:"varint,2,opt,name=started_unix_ns,json=startedUnixNs,proto3" json:"started_unix_ns,omitempty"` // destination's clock
 	Steps         []*Phase               `protobuf:"bytes,3,rep,name=steps,proto3" json:"steps,omitempty"`
 	UnixNs        int64                  `protobuf:"varint,4,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`
+	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"` // it lacks no page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6984,7 +7261,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6997,7 +7274,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -7028,6 +7305,13 @@ func (x *CommitResponse) GetUnixNs() int64 {
 	return 0
 }
 
+func (x *CommitResponse) GetWhole() bool {
+	if x != nil {
+		return x.Whole
+	}
+	return false
+}
+
 type AbortRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -7038,7 +7322,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7050,7 +7334,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7063,7 +7347,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -7088,7 +7372,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7100,7 +7384,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7113,7 +7397,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
 }
 
 type DecisionRequest struct {
@@ -7125,7 +7409,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7137,7 +7421,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7150,7 +7434,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -7169,7 +7453,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7181,7 +7465,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7194,7 +7478,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -7212,7 +7496,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7224,7 +7508,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7237,7 +7521,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
 }
 
 type PlanResponse struct {
@@ -7259,7 +7543,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7271,7 +7555,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7284,7 +7568,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *PlanResponse) GetNode() string {
@@ -7374,7 +7658,7 @@ type PlanSpan struct {
 
 func (x *PlanSpan) Reset() {
 	*x = PlanSpan{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7386,7 +7670,7 @@ func (x *PlanSpan) String() string {
 func (*PlanSpan) ProtoMessage() {}
 
 func (x *PlanSpan) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7399,7 +7683,7 @@ func (x *PlanSpan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSpan.ProtoReflect.Descriptor instead.
 func (*PlanSpan) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *PlanSpan) GetUntilMs() int64 {
@@ -7428,7 +7712,7 @@ type HeldRoom struct {
 
 func (x *HeldRoom) Reset() {
 	*x = HeldRoom{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7440,7 +7724,7 @@ func (x *HeldRoom) String() string {
 func (*HeldRoom) ProtoMessage() {}
 
 func (x *HeldRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7453,7 +7737,7 @@ func (x *HeldRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldRoom.ProtoReflect.Descriptor instead.
 func (*HeldRoom) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *HeldRoom) GetShard() string {
@@ -7494,7 +7778,7 @@ type PeerFault struct {
 
 func (x *PeerFault) Reset() {
 	*x = PeerFault{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7506,7 +7790,7 @@ func (x *PeerFault) String() string {
 func (*PeerFault) ProtoMessage() {}
 
 func (x *PeerFault) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7519,7 +7803,7 @@ func (x *PeerFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerFault.ProtoReflect.Descriptor instead.
 func (*PeerFault) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *PeerFault) GetNode() string {
@@ -7546,7 +7830,7 @@ type DecisionsRequest struct {
 
 func (x *DecisionsRequest) Reset() {
 	*x = DecisionsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7558,7 +7842,7 @@ func (x *DecisionsRequest) String() string {
 func (*DecisionsRequest) ProtoMessage() {}
 
 func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7571,7 +7855,7 @@ func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsRequest.ProtoReflect.Descriptor instead.
 func (*DecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *DecisionsRequest) GetSinceUnixMs() int64 {
@@ -7597,7 +7881,7 @@ type DecisionsResponse struct {
 
 func (x *DecisionsResponse) Reset() {
 	*x = DecisionsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7609,7 +7893,7 @@ func (x *DecisionsResponse) String() string {
 func (*DecisionsResponse) ProtoMessage() {}
 
 func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7622,7 +7906,7 @@ func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsResponse.ProtoReflect.Descriptor instead.
 func (*DecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *DecisionsResponse) GetDecisions() []*BalanceDecision {
@@ -7662,7 +7946,7 @@ type BalanceDecision struct {
 
 func (x *BalanceDecision) Reset() {
 	*x = BalanceDecision{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7674,7 +7958,7 @@ func (x *BalanceDecision) String() string {
 func (*BalanceDecision) ProtoMessage() {}
 
 func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7687,7 +7971,7 @@ func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceDecision.ProtoReflect.Descriptor instead.
 func (*BalanceDecision) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *BalanceDecision) GetId() uint64 {
@@ -7856,7 +8140,7 @@ type BalanceCost struct {
 
 func (x *BalanceCost) Reset() {
 	*x = BalanceCost{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7868,7 +8152,7 @@ func (x *BalanceCost) String() string {
 func (*BalanceCost) ProtoMessage() {}
 
 func (x *BalanceCost) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7881,7 +8165,7 @@ func (x *BalanceCost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceCost.ProtoReflect.Descriptor instead.
 func (*BalanceCost) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *BalanceCost) GetBytes() float64 {
@@ -7923,7 +8207,7 @@ type AskedTarget struct {
 
 func (x *AskedTarget) Reset() {
 	*x = AskedTarget{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7935,7 +8219,7 @@ func (x *AskedTarget) String() string {
 func (*AskedTarget) ProtoMessage() {}
 
 func (x *AskedTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7948,7 +8232,7 @@ func (x *AskedTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskedTarget.ProtoReflect.Descriptor instead.
 func (*AskedTarget) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *AskedTarget) GetNode() string {
@@ -7981,7 +8265,7 @@ type RoomRequest struct {
 
 func (x *RoomRequest) Reset() {
 	*x = RoomRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7993,7 +8277,7 @@ func (x *RoomRequest) String() string {
 func (*RoomRequest) ProtoMessage() {}
 
 func (x *RoomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8006,7 +8290,7 @@ func (x *RoomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
 func (*RoomRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *RoomRequest) GetImages() []string {
@@ -8037,7 +8321,7 @@ type RoomResponse struct {
 
 func (x *RoomResponse) Reset() {
 	*x = RoomResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8049,7 +8333,7 @@ func (x *RoomResponse) String() string {
 func (*RoomResponse) ProtoMessage() {}
 
 func (x *RoomResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8062,7 +8346,7 @@ func (x *RoomResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomResponse.ProtoReflect.Descriptor instead.
 func (*RoomResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *RoomResponse) GetZone() string {
@@ -8163,7 +8447,7 @@ type BookRequest struct {
 
 func (x *BookRequest) Reset() {
 	*x = BookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8175,7 +8459,7 @@ func (x *BookRequest) String() string {
 func (*BookRequest) ProtoMessage() {}
 
 func (x *BookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8188,7 +8472,7 @@ func (x *BookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookRequest.ProtoReflect.Descriptor instead.
 func (*BookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *BookRequest) GetNamespace() string {
@@ -8293,7 +8577,7 @@ type BookResponse struct {
 
 func (x *BookResponse) Reset() {
 	*x = BookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8305,7 +8589,7 @@ func (x *BookResponse) String() string {
 func (*BookResponse) ProtoMessage() {}
 
 func (x *BookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8318,7 +8602,7 @@ func (x *BookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookResponse.ProtoReflect.Descriptor instead.
 func (*BookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *BookResponse) GetVeto() string {
@@ -8353,7 +8637,7 @@ type UnbookRequest struct {
 
 func (x *UnbookRequest) Reset() {
 	*x = UnbookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8365,7 +8649,7 @@ func (x *UnbookRequest) String() string {
 func (*UnbookRequest) ProtoMessage() {}
 
 func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8378,7 +8662,7 @@ func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookRequest.ProtoReflect.Descriptor instead.
 func (*UnbookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *UnbookRequest) GetNamespace() string {
@@ -8410,7 +8694,7 @@ type UnbookResponse struct {
 
 func (x *UnbookResponse) Reset() {
 	*x = UnbookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8422,7 +8706,7 @@ func (x *UnbookResponse) String() string {
 func (*UnbookResponse) ProtoMessage() {}
 
 func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8435,14 +8719,14 @@ func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookResponse.ProtoReflect.Descriptor instead.
 func (*UnbookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{134}
 }
 
 var File_daemon_control_tranship_proto protoreflect.FileDescriptor
 
 const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\n" +
-	"\x1ddaemon/control/tranship.proto\x12\vtranship.v1\"\xfc\x04\n" +
+	"\x1ddaemon/control/tranship.proto\x12\vtranship.v1\"\x90\x05\n" +
 	"\x05Shard\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
@@ -8464,7 +8748,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\fmigration_id\x18\x10 \x01(\tR\vmigrationId\x12\x1b\n" +
 	"\texit_code\x18\x11 \x01(\rR\bexitCode\x12\x18\n" +
 	"\acommand\x18\x12 \x03(\tR\acommand\x12*\n" +
-	"\x11memory_held_bytes\x18\x13 \x01(\x03R\x0fmemoryHeldBytes\x1a9\n" +
+	"\x11memory_held_bytes\x18\x13 \x01(\x03R\x0fmemoryHeldBytes\x12\x12\n" +
+	"\x04note\x18\x14 \x01(\tR\x04note\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"v\n" +
@@ -8955,7 +9240,22 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\rRenewResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"\x0f\n" +
 	"\rDepartRequest\"\x10\n" +
-	"\x0eDepartResponse\"D\n" +
+	"\x0eDepartResponse\"r\n" +
+	"\fFetchRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12(\n" +
+	"\x04runs\x18\x03 \x03(\v2\x14.tranship.v1.PageRunR\x04runs\x12\x16\n" +
+	"\x06urgent\x18\x04 \x01(\bR\x06urgent\"9\n" +
+	"\aPageRun\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\x04R\aaddress\x12\x14\n" +
+	"\x05pages\x18\x02 \x01(\x03R\x05pages\"Q\n" +
+	"\rFetchResponse\x12\x18\n" +
+	"\acontent\x18\x01 \x01(\fR\acontent\x12\x0e\n" +
+	"\x02s2\x18\x02 \x01(\bR\x02s2\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\x04R\x06digest\" \n" +
+	"\x0eReleaseRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x11\n" +
+	"\x0fReleaseResponse\"D\n" +
 	"\x0eHistoryRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\"G\n" +
@@ -8997,20 +9297,23 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x05ready\x18\x02 \x01(\bR\x05ready\"!\n" +
 	"\x0fRedirectRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x12\n" +
-	"\x10RedirectResponse\"V\n" +
+	"\x10RedirectResponse\"w\n" +
 	"\vSealRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\fimage_digest\x18\x02 \x01(\x04R\vimageDigest\x12\x14\n" +
-	"\x05pages\x18\x03 \x01(\x03R\x05pages\"'\n" +
+	"\x05pages\x18\x03 \x01(\x03R\x05pages\x12\x1f\n" +
+	"\vowed_digest\x18\x04 \x01(\x04R\n" +
+	"owedDigest\"'\n" +
 	"\fSealResponse\x12\x17\n" +
 	"\aunix_ns\x18\x01 \x01(\x03R\x06unixNs\"\x1f\n" +
 	"\rCommitRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x95\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xab\x01\n" +
 	"\x0eCommitResponse\x12\x18\n" +
 	"\arunning\x18\x01 \x01(\bR\arunning\x12&\n" +
 	"\x0fstarted_unix_ns\x18\x02 \x01(\x03R\rstartedUnixNs\x12(\n" +
 	"\x05steps\x18\x03 \x03(\v2\x12.tranship.v1.PhaseR\x05steps\x12\x17\n" +
-	"\aunix_ns\x18\x04 \x01(\x03R\x06unixNs\"6\n" +
+	"\aunix_ns\x18\x04 \x01(\x03R\x06unixNs\x12\x14\n" +
+	"\x05whole\x18\x05 \x01(\bR\x05whole\"6\n" +
 	"\fAbortRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x0f\n" +
@@ -9176,7 +9479,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x06Depart\x12\x1a.tranship.v1.DepartRequest\x1a\x1b.tranship.v1.DepartResponse\x12A\n" +
 	"\x06Cordon\x12\x1a.tranship.v1.CordonRequest\x1a\x1b.tranship.v1.CordonResponse\x12=\n" +
 	"\x05Drain\x12\x19.tranship.v1.DrainRequest\x1a\x17.tranship.v1.DrainEvent0\x01\x12J\n" +
-	"\tStopDrain\x12\x1d.tranship.v1.StopDrainRequest\x1a\x1e.tranship.v1.StopDrainResponse2\xa4\x06\n" +
+	"\tStopDrain\x12\x1d.tranship.v1.StopDrainRequest\x1a\x1e.tranship.v1.StopDrainResponse2\xaa\a\n" +
 	"\x04Peer\x12A\n" +
 	"\x06Status\x12\x1a.tranship.v1.StatusRequest\x1a\x1b.tranship.v1.StatusResponse\x12>\n" +
 	"\x05Clock\x12\x19.tranship.v1.ClockRequest\x1a\x1a.tranship.v1.ClockResponse\x12D\n" +
@@ -9189,7 +9492,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04Load\x12\x18.tranship.v1.LoadRequest\x1a\x19.tranship.v1.LoadResponse\x12D\n" +
 	"\aHistory\x12\x1b.tranship.v1.HistoryRequest\x1a\x1c.tranship.v1.HistoryResponse\x128\n" +
 	"\x03Run\x12\x17.tranship.v1.RunRequest\x1a\x18.tranship.v1.RunResponse\x12G\n" +
-	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponse2\x92\x01\n" +
+	"\bDecision\x12\x1c.tranship.v1.DecisionRequest\x1a\x1d.tranship.v1.DecisionResponse\x12>\n" +
+	"\x05Fetch\x12\x19.tranship.v1.FetchRequest\x1a\x1a.tranship.v1.FetchResponse\x12D\n" +
+	"\aRelease\x12\x1b.tranship.v1.ReleaseRequest\x1a\x1c.tranship.v1.ReleaseResponse2\x92\x01\n" +
 	"\aBalance\x12;\n" +
 	"\x04Plan\x12\x18.tranship.v1.PlanRequest\x1a\x19.tranship.v1.PlanResponse\x12J\n" +
 	"\tDecisions\x12\x1d.tranship.v1.DecisionsRequest\x1a\x1e.tranship.v1.DecisionsResponse2\xc4\x01\n" +
@@ -9210,7 +9515,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 141)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 146)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                   // 0: tranship.v1.Shard
 	(*Mount)(nil),                   // 1: tranship.v1.Mount
@@ -9306,58 +9611,63 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*RenewResponse)(nil),           // 91: tranship.v1.RenewResponse
 	(*DepartRequest)(nil),           // 92: tranship.v1.DepartRequest
 	(*DepartResponse)(nil),          // 93: tranship.v1.DepartResponse
-	(*HistoryRequest)(nil),          // 94: tranship.v1.HistoryRequest
-	(*HistoryResponse)(nil),         // 95: tranship.v1.HistoryResponse
-	(*ClockRequest)(nil),            // 96: tranship.v1.ClockRequest
-	(*ClockResponse)(nil),           // 97: tranship.v1.ClockResponse
-	(*StatusRequest)(nil),           // 98: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),          // 99: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),          // 100: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),         // 101: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),          // 102: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),         // 103: tranship.v1.PrepareResponse
-	(*RedirectRequest)(nil),         // 104: tranship.v1.RedirectRequest
-	(*RedirectResponse)(nil),        // 105: tranship.v1.RedirectResponse
-	(*SealRequest)(nil),             // 106: tranship.v1.SealRequest
-	(*SealResponse)(nil),            // 107: tranship.v1.SealResponse
-	(*CommitRequest)(nil),           // 108: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),          // 109: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),            // 110: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),           // 111: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),         // 112: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),        // 113: tranship.v1.DecisionResponse
-	(*PlanRequest)(nil),             // 114: tranship.v1.PlanRequest
-	(*PlanResponse)(nil),            // 115: tranship.v1.PlanResponse
-	(*PlanSpan)(nil),                // 116: tranship.v1.PlanSpan
-	(*HeldRoom)(nil),                // 117: tranship.v1.HeldRoom
-	(*PeerFault)(nil),               // 118: tranship.v1.PeerFault
-	(*DecisionsRequest)(nil),        // 119: tranship.v1.DecisionsRequest
-	(*DecisionsResponse)(nil),       // 120: tranship.v1.DecisionsResponse
-	(*BalanceDecision)(nil),         // 121: tranship.v1.BalanceDecision
-	(*BalanceCost)(nil),             // 122: tranship.v1.BalanceCost
-	(*AskedTarget)(nil),             // 123: tranship.v1.AskedTarget
-	(*RoomRequest)(nil),             // 124: tranship.v1.RoomRequest
-	(*RoomResponse)(nil),            // 125: tranship.v1.RoomResponse
-	(*BookRequest)(nil),             // 126: tranship.v1.BookRequest
-	(*BookResponse)(nil),            // 127: tranship.v1.BookResponse
-	(*UnbookRequest)(nil),           // 128: tranship.v1.UnbookRequest
-	(*UnbookResponse)(nil),          // 129: tranship.v1.UnbookResponse
-	nil,                             // 130: tranship.v1.Shard.LabelsEntry
-	nil,                             // 131: tranship.v1.RunRequest.LabelsEntry
-	nil,                             // 132: tranship.v1.Node.LabelsEntry
-	nil,                             // 133: tranship.v1.HostLoad.RatesEntry
-	nil,                             // 134: tranship.v1.ShardLoad.RatesEntry
-	nil,                             // 135: tranship.v1.ShardLoad.AbsentEntry
-	nil,                             // 136: tranship.v1.LoadPoint.MeanEntry
-	nil,                             // 137: tranship.v1.LoadPoint.PeakEntry
-	nil,                             // 138: tranship.v1.ChangeWorkloadRequest.PreferEntry
-	nil,                             // 139: tranship.v1.WorkloadRecordsRequest.KnownEntry
-	nil,                             // 140: tranship.v1.RoomResponse.LabelsEntry
+	(*FetchRequest)(nil),            // 94: tranship.v1.FetchRequest
+	(*PageRun)(nil),                 // 95: tranship.v1.PageRun
+	(*FetchResponse)(nil),           // 96: tranship.v1.FetchResponse
+	(*ReleaseRequest)(nil),          // 97: tranship.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 98: tranship.v1.ReleaseResponse
+	(*HistoryRequest)(nil),          // 99: tranship.v1.HistoryRequest
+	(*HistoryResponse)(nil),         // 100: tranship.v1.HistoryResponse
+	(*ClockRequest)(nil),            // 101: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),           // 102: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),           // 103: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),          // 104: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),          // 105: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),         // 106: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),          // 107: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),         // 108: tranship.v1.PrepareResponse
+	(*RedirectRequest)(nil),         // 109: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),        // 110: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),             // 111: tranship.v1.SealRequest
+	(*SealResponse)(nil),            // 112: tranship.v1.SealResponse
+	(*CommitRequest)(nil),           // 113: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),          // 114: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),            // 115: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),           // 116: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),         // 117: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),        // 118: tranship.v1.DecisionResponse
+	(*PlanRequest)(nil),             // 119: tranship.v1.PlanRequest
+	(*PlanResponse)(nil),            // 120: tranship.v1.PlanResponse
+	(*PlanSpan)(nil),                // 121: tranship.v1.PlanSpan
+	(*HeldRoom)(nil),                // 122: tranship.v1.HeldRoom
+	(*PeerFault)(nil),               // 123: tranship.v1.PeerFault
+	(*DecisionsRequest)(nil),        // 124: tranship.v1.DecisionsRequest
+	(*DecisionsResponse)(nil),       // 125: tranship.v1.DecisionsResponse
+	(*BalanceDecision)(nil),         // 126: tranship.v1.BalanceDecision
+	(*BalanceCost)(nil),             // 127: tranship.v1.BalanceCost
+	(*AskedTarget)(nil),             // 128: tranship.v1.AskedTarget
+	(*RoomRequest)(nil),             // 129: tranship.v1.RoomRequest
+	(*RoomResponse)(nil),            // 130: tranship.v1.RoomResponse
+	(*BookRequest)(nil),             // 131: tranship.v1.BookRequest
+	(*BookResponse)(nil),            // 132: tranship.v1.BookResponse
+	(*UnbookRequest)(nil),           // 133: tranship.v1.UnbookRequest
+	(*UnbookResponse)(nil),          // 134: tranship.v1.UnbookResponse
+	nil,                             // 135: tranship.v1.Shard.LabelsEntry
+	nil,                             // 136: tranship.v1.RunRequest.LabelsEntry
+	nil,                             // 137: tranship.v1.Node.LabelsEntry
+	nil,                             // 138: tranship.v1.HostLoad.RatesEntry
+	nil,                             // 139: tranship.v1.ShardLoad.RatesEntry
+	nil,                             // 140: tranship.v1.ShardLoad.AbsentEntry
+	nil,                             // 141: tranship.v1.LoadPoint.MeanEntry
+	nil,                             // 142: tranship.v1.LoadPoint.PeakEntry
+	nil,                             // 143: tranship.v1.ChangeWorkloadRequest.PreferEntry
+	nil,                             // 144: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	nil,                             // 145: tranship.v1.RoomResponse.LabelsEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	130, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	135, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,   // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	131, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	136, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,   // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,   // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -9366,7 +9676,7 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	19,  // 8: tranship.v1.DrainResult.moved:type_name -> tranship.v1.DrainedShard
 	19,  // 9: tranship.v1.DrainResult.stayed:type_name -> tranship.v1.DrainedShard
 	23,  // 10: tranship.v1.Node.versions:type_name -> tranship.v1.Versions
-	132, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
+	137, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
 	22,  // 12: tranship.v1.ListNodesResponse.nodes:type_name -> tranship.v1.Node
 	23,  // 13: tranship.v1.VersionResponse.versions:type_name -> tranship.v1.Versions
 	29,  // 14: tranship.v1.CheckResponse.findings:type_name -> tranship.v1.Finding
@@ -9381,163 +9691,168 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	36,  // 23: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
 	46,  // 24: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
 	47,  // 25: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
-	133, // 26: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	138, // 26: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
 	45,  // 27: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
-	134, // 28: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
-	135, // 29: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
-	136, // 30: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
-	137, // 31: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	139, // 28: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	140, // 29: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
+	141, // 30: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	142, // 31: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
 	49,  // 32: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
 	54,  // 33: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	55,  // 34: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
 	54,  // 35: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	56,  // 36: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
 	57,  // 37: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
-	138, // 38: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
+	143, // 38: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
 	62,  // 39: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
 	63,  // 40: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
 	60,  // 41: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
 	66,  // 42: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
 	0,   // 43: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
-	139, // 44: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
+	144, // 44: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
 	0,   // 45: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 46: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
 	87,  // 47: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
 	87,  // 48: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
-	22,  // 49: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,   // 50: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,   // 51: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	23,  // 52: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,   // 53: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	29,  // 54: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	34,  // 55: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	116, // 56: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
-	121, // 57: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	117, // 58: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
-	118, // 59: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
-	121, // 60: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	122, // 61: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
-	122, // 62: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
-	123, // 63: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
-	140, // 64: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
-	122, // 65: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
-	2,   // 66: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,   // 67: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,   // 68: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,   // 69: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10,  // 70: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12,  // 71: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	24,  // 72: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	26,  // 73: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	14,  // 74: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 75: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 76: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	28,  // 77: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	31,  // 78: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	37,  // 79: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	39,  // 80: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	41,  // 81: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	43,  // 82: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	48,  // 83: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	51,  // 84: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	53,  // 85: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
-	59,  // 86: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	64,  // 87: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
-	59,  // 88: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	67,  // 89: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
-	69,  // 90: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
-	71,  // 91: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
-	73,  // 92: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
-	75,  // 93: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
-	77,  // 94: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
-	79,  // 95: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
-	81,  // 96: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
-	83,  // 97: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
-	85,  // 98: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
-	88,  // 99: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
-	90,  // 100: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
-	92,  // 101: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
-	14,  // 102: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 103: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 104: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	98,  // 105: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	96,  // 106: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	100, // 107: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	102, // 108: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	104, // 109: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	106, // 110: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	108, // 111: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	110, // 112: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	43,  // 113: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	94,  // 114: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,   // 115: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	112, // 116: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	114, // 117: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
-	119, // 118: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
-	124, // 119: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
-	126, // 120: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
-	128, // 121: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
-	3,   // 122: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,   // 123: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,   // 124: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,   // 125: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11,  // 126: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13,  // 127: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	25,  // 128: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	27,  // 129: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	15,  // 130: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 131: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 132: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	30,  // 133: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	32,  // 134: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	38,  // 135: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	40,  // 136: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	42,  // 137: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	44,  // 138: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	50,  // 139: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	52,  // 140: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	58,  // 141: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
-	61,  // 142: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
-	65,  // 143: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
-	61,  // 144: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
-	68,  // 145: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
-	70,  // 146: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
-	72,  // 147: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
-	74,  // 148: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
-	76,  // 149: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
-	78,  // 150: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
-	80,  // 151: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
-	82,  // 152: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
-	84,  // 153: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
-	86,  // 154: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
-	89,  // 155: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
-	91,  // 156: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
-	93,  // 157: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
-	15,  // 158: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 159: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 160: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	99,  // 161: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	97,  // 162: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	101, // 163: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	103, // 164: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	105, // 165: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	107, // 166: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	109, // 167: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	111, // 168: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	44,  // 169: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	95,  // 170: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,   // 171: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	113, // 172: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	115, // 173: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
-	120, // 174: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
-	125, // 175: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
-	127, // 176: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
-	129, // 177: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
-	122, // [122:178] is the sub-list for method output_type
-	66,  // [66:122] is the sub-list for method input_type
-	66,  // [66:66] is the sub-list for extension type_name
-	66,  // [66:66] is the sub-list for extension extendee
-	0,   // [0:66] is the sub-list for field type_name
+	95,  // 49: tranship.v1.FetchRequest.runs:type_name -> tranship.v1.PageRun
+	22,  // 50: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,   // 51: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,   // 52: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	23,  // 53: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,   // 54: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	29,  // 55: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	34,  // 56: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	121, // 57: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
+	126, // 58: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	122, // 59: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
+	123, // 60: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
+	126, // 61: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	127, // 62: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
+	127, // 63: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
+	128, // 64: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
+	145, // 65: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
+	127, // 66: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
+	2,   // 67: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,   // 68: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,   // 69: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,   // 70: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10,  // 71: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12,  // 72: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	24,  // 73: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	26,  // 74: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	14,  // 75: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 76: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 77: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	28,  // 78: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	31,  // 79: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	37,  // 80: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	39,  // 81: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	41,  // 82: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	43,  // 83: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	48,  // 84: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	51,  // 85: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	53,  // 86: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	59,  // 87: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	64,  // 88: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
+	59,  // 89: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	67,  // 90: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
+	69,  // 91: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
+	71,  // 92: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
+	73,  // 93: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
+	75,  // 94: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
+	77,  // 95: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
+	79,  // 96: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
+	81,  // 97: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
+	83,  // 98: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
+	85,  // 99: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
+	88,  // 100: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
+	90,  // 101: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
+	92,  // 102: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
+	14,  // 103: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 104: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 105: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	103, // 106: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	101, // 107: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	105, // 108: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	107, // 109: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	109, // 110: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	111, // 111: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	113, // 112: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	115, // 113: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	43,  // 114: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	99,  // 115: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,   // 116: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	117, // 117: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	94,  // 118: tranship.v1.Peer.Fetch:input_type -> tranship.v1.FetchRequest
+	97,  // 119: tranship.v1.Peer.Release:input_type -> tranship.v1.ReleaseRequest
+	119, // 120: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
+	124, // 121: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
+	129, // 122: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
+	131, // 123: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
+	133, // 124: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
+	3,   // 125: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,   // 126: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,   // 127: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,   // 128: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11,  // 129: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13,  // 130: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	25,  // 131: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	27,  // 132: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	15,  // 133: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 134: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 135: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	30,  // 136: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	32,  // 137: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	38,  // 138: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	40,  // 139: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	42,  // 140: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	44,  // 141: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	50,  // 142: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	52,  // 143: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	58,  // 144: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	61,  // 145: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
+	65,  // 146: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
+	61,  // 147: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
+	68,  // 148: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
+	70,  // 149: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
+	72,  // 150: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
+	74,  // 151: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
+	76,  // 152: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
+	78,  // 153: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
+	80,  // 154: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
+	82,  // 155: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
+	84,  // 156: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
+	86,  // 157: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
+	89,  // 158: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
+	91,  // 159: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
+	93,  // 160: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
+	15,  // 161: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 162: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 163: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	104, // 164: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	102, // 165: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	106, // 166: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	108, // 167: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	110, // 168: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	112, // 169: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	114, // 170: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	116, // 171: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	44,  // 172: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	100, // 173: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,   // 174: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	118, // 175: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	96,  // 176: tranship.v1.Peer.Fetch:output_type -> tranship.v1.FetchResponse
+	98,  // 177: tranship.v1.Peer.Release:output_type -> tranship.v1.ReleaseResponse
+	120, // 178: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
+	125, // 179: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
+	130, // 180: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
+	132, // 181: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
+	134, // 182: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
+	125, // [125:183] is the sub-list for method output_type
+	67,  // [67:125] is the sub-list for method input_type
+	67,  // [67:67] is the sub-list for extension type_name
+	67,  // [67:67] is the sub-list for extension extendee
+	0,   // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -9554,7 +9869,7 @@ func file_daemon_control_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   141,
+			NumMessages:   146,
 			NumExtensions: 0,
 			NumServices:   11,
 		},

@@ -160,6 +160,10 @@ const (
 	PeerRunProcedure = "/tranship.v1.Peer/Run"
 	// PeerDecisionProcedure is the fully-qualified name of the Peer's Decision RPC.
 	PeerDecisionProcedure = "/tranship.v1.Peer/Decision"
+	// PeerFetchProcedure is the fully-qualified name of the Peer's Fetch RPC.
+	PeerFetchProcedure = "/tranship.v1.Peer/Fetch"
+	// PeerReleaseProcedure is the fully-qualified name of the Peer's Release RPC.
+	PeerReleaseProcedure = "/tranship.v1.Peer/Release"
 	// BalancePlanProcedure is the fully-qualified name of the Balance's Plan RPC.
 	BalancePlanProcedure = "/tranship.v1.Balance/Plan"
 	// BalanceDecisionsProcedure is the fully-qualified name of the Balance's Decisions RPC.
@@ -1619,6 +1623,11 @@ type PeerClient interface {
 	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
 	Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error)
+	// Fetch reads pages, in post-copy, that a shard which runs at the caller lacks.
+	// They stay here until Release.
+	Fetch(context.Context, *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error)
+	// Release says that the caller has every page. May run twice.
+	Release(context.Context, *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error)
 }
 
 // NewPeerClient constructs a client for the tranship.v1.Peer service. By default, it uses the
@@ -1704,6 +1713,18 @@ func NewPeerClient(httpClient connect.HTTPClient, baseURL string, opts ...connec
 			connect.WithSchema(peerMethods.ByName("Decision")),
 			connect.WithClientOptions(opts...),
 		),
+		fetch: connect.NewClient[transhipv1.FetchRequest, transhipv1.FetchResponse](
+			httpClient,
+			baseURL+PeerFetchProcedure,
+			connect.WithSchema(peerMethods.ByName("Fetch")),
+			connect.WithClientOptions(opts...),
+		),
+		release: connect.NewClient[transhipv1.ReleaseRequest, transhipv1.ReleaseResponse](
+			httpClient,
+			baseURL+PeerReleaseProcedure,
+			connect.WithSchema(peerMethods.ByName("Release")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1721,6 +1742,8 @@ type peerClient struct {
 	history  *connect.Client[transhipv1.HistoryRequest, transhipv1.HistoryResponse]
 	run      *connect.Client[transhipv1.RunRequest, transhipv1.RunResponse]
 	decision *connect.Client[transhipv1.DecisionRequest, transhipv1.DecisionResponse]
+	fetch    *connect.Client[transhipv1.FetchRequest, transhipv1.FetchResponse]
+	release  *connect.Client[transhipv1.ReleaseRequest, transhipv1.ReleaseResponse]
 }
 
 // Status calls tranship.v1.Peer.Status.
@@ -1783,6 +1806,16 @@ func (c *peerClient) Decision(ctx context.Context, req *connect.Request[tranship
 	return c.decision.CallUnary(ctx, req)
 }
 
+// Fetch calls tranship.v1.Peer.Fetch.
+func (c *peerClient) Fetch(ctx context.Context, req *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error) {
+	return c.fetch.CallUnary(ctx, req)
+}
+
+// Release calls tranship.v1.Peer.Release.
+func (c *peerClient) Release(ctx context.Context, req *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error) {
+	return c.release.CallUnary(ctx, req)
+}
+
 // PeerHandler is an implementation of the tranship.v1.Peer service.
 type PeerHandler interface {
 	Status(context.Context, *connect.Request[transhipv1.StatusRequest]) (*connect.Response[transhipv1.StatusResponse], error)
@@ -1812,6 +1845,11 @@ type PeerHandler interface {
 	Run(context.Context, *connect.Request[transhipv1.RunRequest]) (*connect.Response[transhipv1.RunResponse], error)
 	// Decision is what a destination in doubt asks the source.
 	Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error)
+	// Fetch reads pages, in post-copy, that a shard which runs at the caller lacks.
+	// They stay here until Release.
+	Fetch(context.Context, *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error)
+	// Release says that the caller has every page. May run twice.
+	Release(context.Context, *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error)
 }
 
 // NewPeerHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -1893,6 +1931,18 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 		connect.WithSchema(peerMethods.ByName("Decision")),
 		connect.WithHandlerOptions(opts...),
 	)
+	peerFetchHandler := connect.NewUnaryHandler(
+		PeerFetchProcedure,
+		svc.Fetch,
+		connect.WithSchema(peerMethods.ByName("Fetch")),
+		connect.WithHandlerOptions(opts...),
+	)
+	peerReleaseHandler := connect.NewUnaryHandler(
+		PeerReleaseProcedure,
+		svc.Release,
+		connect.WithSchema(peerMethods.ByName("Release")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tranship.v1.Peer/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case PeerStatusProcedure:
@@ -1919,6 +1969,10 @@ func NewPeerHandler(svc PeerHandler, opts ...connect.HandlerOption) (string, htt
 			peerRunHandler.ServeHTTP(w, r)
 		case PeerDecisionProcedure:
 			peerDecisionHandler.ServeHTTP(w, r)
+		case PeerFetchProcedure:
+			peerFetchHandler.ServeHTTP(w, r)
+		case PeerReleaseProcedure:
+			peerReleaseHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1974,6 +2028,14 @@ func (UnimplementedPeerHandler) Run(context.Context, *connect.Request[transhipv1
 
 func (UnimplementedPeerHandler) Decision(context.Context, *connect.Request[transhipv1.DecisionRequest]) (*connect.Response[transhipv1.DecisionResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Decision is not implemented"))
+}
+
+func (UnimplementedPeerHandler) Fetch(context.Context, *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Fetch is not implemented"))
+}
+
+func (UnimplementedPeerHandler) Release(context.Context, *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tranship.v1.Peer.Release is not implemented"))
 }
 
 // BalanceClient is a client for the tranship.v1.Balance service.

@@ -1,0 +1,54 @@
+package migrate
+
+import (
+	"fmt"
+
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+)
+
+// described adds in words where the pages of a shard are.
+func (m *Manager) described(v *v1.Migration, e *Entry) *v1.Migration {
+	if note, _ := m.noteOf(e); note != "" {
+		v.Reason = note
+		v.Phase = PhasePostCopy
+	}
+	return v
+}
+
+// Note says what an operator should know of a shard in post-copy, "" of others,
+// and whether what is here of it stands still.
+func (m *Manager) Note(namespace, name string) (note string, frozen bool) {
+	id := m.MigrationOf(namespace, name)
+	if id == "" {
+		return "", false
+	}
+	for _, role := range []Role{Source, Destination} {
+		if e, err := m.journal.Get(role, id); err == nil {
+			return m.noteOf(e)
+		}
+	}
+	return "", false
+}
+
+func (m *Manager) noteOf(e *Entry) (note string, frozen bool) {
+	switch {
+	case e.Mode != ModePostCopy:
+	case e.State == Serving:
+		return fmt.Sprintf("runs on %s, which still fetches the last pages of its memory from here", e.Peer), true
+	case e.State == Running:
+		m.mu.Lock()
+		in := m.incoming[e.ID]
+		m.mu.Unlock()
+		if in != nil && !in.pull.whole.Load() {
+			return fmt.Sprintf("runs here, and the last pages of its memory are still on %s", e.Peer), false
+		}
+	}
+	return "", false
+}
+
+// Pulling says that a shard runs here and lacks pages that are elsewhere. It may
+// be stopped and removed nevertheless: its source may be gone for good.
+func (m *Manager) Pulling(namespace, name string) bool {
+	in := m.arriving(shardKey{namespace, name})
+	return in != nil && in.entry.Mode == ModePostCopy && !in.pull.whole.Load()
+}
