@@ -1,0 +1,211 @@
+//go:build integration
+
+package e2e
+
+import (
+	"encoding/json"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tranship/tranship/integration/workload/memcheck"
+)
+
+// TestPostCopyLosesNoPage moves a shard that rewrites its memory four times as
+// fast as the link carries it, and breaks what can break while its last pages
+// are still at the source. A client talks to it all along.
+func TestPostCopyLosesNoPage(t *testing.T) {
+	needChecks(t)
+	const name, link = "postcopy", "400mbit"
+	ip := runShard(t, "host-1", name, checksImage, "memcheck", "--features=plain", "--size=32MiB", "--rate=200MiB/s",
+		"--hot=100", "--compressible=0", "--procs=2", "--threads=1", "--verify=2000")
+	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
+	awaitListening(t, ip, memcheck.DefaultPort)
+	askMemcheck(t, "client", addr, "stat") // answers once all of it is written
+	c := startClient(t, "watch", "memcheck", "watch", "--addr", addr)
+	awaitConnections(t, ip, 1)
+	f := &faulty{t: t, name: name, ip: ip}
+	flags := []string{"--mode", "postcopy", "--bandwidth", link}
+
+	// moved checks a migration that brought the shard to a host.
+	moved := func(t *testing.T, r result, code int, at string) {
+		t.Helper()
+		if code != 0 || r.Outcome != "done" {
+			t.Fatalf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+		}
+		await(t, "one running copy, on "+at, func() bool {
+			running := slices.DeleteFunc(where(t, name), func(s shard) bool { return s.Status != "running" })
+			return len(running) == 1 && running[0].Node == at && running[0].Migration == ""
+		})
+		c.mustGoOn(t, 5)
+	}
+	back := func(t *testing.T) {
+		t.Helper()
+		moved(t, mustMigrate(t, name, "host-2", "host-1", flags...), 0, "host-1")
+	}
+
+	t.Run("there and back", func(t *testing.T) {
+		f.t = t
+		r := mustMigrate(t, name, "host-1", "host-2", flags...)
+		moved(t, r, 0, "host-2")
+		n := len(r.Rounds)
+		if n < 3 || n > 4 || r.Rounds[n-2].Pages != 0 || r.Rounds[n-1].Pages == 0 {
+			t.Errorf("two rounds, a frozen one without pages, and what was fetched: %+v", r.Rounds)
+		}
+		for _, round := range r.Rounds {
+			if round.ThrottledCPUs != 0 {
+				t.Errorf("round %d was slowed", round.N)
+			}
+		}
+		if !slices.ContainsFunc(r.Phases, func(p struct {
+			Name string
+			Ms   float64
+		}) bool {
+			return p.Name == "post-copy"
+		}) {
+			t.Errorf("phases %+v", r.Phases)
+		}
+		back(t)
+	})
+
+	t.Run("it cannot be cancelled", func(t *testing.T) {
+		f.t = t
+		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		if out, err := on(t, "host-1", "tranship", "cancel", f.pendingID()); err == nil || !strings.Contains(err.Error(), "can no longer be cancelled") {
+			t.Errorf("cancel: %q, %v", out, err)
+		}
+		for host, want := range map[string]string{"host-1": "runs on host-2", "host-2": "are still on host-1"} {
+			for _, command := range []string{"ps", "migrations"} {
+				await(t, command+" on "+host+" says where its pages are", func() bool {
+					return strings.Contains(must(t, host, "tranship", command, "-o", "json"), want)
+				})
+			}
+		}
+		release()
+		r, code := wait()
+		moved(t, r, code, "host-2")
+		back(t)
+	})
+
+	for _, kill := range []struct{ what, host, point string }{
+		{"the destination's daemon is killed", "host-2", "destination.post-copy"},
+		{"the source's daemon is killed", "host-1", "source.fetch"},
+		{"the source's daemon is killed before it knows that the shard runs", "host-1", "source.yielded"},
+		{"the source's daemon is killed when it begins to serve", "host-1", "source.serving"},
+		{"the destination's daemon is killed when it has every page", "host-2", "destination.release"},
+	} {
+		t.Run(kill.what, func(t *testing.T) {
+			f.t = t
+			hit, _ := arm(t, kill.host, kill.point, "kill")
+			wait := f.begin(flags...)
+			await(t, kill.point+" is reached", hit)
+			await(t, "the daemon has died", func() bool {
+				_, err := on(t, kill.host, "tranship", "ps", "--local")
+				return err != nil
+			})
+			f.restart(kill.host)
+			r, code := wait()
+			f.awaitNothingPending()
+			if kill.host == "host-1" && code != 0 {
+				// A daemon that comes back may be in doubt, and says so to a command that
+				// asks before the destination has answered.
+				t.Logf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+				r.Outcome, code = outcomeOf(t, "host-1", r.ID), 0
+			}
+			moved(t, r, code, "host-2")
+			back(t)
+		})
+	}
+
+	t.Run("the link is cut", func(t *testing.T) {
+		f.t = t
+		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		f.cut(true)
+		t.Cleanup(func() { f.cut(false) })
+		release()
+		time.Sleep(3 * time.Second) // is how long the link is away
+		f.cut(false)
+		r, code := wait()
+		f.awaitNothingPending()
+		moved(t, r, code, "host-2")
+	})
+	f.t = t
+	c.end(t) // verifies every page
+
+	t.Run("an operator takes it back from a host that is lost", func(t *testing.T) {
+		f.t = t
+		mustMigrate(t, name, "host-2", "host-1")
+		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		id := f.pendingID()
+		await(t, "the source serves", func() bool {
+			return strings.Contains(must(t, "host-1", "tranship", "ps", "-o", "json"), "runs on host-2")
+		})
+		f.cut(true)
+		t.Cleanup(func() { f.cut(false) })
+		must(t, "host-2", "tranship", "rm", "-f", name) // the operator makes sure that it is off
+		must(t, "host-1", "tranship", "migrations", "resolve", id, "--keep", "here")
+		if r, code := wait(); code != 1 || r.Outcome != "aborted" {
+			t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+		}
+		release()
+		f.cut(false)
+		f.awaitNothingPending()
+		await(t, "one running copy, on host-1", func() bool {
+			at := where(t, name)
+			return len(at) == 1 && at[0].Node == "host-1" && at[0].Status == "running" && at[0].Migration == ""
+		})
+		// It is what it was at the freeze, every page.
+		if s := askMemcheck(t, "client", addr, "verify"); len(s.Errors) != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+
+	t.Run("it can be removed", func(t *testing.T) {
+		f.t = t
+		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		must(t, "host-2", "tranship", "rm", "-f", name)
+		release()
+		if r, code := wait(); code != 0 || r.Outcome != "done" {
+			t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+		}
+		f.awaitNothingPending()
+		await(t, "nothing is left of it", func() bool { return len(where(t, name)) == 0 })
+	})
+}
+
+// outcomeOf is what a host says of a migration by now.
+func outcomeOf(t *testing.T, host, id string) string {
+	t.Helper()
+	var doc struct{ Outcome string }
+	if err := json.Unmarshal([]byte(must(t, host, "tranship", "migrations", id, "-o", "json")), &doc); err != nil {
+		t.Fatal(err)
+	}
+	return doc.Outcome
+}
+
+// begin starts a migration host-1 → host-2 and returns what awaits its end.
+func (f *faulty) begin(flags ...string) (wait func() (result, int)) {
+	f.t.Helper()
+	type ended struct {
+		r    result
+		code int
+	}
+	done := make(chan ended, 1)
+	t := f.t
+	go func() {
+		r, code, _ := migrate(t, f.name, "host-1", "host-2", flags...)
+		done <- ended{r, code}
+	}()
+	return func() (result, int) {
+		f.t.Helper()
+		select {
+		case e := <-done:
+			return e.r, e.code
+		case <-time.After(2 * limit):
+			f.t.Fatal("the migration does not end")
+		}
+		panic("unreachable")
+	}
+}
