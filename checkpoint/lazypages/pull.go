@@ -374,14 +374,12 @@ func (p *Pull) ask(r pullRequest, data []byte) (pullAnswer, error) {
 	if err != nil {
 		return pullAnswer{}, err
 	}
-	for _, b := range [][]byte{append(raw, '\n'), data} {
-		if _, err := p.conn.Write(b); err != nil {
-			return pullAnswer{}, fmt.Errorf("%s: %w: %w", r.Op, ErrServerGone, err)
-		}
-	}
-	line, err := p.in.ReadBytes('\n')
-	if err != nil {
-		return pullAnswer{}, fmt.Errorf("%s: %w: %w", r.Op, ErrServerGone, err)
+	_, err = p.conn.Write(append(append(raw, '\n'), data...))
+	// A server that refuses may close before it has read everything, and has said
+	// why.
+	line, readErr := p.in.ReadBytes('\n')
+	if readErr != nil {
+		return pullAnswer{}, fmt.Errorf("%s: %w: %w", r.Op, ErrServerGone, errors.Join(err, readErr))
 	}
 	var a pullAnswer
 	if err := json.Unmarshal(line, &a); err != nil {

@@ -267,13 +267,13 @@ func TestNothingIsWantedForATaskThatHasEnded(t *testing.T) {
 	if err != nil || whole {
 		t.Fatalf("whole %v, %v", whole, err)
 	}
-	task.kill()
-	// What is on its way comes too late, which is no error.
 	other, err := r.client.Pull(r.ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer other.Close()
+	task.kill()
+	// What is on its way comes too late, which is no error.
 	for whole = false; !whole; {
 		if _, whole, err = other.Want(true, 1); err != nil {
 			if _, statusErr := ReadStatus(r.cfg.Control); statusErr != nil {
