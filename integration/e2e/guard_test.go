@@ -65,7 +65,7 @@ func guard(t *testing.T) {
 	}
 	var before []leak.Snapshot
 	for _, h := range theLab.Hosts() {
-		s, err := leak.Take(t.Context(), h, self)
+		s, err := leak.Settled(t.Context(), h, self)
 		if err != nil {
 			t.Fatalf("%s: %v", h.Name(), err)
 		}

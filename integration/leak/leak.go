@@ -173,6 +173,24 @@ func Take(ctx context.Context, h Host, helper string) (Snapshot, error) {
 	return s, nil
 }
 
+// Settled is Take for a state to compare with: a file that a daemon has open just
+// for a moment is none that would be missing later. It takes snapshots until two
+// in a row have the same descriptors.
+func Settled(ctx context.Context, h Host, helper string) (Snapshot, error) {
+	last, err := Take(ctx, h, helper)
+	for err == nil {
+		var s Snapshot
+		if s, err = Take(ctx, h, helper); err != nil {
+			break
+		}
+		if maps.EqualFunc(byKey(last.Items[Descriptor]), byKey(s.Items[Descriptor]), slices.Equal) {
+			return s, nil
+		}
+		last = s
+	}
+	return last, err
+}
+
 // Await takes snapshots until one differs from before in nothing but ignores,
 // or ctx ends: containerd and the kernel clean up after themselves in their own
 // time. It returns the changes of the last snapshot.
