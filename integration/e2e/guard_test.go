@@ -65,7 +65,9 @@ func guard(t *testing.T) {
 	}
 	var before []leak.Snapshot
 	for _, h := range theLab.Hosts() {
-		s, err := leak.Settled(t.Context(), h, self)
+		ctx, cancel := context.WithTimeout(t.Context(), leakPatience)
+		s, err := leak.Settled(ctx, h, self)
+		cancel()
 		if err != nil {
 			t.Fatalf("%s: %v", h.Name(), err)
 		}
