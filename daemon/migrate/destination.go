@@ -398,7 +398,6 @@ func (in *incoming) restore(ctx context.Context) error {
 		return in.criuError(err)
 	}
 	in.step("runc", at)
-	in.restoreParts()
 	in.entry.InitPID = pid
 	if err := failpoint.Hit(ctx, "destination.restored"); err != nil {
 		return err
@@ -428,6 +427,7 @@ func (in *incoming) activate(ctx context.Context) {
 		}
 	}
 	in.step("link up", at)
+	in.restoreParts() // no client waits for it now; fill removes the file
 	in.startPull()
 	in.m.work.Go(func() { in.fill(in.m.life) })
 }
