@@ -67,16 +67,19 @@ func (o *outgoing) trackerKind() track.Kind {
 // rounds sends written pages until the stop rule ends it.
 func (o *outgoing) rounds(ctx context.Context) error {
 	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: o.maxRounds()}
-	var use busy
+	// Rounds may be a second lot, after the wait for a turn: a shard that the first
+	// has slowed is slow still.
+	slowing := &o.slowing
 	if !o.req.GetNoThrottle() {
-		if err := use.look(o.cgroup, time.Now()); err == nil {
-			rule.Levels = len(throttleSteps)
-		} else {
+		rule.Levels = len(throttleSteps)
+	}
+	if rule.Levels > 0 && slowing.level == 0 {
+		if err := slowing.look(o.cgroup, time.Now()); err != nil {
+			rule.Levels = 0
 			o.m.log.Debug("the shard cannot be slowed", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
 		}
 	}
 	var done []RoundResult
-	level, cpus := 0, 0.0
 	for {
 		n := o.nextRound()
 		if err := failpoint.Hit(ctx, "source.round"); err != nil {
@@ -86,7 +89,7 @@ func (o *outgoing) rounds(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("round %d: %w", n, err)
 		}
-		res.Level, res.CPUs = level, cpus
+		res.Level, res.CPUs = slowing.level, slowing.limit
 		done = append(done, res)
 		remaining, _ := rule.Remaining(done)
 		o.report.round(res, int64(remaining), dirtyRate(done))
@@ -97,18 +100,16 @@ func (o *outgoing) rounds(ctx context.Context) error {
 		switch verdict {
 		case Continue:
 		case Throttle:
-			slowed, err := o.throttle(ctx, &use, level)
+			slowed, err := o.throttle(ctx)
 			if err != nil {
 				return err
 			}
 			if !slowed {
-				if rule.Levels = level; rule.Decide(done) != Continue {
+				if rule.Levels = slowing.level; rule.Decide(done) != Continue {
 					return nil
 				}
 				continue
 			}
-			cpus = o.entry.Throttle.Set[len(o.entry.Throttle.Set)-1].CPUs()
-			level++
 		default:
 			return nil
 		}
@@ -117,13 +118,18 @@ func (o *outgoing) rounds(ctx context.Context) error {
 
 // throttle slows the shard by one step, as a share of what it used before the
 // first. A kernel that refuses is no reason to give up: the rest is sent frozen.
-func (o *outgoing) throttle(ctx context.Context, use *busy, level int) (bool, error) {
-	if level == 0 {
-		if err := use.look(o.cgroup, time.Now()); err != nil {
-			return false, err
+func (o *outgoing) throttle(ctx context.Context) (bool, error) {
+	if o.slowing.level == 0 {
+		if err := o.slowing.look(o.cgroup, time.Now()); err != nil {
+			o.m.log.Warn("the shard cannot be slowed", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
+			return false, nil
 		}
 	}
-	slowed, err := o.slow(ctx, level, use.cpus)
+	slowed, err := o.slow(ctx, o.slowing.level, o.slowing.cpus)
+	if slowed {
+		o.slowing.level++
+		o.slowing.limit = o.entry.Throttle.Set[len(o.entry.Throttle.Set)-1].CPUs()
+	}
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, runtime.ErrNoCPULimit) {
 		o.m.log.Warn("the shard cannot be slowed", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
 		return false, nil

@@ -72,6 +72,7 @@ type outgoing struct {
 	committed  atomic.Bool // post-copy: it cannot be cancelled any more
 	offset     clockOffset
 	undo       undoList
+	slowing    slowing
 	hold       *runtime.Hold // nil when no address moves
 
 	frozenAt time.Time

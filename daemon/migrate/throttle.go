@@ -61,6 +61,13 @@ func (b *busy) look(cg runtime.Cgroup, now time.Time) error {
 	return nil
 }
 
+// slowing is how far a shard has been slowed.
+type slowing struct {
+	busy          // before the first step
+	level int     // steps taken
+	limit float64 // CPUs, 0 at level 0
+}
+
 // quotaOf is the quota of a step for a shard that used so many CPUs.
 func quotaOf(cpus, share float64) runtime.CPULimit {
 	quota := time.Duration(cpus * share * float64(throttlePeriod)).Truncate(time.Microsecond)
