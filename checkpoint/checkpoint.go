@@ -27,6 +27,16 @@ type Bytes int64
 // never a host pid.
 type PID int32
 
+// sharedPIDs lies above all ids of processes (PID_MAX_LIMIT is 1<<22).
+const sharedPIDs PID = 1 << 30
+
+// SharedPID names the n-th piece of shared memory of a migration. Its pages
+// travel as if they were a process's, address 0 being the first that was sent.
+func SharedPID(n int) PID { return sharedPIDs + PID(n) }
+
+// Shared says that p names shared memory.
+func (p PID) Shared() bool { return p >= sharedPIDs }
+
 // Process names one process (thread group) of a shard on the source host.
 type Process struct {
 	// PID is the id inside the shard's pid namespace.

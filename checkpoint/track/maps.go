@@ -21,6 +21,8 @@ type mapping struct {
 	private    bool
 	exec       bool
 	inode      uint64
+	// offset is where in its file the mapping begins, in bytes; dev the file's device.
+	offset, dev uint64
 	// anonymous says that the line names no device: neither a file nor shared
 	// memory stands behind the mapping.
 	anonymous bool
@@ -188,6 +190,22 @@ func parseMapping(line []byte) (mapping, error) {
 	if m.inode, err = strconv.ParseUint(string(fields[4]), 10, 64); err != nil {
 		return malformed()
 	}
+	if m.offset, err = strconv.ParseUint(string(fields[2]), 16, 64); err != nil {
+		return malformed()
+	}
+	major, minor, ok := bytes.Cut(fields[3], []byte(":"))
+	if !ok {
+		return malformed()
+	}
+	hi, err := strconv.ParseUint(string(major), 16, 32)
+	if err != nil {
+		return malformed()
+	}
+	lo, err := strconv.ParseUint(string(minor), 16, 32)
+	if err != nil {
+		return malformed()
+	}
+	m.dev = unix.Mkdev(uint32(hi), uint32(lo))
 	m.exec = fields[1][2] == 'x'
 	m.private = fields[1][3] == 'p'
 	m.anonymous = m.inode == 0 && string(fields[3]) == "00:00"
