@@ -145,70 +145,77 @@ func TestAnUnchangedDumpHasTheSamePages(t *testing.T) {
 	// Without lazy pages CRIU has left the process when the dump is complete.
 	pagemap := fmt.Sprintf("pagemap-%d.img", v.pid)
 	full := pagesOf(t, dump(func(cfg *DumpConfig) { cfg.LazyPages = false }), pagemap)
-	dir := dump(func(cfg *DumpConfig) {
-		cfg.Parent = "../parent"
-		parent := filepath.Join(cfg.ImageDir, cfg.Parent)
-		if err := os.Mkdir(parent, 0o700); err != nil {
+	for _, discard := range []bool{false, true} {
+		dir := dump(func(cfg *DumpConfig) {
+			cfg.Parent = "../parent"
+			parent := filepath.Join(cfg.ImageDir, cfg.Parent)
+			if err := errors.Join(os.RemoveAll(parent), os.Mkdir(parent, 0o700)); err != nil {
+				t.Fatal(err)
+			}
+			var up unix.Timespec
+			if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
+				t.Fatal(err)
+			}
+			if discard {
+				if err := image.Discard(cfg.ImageDir, 2); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := image.WriteParent(parent, []checkpoint.PID{checkpoint.PID(v.pid)}, uint64(up.Nano()/1e3)); err != nil {
+				t.Fatal(err)
+			}
+		})
+		got := pagesOf(t, dir, fmt.Sprintf("lazy-%d.img", v.pid))
+		joined := pagesOf(t, dir, pagemap)
+		for addr, have := range got {
+			if joined[addr] != have {
+				t.Errorf("page %#x is another one for CRIU", addr)
+			}
+		}
+		for addr, have := range joined {
+			if _, ok := got[addr]; !ok && !have.lazy {
+				t.Errorf("page %#x is for CRIU alone", addr)
+			}
+		}
+		if len(joined) <= len(got) {
+			t.Errorf("%d pages for CRIU, %d in all: no runs were joined", len(joined), len(got))
+		}
+		lazy, present, stacks := 0, 0, 0
+		for addr, want := range full {
+			have, ok := got[addr]
+			switch {
+			case !ok:
+				t.Errorf("page %#x is missing", addr)
+			case have.lazy && !want.lazy:
+				t.Errorf("page %#x is left to be placed where nobody will", addr)
+			case have.lazy:
+				lazy++
+			case have.content != want.content:
+				t.Errorf("page %#x has another content", addr)
+			case want.lazy:
+				stacks++
+			default:
+				present++
+			}
+		}
+		// CRIU means to do so as well, but compares the wrong bits (is_stack).
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", v.pid))
+		if err != nil {
 			t.Fatal(err)
 		}
-		var up unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
-			t.Fatal(err)
+		if stacks == 0 || stacks > len(threads) {
+			t.Errorf("%d pages with stack pointers of %d threads are in the images", stacks, len(threads))
 		}
-		if err := image.WriteParent(parent, []checkpoint.PID{checkpoint.PID(v.pid)}, uint64(up.Nano()/1e3)); err != nil {
-			t.Fatal(err)
+		for addr := range got {
+			if _, ok := full[addr]; !ok {
+				t.Errorf("page %#x is too much", addr)
+			}
 		}
-	})
-	got := pagesOf(t, dir, fmt.Sprintf("lazy-%d.img", v.pid))
-	joined := pagesOf(t, dir, pagemap)
-	for addr, have := range got {
-		if joined[addr] != have {
-			t.Errorf("page %#x is another one for CRIU", addr)
+		if lazy < 100 || present < 10 {
+			t.Errorf("%d lazy pages and %d others: too few to tell anything", lazy, present)
 		}
+		t.Logf("%d lazy pages, %d others", lazy, present)
 	}
-	for addr, have := range joined {
-		if _, ok := got[addr]; !ok && !have.lazy {
-			t.Errorf("page %#x is for CRIU alone", addr)
-		}
-	}
-	if len(joined) <= len(got) {
-		t.Errorf("%d pages for CRIU, %d in all: no runs were joined", len(joined), len(got))
-	}
-	lazy, present, stacks := 0, 0, 0
-	for addr, want := range full {
-		have, ok := got[addr]
-		switch {
-		case !ok:
-			t.Errorf("page %#x is missing", addr)
-		case have.lazy && !want.lazy:
-			t.Errorf("page %#x is left to be placed where nobody will", addr)
-		case have.lazy:
-			lazy++
-		case have.content != want.content:
-			t.Errorf("page %#x has another content", addr)
-		case want.lazy:
-			stacks++
-		default:
-			present++
-		}
-	}
-	// CRIU means to do so as well, but compares the wrong bits (is_stack).
-	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", v.pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if stacks == 0 || stacks > len(threads) {
-		t.Errorf("%d pages with stack pointers of %d threads are in the images", stacks, len(threads))
-	}
-	for addr := range got {
-		if _, ok := full[addr]; !ok {
-			t.Errorf("page %#x is too much", addr)
-		}
-	}
-	if lazy < 100 || present < 10 {
-		t.Errorf("%d lazy pages and %d others: too few to tell anything", lazy, present)
-	}
-	t.Logf("%d lazy pages, %d others", lazy, present)
 	if _, err := ReleaseSockets([]int{v.pid}); err != nil {
 		t.Fatal(err)
 	}

@@ -50,6 +50,24 @@ func WriteParent(dir string, pids []checkpoint.PID, uptime uint64) error {
 	return nil
 }
 
+// Discard makes a dump throw the pages away that it would write: it lets the first
+// n pages images lead to the null device, to which CRIU splices pages without
+// touching them. Settle and SettleShared then make the images whole.
+func Discard(dir string, n int) error {
+	for id := 1; id <= n; id++ {
+		if err := os.Symlink(os.DevNull, filepath.Join(dir, fmt.Sprintf("pages-%d.img", id))); err != nil {
+			return fmt.Errorf("discard pages: %w", err)
+		}
+	}
+	return nil
+}
+
+// discarded says whether the pages that belong in an image were thrown away.
+func discarded(name string) (bool, error) {
+	fi, err := os.Lstat(name)
+	return err == nil && fi.Mode().Type() == os.ModeSymlink, err
+}
+
 const (
 	// parentSpace is all that a process of a 64-bit platform can map without
 	// asking for more (48 bits on arm64, 47 on amd64).
@@ -66,7 +84,8 @@ type Memory func(pid checkpoint.PID, addr uint64, buf []byte) error
 // (generate_iovs in criu/mem.c): left to be placed lazily if its mapping can be,
 // and no thread's stack pointer is in it, which is needed at once; else it goes
 // into the pages image, read from the processes, which must still stand as they
-// were dumped. After it the dump depends on no other. It returns how much it read.
+// were dumped; so does what CRIU wrote and Discard threw away. After it the dump
+// depends on no other. It returns how much it read.
 //
 // CRIU's restore reads a pagemap run by run and skips what is lazy; a heap may
 // have a hundred thousand such runs with holes of a page between them. So it is
@@ -131,13 +150,23 @@ func settleTask(dir string, t Task, read Memory) (checkpoint.Bytes, error) {
 			return err
 		}
 		name := filepath.Join(dir, fmt.Sprintf("pages-%d.img", id))
+		gone, err := discarded(name)
+		if err != nil {
+			return err
+		}
+		for i := range pages {
+			pages[i].fresh = pages[i].fresh || gone
+		}
+		if gone && len(pages) == 0 {
+			return replaceFile(name, func(io.Writer) error { return nil })
+		}
 		total, err = settlePages(name, pages, func(addr uint64, buf []byte) error { return read(t.PID, addr, buf) })
 		return err
 	})
 	return total, err
 }
 
-// storedRun is in the pages image; fresh ones were not when CRIU had written it.
+// storedRun is in the pages image; fresh ones are not in what CRIU wrote.
 type storedRun struct {
 	Run
 	fresh bool
