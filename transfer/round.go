@@ -264,6 +264,9 @@ func (r *Round) submit(b *batch) error {
 	}
 }
 
+// Unchanged is how many of the pages that came so far the peer had already.
+func (r *Round) Unchanged() checkpoint.Pages { return checkpoint.Pages(r.unchanged.Load()) }
+
 // Close ends the round: it sends what is left and returns when the receiver has
 // applied every page, or the error that broke the round. Only after a Close
 // without an error may the next round begin with less than everything.

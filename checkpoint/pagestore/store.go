@@ -423,6 +423,26 @@ func (s *Store) Bytes() (checkpoint.Bytes, error) {
 	return sum, nil
 }
 
+// Export makes the first n pages of pid, from address 0 on, a file at path, in
+// the same tmpfs; nothing is copied, and what is put later is in the file too.
+func (s *Store) Export(pid checkpoint.PID, n checkpoint.Pages, path string) error {
+	if n < 0 || n > AddressLimit/checkpoint.PageSize {
+		return fmt.Errorf("export %d pages of pid %d: %w", n, pid, ErrExtent)
+	}
+	f, err := s.file(pid, true)
+	if err != nil {
+		return err
+	}
+	// The last pages may be holes, which never made the file longer.
+	if err := f.pages.Truncate(int64(n.Bytes())); err != nil {
+		return fmt.Errorf("export the pages of pid %d: %w", pid, full(err))
+	}
+	if err := os.Link(f.pages.Name(), path); err != nil {
+		return fmt.Errorf("export the pages of pid %d: %w", pid, err)
+	}
+	return nil
+}
+
 // Close closes the files and leaves the store on the tmpfs.
 func (s *Store) Close() error {
 	s.mu.Lock()

@@ -56,6 +56,7 @@ type incoming struct {
 	entry  *Entry
 	rec    *runtime.Record
 	store  *pagestore.Store
+	shared *pagestore.Store // of shared memory, which CRIU restores from
 	pages  *pageServer
 	task   *runtime.RestoreTask
 	hold   *runtime.Hold // nil when no address moves
@@ -148,6 +149,9 @@ func (in *incoming) build(ctx context.Context) error {
 	if in.store, err = pagestore.Create(in.dir("pages")); err != nil {
 		return err
 	}
+	if in.shared, err = pagestore.Create(in.dir("shared")); err != nil {
+		return err
+	}
 	conf := criu.RestoreConfig{LazyPages: true, TCPEstablished: true, LogLevel: in.m.cfg.CRIULogLevel, Mounts: in.provided()}
 	if err := conf.Write(runtime.CRIUConfigPath(rec.Namespace, rec.Name)); err != nil {
 		return err
@@ -193,10 +197,11 @@ func (in *incoming) PutPages(pid checkpoint.PID, addr uint64, data []byte) error
 		return err
 	}
 	defer in.sinks.Done()
-	if in.store == nil {
-		return errors.New("pages came before prepare")
+	store, err := in.storeOf(pid)
+	if err != nil {
+		return err
 	}
-	return in.store.PutPages(pid, addr, data)
+	return store.PutPages(pid, addr, data)
 }
 
 // ZeroPages forgets what was kept for a range: it reads as zero.
@@ -205,10 +210,22 @@ func (in *incoming) ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Page
 		return err
 	}
 	defer in.sinks.Done()
-	if in.store == nil {
-		return errors.New("pages came before prepare")
+	store, err := in.storeOf(pid)
+	if err != nil {
+		return err
 	}
-	return in.store.ZeroPages(pid, addr, n)
+	return store.ZeroPages(pid, addr, n)
+}
+
+func (in *incoming) storeOf(pid checkpoint.PID) (*pagestore.Store, error) {
+	store := in.store
+	if pid.Shared() {
+		store = in.shared
+	}
+	if store == nil {
+		return nil, errors.New("pages came before prepare")
+	}
+	return store, nil
 }
 
 // Blob takes one of the byte streams that accompany the pages.
@@ -313,6 +330,9 @@ func (in *incoming) seal(ctx context.Context, sum, owedSum uint64) error {
 	}
 	in.sinks.Wait() // an honest source has nothing under way any more
 	if err := in.owe(owedSum); err != nil {
+		return err
+	}
+	if err := in.linkShared(); err != nil {
 		return err
 	}
 	if in.store != nil {
@@ -503,8 +523,10 @@ func (in *incoming) destroy(ctx context.Context) error {
 	if err := in.m.rt.DestroyIncoming(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
 		return err
 	}
-	if in.store != nil {
-		errs = append(errs, in.store.Close())
+	for _, store := range []*pagestore.Store{in.store, in.shared} {
+		if store != nil {
+			errs = append(errs, store.Close())
+		}
 	}
 	if in.pages != nil {
 		errs = append(errs, in.pages.kill())
@@ -561,11 +583,14 @@ func (in *incoming) fill(ctx context.Context) {
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.store != nil {
-		if err := in.store.Close(); err != nil {
+	for _, store := range []**pagestore.Store{&in.store, &in.shared} {
+		if *store == nil {
+			continue
+		}
+		if err := (*store).Close(); err != nil {
 			log.Warn("page store", "err", err)
 		}
-		in.store = nil
+		*store = nil
 	}
 	if err := errors.Join(in.m.dropTmpfs(in.entry.ID), in.m.removeCRIUConfig(in.entry), os.RemoveAll(in.dir(""))); err != nil {
 		log.Error("remove migration files", "err", err)

@@ -28,6 +28,7 @@ import (
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
+	"github.com/tranship/tranship/checkpoint/pagestore"
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
@@ -283,8 +284,11 @@ func (in *incoming) memoryToCome() int64 {
 		return in.stillOwed()
 	}
 	have := checkpoint.Bytes(0)
-	if in.store != nil {
-		have, _ = in.store.Bytes()
+	for _, store := range []*pagestore.Store{in.store, in.shared} {
+		if store != nil {
+			n, _ := store.Bytes()
+			have += n
+		}
 	}
 	return max(0, in.entry.MemoryBytes-int64(have))
 }

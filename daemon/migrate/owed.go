@@ -68,7 +68,7 @@ func (o *outgoing) leaveOwed(ctx context.Context, n int) (RoundResult, error) {
 	if err != nil {
 		return RoundResult{}, err
 	}
-	res, err := o.send(ctx, n, procs, holes, began)
+	res, err := o.send(ctx, n, procs, holes, o.sendShared, began)
 	if err != nil {
 		return RoundResult{}, err
 	}

@@ -171,11 +171,12 @@ func (o *outgoing) round(ctx context.Context, n int, opt track.Options) (RoundRe
 	if err != nil {
 		return RoundResult{}, err
 	}
-	return o.send(ctx, n, procs, extents, began)
+	return o.send(ctx, n, procs, extents, o.sendShared, began)
 }
 
-// send carries extents as one round.
-func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, extents []checkpoint.Extent, began time.Time) (RoundResult, error) {
+// send carries extents as one round, and what more gives, if anything: it
+// returns how many pages of that were not there yet.
+func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, extents []checkpoint.Extent, more givePages, began time.Time) (RoundResult, error) {
 	host := make(map[checkpoint.PID]int, len(procs))
 	for _, p := range procs {
 		host[p.PID] = p.HostPID
@@ -210,6 +211,15 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 			return RoundResult{}, err
 		}
 		o.told.add(e)
+	}
+	if more != nil {
+		pages, err := more(ctx, r, procs)
+		if err != nil {
+			breakOff(err)
+			_, _ = r.Close() // fails with the same error
+			return RoundResult{}, err
+		}
+		raw += pages.Bytes()
 	}
 	stats, err := r.Close()
 	if err != nil {

@@ -67,6 +67,7 @@ type outgoing struct {
 	logSent    int64
 	tmpfs      []tmpfsSource // as Record.Tmpfs
 	told       extentSet
+	shared     sharedMemory
 	owed       extentSet // post-copy: what the last round left here
 	owedDigest uint64
 	committed  atomic.Bool // post-copy: it cannot be cancelled any more

@@ -34,6 +34,11 @@ func (o *outgoing) stopAndCopy(ctx context.Context) error {
 	if o.entry.CRIUStart, err = startTime(dumper.PID()); err != nil {
 		return err
 	}
+	if dumper.Unchanged() {
+		if err := o.discardPages(filepath.Join(o.m.dir(o.entry.ID, Source), "images")); err != nil {
+			return err
+		}
+	}
 	if err := o.openHold(); err != nil {
 		return err
 	}
@@ -284,7 +289,7 @@ func (o *outgoing) sendUntold(ctx context.Context, images string) error {
 	if err != nil {
 		return err
 	}
-	res, err := o.send(ctx, o.nextRound(), procs, missing, time.Now())
+	res, err := o.send(ctx, o.nextRound(), procs, missing, nil, time.Now())
 	if err != nil {
 		return err
 	}
@@ -301,6 +306,9 @@ func (o *outgoing) nextRound() int {
 
 func (o *outgoing) sendImages(ctx context.Context, images string) error {
 	if err := mendImages(images); err != nil {
+		return err
+	}
+	if err := o.shared.settle(images); err != nil {
 		return err
 	}
 	var sum imageDigest
