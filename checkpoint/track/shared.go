@@ -196,7 +196,7 @@ func sysvSegments(pid int) (ids []uint64, err error) {
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("System V segments: %w", err)
+		return nil, fmt.Errorf("segments of System V: %w", err)
 	}
 	for line := range bytes.Lines(raw) {
 		fields := bytes.Fields(line)
@@ -205,7 +205,7 @@ func sysvSegments(pid int) (ids []uint64, err error) {
 		}
 		id, err := strconv.ParseUint(string(fields[1]), 10, 64)
 		if err != nil {
-			return nil, fmt.Errorf("System V segments: %q: %w", line, err)
+			return nil, fmt.Errorf("segments of System V: %q: %w", line, err)
 		}
 		ids = append(ids, id)
 	}
