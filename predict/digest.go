@@ -3,10 +3,11 @@ package predict
 import "math"
 
 const (
-	// digestSize centroids at most: they are most of the state.
-	digestSize = 68
+	// digestSize centroids at most: with 36 or 68, losses differ by what they vary
+	// by anyway.
+	digestSize = 48
 	// digestFew, where a fifth lane has to fit into MaxState.
-	digestFew = 46
+	digestFew = 32
 	// digestGrain: a centroid at quantile q may hold 4·digestGrain·q(1-q)/size
 	// of everything, and 2/size at most: about size/2 of them lie in the middle
 	// and size/24·ln n on each side, the outermost holding single values.
@@ -31,6 +32,7 @@ type digest struct {
 	ageing float64   // a value that was the i-th of n weighs (i/n)^ageing at most, see newOffset
 	merged float32   // sum of weight
 	keep   float32   // share of an old value's weight that the next leaves it
+	widest float32   // share of merged that compress let different values become
 }
 
 func newDigest(size int, memory, ageing float64) digest {
@@ -131,7 +133,8 @@ func (d *digest) merge(n int) {
 // if that does not fit.
 func (d *digest) compress(c *centroids, coarse float32) bool {
 	d.mean, d.weight = d.mean[:0], d.weight[:0]
-	steep, flat := 4*digestGrain*coarse/c.total, 2*coarse*c.total
+	d.widest = 2 * coarse
+	steep, flat := 4*digestGrain*coarse/c.total, d.widest*c.total
 	done := float32(0)
 	mean, weight := c.mean[0], c.weight[0]
 	for i := 1; i < c.n; i++ {
@@ -172,9 +175,9 @@ func (d *digest) quantiles(q []float64, at []float64) {
 		clear(at)
 		return
 	}
-	// A centroid heavier than compress lets different values become is one
+	// A centroid heavier than compress let different values become is one
 	// value, again and again: it stands for all of its ranks.
-	single := 2.01 * total / float32(cap(d.mean))
+	single := 1.005 * d.widest * total
 	ranks := func(w float32) (first, last float32) {
 		if w > single {
 			return min(w, 1), w

@@ -38,7 +38,7 @@ type Weight struct {
 // seasonalMembers know the time of day.
 var seasonalMembers = [2][]int{{7, 8, 10, 11, 12, 13}, {7, 10, 11, 12, 13}}
 
-var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes"}
+var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes", "level"}
 
 // Samples is how many cells were observed.
 func (f *Forecaster) Samples() int64 { return f.hist.cells }

@@ -89,6 +89,11 @@ func (e *entry) middle(t Target) (mid, spread float64) {
 	return e.anchor + e.scale*float64(e.mid[t]), e.scale * float64(e.spread[t])
 }
 
+// level of the load, in the unit of the samples: a mean over some ten cells of
+// 5 min. What a bound has to hold rises with each spike, as a mean does and the
+// members' median does not.
+func (e *entry) level() float64 { return e.anchor + e.scale*float64(e.x[fLevel1]) }
+
 // rests says that the load did not change in the last cell.
 func (e *entry) rests() bool { return e.x[fPrev] == 0 }
 
@@ -180,7 +185,7 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 		e.mid[t] = float32(h.members.forecast(&m))
 		e.spread[t] = float32(h.spread(s[:], hist.volSlow*inv))
 		mid, spread := e.middle(t)
-		q := h.tails.quantiles(mid, spread)
+		q := h.tails.quantiles(mid, spread, e.level())
 		e.mid50[t] = float32((q[1] - e.anchor) * inv)
 		e.up90[t] = float32((q[2] - e.anchor) * inv)
 		e.up95[t] = float32((q[3] - e.anchor) * inv)
@@ -202,6 +207,9 @@ func (h *half) spread(s []float32, volatility float64) float64 {
 		// The regression may run negative; a tenth of the usual error is as
 		// sure as a series that is not constant can be.
 		sp = max(h.width.predict(s), 0.1*float64(s[sSlow]))
+		if h.tails.bends {
+			sp += (float64(s[sSlow]) - sp) * widthDoubt / (h.n + widthDoubt)
+		}
 	}
 	return max(sp, 1e-6)
 }

@@ -192,6 +192,28 @@ func TestSpikesAreNotTakenForTheLevel(t *testing.T) {
 	}
 }
 
+func TestOneEarlyFaultDoesNotSetEveryBound(t *testing.T) {
+	f := mustNew(t, Config{Step: time.Minute})
+	rng := rand.New(rand.NewPCG(3, 5))
+	at, fault := start, 0.0
+	for i := range 12 * 60 {
+		v := 10 + rng.Float64()
+		if i >= 100 && i < 105 {
+			v = 200
+			fault = v
+		}
+		f.Observe(at, v)
+		at = at.Add(time.Minute)
+	}
+	// One of twelve hours, a third of a day ago: a bound that remembers each of
+	// its settled forecasts alike still says 196.
+	for h, room := range map[time.Duration]float64{15 * time.Minute: 13, time.Hour: fault / 2} {
+		if q := mustForecast(t, f, h, Peak); q.P95 > room || q.P95 < 10.9 {
+			t.Errorf("%v ahead: 95 %% of peaks below %.1f, %.0f at most", h, q.P95, room)
+		}
+	}
+}
+
 func TestBadInputIsIgnored(t *testing.T) {
 	clean, dirty := mustNew(t, fiveMin), mustNew(t, fiveMin)
 	for i := range 600 {

@@ -140,6 +140,10 @@ const (
 	// that tomorrow is as now, since its features are deviations from now. With
 	// thirty, losses at 5 min are higher and those at 24 h lower.
 	shrink = 10
+	// widthDoubt settled forecasts up to shiftHorizon are the belief that an error
+	// is as large as usual. Between 100 and 300, losses hardly differ; a day ahead
+	// any of it costs one percent or two.
+	widthDoubt = 200
 	// widthShrink is weaker: the error's scales are few and all positive.
 	widthShrink = 3
 	// guardMemory settled forecasts are "of late": where levels are noise, as-now
@@ -157,7 +161,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 		h.settleUnit(spread)
 	}
 	h.n++
-	h.tails.learn(e.cell, mid, spread, y)
+	h.tails.learn(e.cell, mid, spread, e.level(), y)
 
 	// The error's size, for the width of the next forecasts. One beyond six
 	// times the expected is counted as six times: it comes from another

@@ -249,6 +249,7 @@ func (h *half) borrow(q *priorHalf, work []float64) {
 		h.tails.seen[wayScaled].add(float32(v))
 	}
 	h.tails.n = offsetStart
+	h.tails.doubt = 0 // others have shown what the expected error is worth
 	h.tails.loss = q.ways
 	h.tails.refresh()
 }

@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 2
+const stateVersion = 3
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
@@ -382,6 +382,7 @@ func (s *state) offset(o *offset) {
 		}
 	}
 	s.count(&o.n)
+	s.float(&o.doubt)
 	s.int(&o.took, 0, tookCycle-1)
 	s.int(&o.due, 0, freshSize)
 	for k := range o.q {
@@ -405,9 +406,9 @@ func (s *state) digest(d *digest) {
 	if s.reading {
 		d.mean, d.weight, d.fresh = d.mean[:n], d.weight[:n], d.fresh[:fresh]
 	}
-	seen := []float32{d.seen}
+	seen := []float32{d.seen, d.widest}
 	s.floats(seen, false)
-	d.seen = seen[0]
+	d.seen, d.widest = seen[0], seen[1]
 	s.floats(d.mean, false)
 	s.floats(d.weight, false)
 	s.floats(d.fresh, false)

@@ -98,6 +98,8 @@ func TestFullestStateFits(t *testing.T) {
 	for name, cfg := range map[string]Config{
 		"four long horizons": {Horizons: hours(6, 12, 24, 168)},
 		"five long horizons": {Horizons: hours(6, 12, 24, 48, 168)},
+		"five up to an hour": {Horizons: []time.Duration{10 * time.Minute, 20 * time.Minute, 30 * time.Minute, 45 * time.Minute, time.Hour}},
+		"four up to an hour": {Horizons: []time.Duration{10 * time.Minute, 20 * time.Minute, 30 * time.Minute, time.Hour}},
 		"five from a minute": {Step: time.Minute, Horizons: append([]time.Duration{time.Minute, 3 * time.Minute}, hours(1, 24, 168)...)},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -117,7 +119,9 @@ func TestFullestStateFits(t *testing.T) {
 					}
 				}
 			}
-			if n := len(mustMarshal(t, f)); n > MaxState || n < MaxState/2 {
+			n := len(mustMarshal(t, f))
+			t.Logf("%d bytes", n)
+			if n > MaxState || n < MaxState/2 {
 				t.Errorf("%d bytes, at most %d", n, MaxState)
 			}
 		})
