@@ -248,6 +248,7 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 		m.release(shardKey{o.entry.Namespace, o.entry.Shard}, o.entry.ID)
 	}
 	close(o.done)
+	m.giveMemoryBack()
 }
 
 // outcomeOf classifies the end of a migration by the state that the source has

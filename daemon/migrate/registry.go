@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"connectrpc.com/connect"
@@ -32,6 +33,19 @@ func (m *Manager) forgetIncoming(in *incoming) {
 	m.release(shardKey{in.entry.Namespace, in.entry.Shard}, in.entry.ID)
 	if known {
 		close(in.ended)
+		m.giveMemoryBack()
+	}
+}
+
+// giveMemoryBack returns what the last migration needed to the system, once there
+// is none under way: buffers for a fast link and hashes of a large shard, which a
+// daemon that watches and waits would keep for hours.
+func (m *Manager) giveMemoryBack() {
+	m.mu.Lock()
+	idle := len(m.incoming)+len(m.outgoing) == 0
+	m.mu.Unlock()
+	if idle {
+		debug.FreeOSMemory()
 	}
 }
 
