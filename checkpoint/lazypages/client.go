@@ -43,6 +43,9 @@ func Dial(path string) (*Client, error) {
 	return c, nil
 }
 
+// At is Dial for a server that may be dead, or not yet there.
+func At(path string) *Client { return &Client{path: path} }
+
 // Status asks how far the server is.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var st Status

@@ -68,8 +68,11 @@ type family struct {
 	// bufs has maxFill pages for each lane, outside of Go's heap: the kernel is
 	// told their addresses. To map the store instead saves the copy, and costs as
 	// much in page faults.
-	bufs    [][]byte
-	msgs    []byte
+	bufs [][]byte
+	// events is what the family has read and done; it begins anew at logPath.
+	events  *eventLog
+	logPath string
+	start   uint64 // of the task's host process, as in proc
 	filling bool
 	stride  uint64      // pages in a piece
 	mayFill func() bool // nil is always
@@ -112,6 +115,16 @@ func (f *family) load(images string) error {
 	if err := f.loadStore(); err != nil {
 		return err
 	}
+	root := f.root(dump)
+	f.spaces = []*space{root}
+	f.isTouch = make([]bool, len(f.live.groups))
+	f.pending.Store(int64(root.pending.count))
+	f.wanted.begin(&f.owed, &root.pending)
+	return nil
+}
+
+// root is the task's space as it was dumped.
+func (f *family) root(dump dumped) *space {
 	root := &space{name: fmt.Sprintf("pid %d", f.task.PID), fd: f.task.UFFD, dump: dump, layout: newLayout(dump.mappings), owed: &f.owed}
 	root.pending = f.live.empty()
 	wanted := f.live.empty()
@@ -123,11 +136,7 @@ func (f *family) load(images string) error {
 	}
 	root.pending.intersect(&wanted)
 	root.pending.intersect(&f.live)
-	f.isTouch = make([]bool, len(f.live.groups))
-	f.spaces = []*space{root}
-	f.pending.Store(int64(root.pending.count))
-	f.wanted.begin(&f.owed, &root.pending)
-	return nil
+	return root
 }
 
 // loadStore finds out what the store has, and what it is owed instead: there it
@@ -238,18 +247,70 @@ func (f *family) readEvents() error {
 		if s.fd < 0 {
 			continue
 		}
-		events, err := s.read(f.msgs)
+		if f.events.room() < 2+eventBatch {
+			if err := f.beginLog(); err != nil {
+				return err
+			}
+		}
+		events, err := f.events.read(s.fd, s.id, s.queue)
 		for _, m := range events {
-			f.apply(s, m)
+			f.apply(s, m, int(m.child))
 		}
 		if err != nil {
+			return fmt.Errorf("events of %s: %w", s.name, err)
+		}
+		if len(events) == 0 {
+			continue
+		}
+		if err := f.noteApplied(s); err != nil {
 			return err
+		}
+		if slices.ContainsFunc(events, func(m message) bool { return m.event == eventFork }) {
+			f.reapDead()
 		}
 	}
 	return nil
 }
 
-func (f *family) apply(s *space, m message) {
+// noteApplied notes that what was read has been applied, and what was found out
+// with it.
+func (f *family) noteApplied(s *space) error {
+	for _, m := range f.recent.shifted {
+		if !f.events.append(slotShift, m.space.id, m.from, m.to, m.size) {
+			return f.beginLog()
+		}
+	}
+	f.recent.shifted = f.recent.shifted[:0]
+	return f.note(slotApplied, s)
+}
+
+// note adds to the log what has become of a space. The family is as if it were
+// noted: a log without room begins anew with what it is.
+func (f *family) note(kind byte, s *space, args ...uint64) error {
+	if f.events.append(kind, s.id, args...) {
+		return nil
+	}
+	return f.beginLog()
+}
+
+// beginLog replaces the log by one that begins with the family as it is.
+func (f *family) beginLog() error {
+	f.recent.shifted = f.recent.shifted[:0]
+	slots := minSlots
+	if f.events != nil {
+		slots = min(2*f.events.slots(), maxSlots)
+	}
+	next, err := createLog(f.logPath, f.snapshot().append(nil), slots)
+	if err != nil {
+		return err
+	}
+	err = f.events.close()
+	f.events = next
+	return err
+}
+
+// apply follows an event. A fork's child has the userfaultfd fd.
+func (f *family) apply(s *space, m message, fd int) {
 	switch m.event {
 	case eventRemap:
 		s.layout.remap(m.from, m.to, m.size)
@@ -267,11 +328,10 @@ func (f *family) apply(s *space, m message) {
 		s.layout.images(m.span, func(image span) { f.giveUp(s, image) })
 	case eventFork:
 		f.children++
-		child := s.fork(int(m.child), f.children)
+		child := s.fork(fd, f.children)
 		f.spaces = append(f.spaces, child)
 		f.recent.forked(f.probe, s, child)
 		f.count.forks.Add(1)
-		f.reapDead()
 	}
 }
 
@@ -408,6 +468,10 @@ func (f *family) drop(s *space) error {
 		s.pending = pageSet{}
 		f.touchAll()
 	}
+	// Noted first: the number may be another's as soon as it is closed.
+	if err := f.note(slotDrop, s); err != nil {
+		return err
+	}
 	if err := unix.Close(fd); err != nil {
 		return fmt.Errorf("close the userfaultfd of %s: %w", s.name, err)
 	}
@@ -465,7 +529,7 @@ func (f *family) close() error {
 		errs = append(errs, unix.Munmap(buf))
 	}
 	f.bufs = nil
-	return errors.Join(errs...)
+	return errors.Join(append(errs, f.events.close())...)
 }
 
 // wait returns when a userfaultfd has something to say, when the family is

@@ -136,8 +136,9 @@ func (f *family) conclude(s *space, p *piece) (time.Duration, error) {
 	case absent:
 		p.n, err = 1, errors.Join(f.unregistered(s, p.at), wake(s.fd, p.at))
 	}
-	f.giveUp(s, span{p.image.start, p.image.start + uint64(p.n.Bytes())})
-	return 0, err
+	done := span{p.image.start, p.image.start + uint64(p.n.Bytes())}
+	f.giveUp(s, done)
+	return 0, errors.Join(err, f.note(slotGaveUp, s, done.start, done.end))
 }
 
 // settle draws from an operation's outcome what it says about the space. It
@@ -159,12 +160,20 @@ func (f *family) settle(s *space, out outcome) (time.Duration, error) {
 		return memoryWait, nil
 	}
 	s.noMemory = backoff{}
+	if s.layout.settled() && !f.recent.about(s) {
+		return 0, nil
+	}
+	f.settleSpace(s)
+	return 0, f.note(slotSettle, s)
+}
+
+// settleSpace is called when no event of s is outstanding.
+func (f *family) settleSpace(s *space) {
 	s.layout.settle(func(image span) {
 		f.log.Warn("a mapping left without notice", "task", s.name, "addr", fmt.Sprintf("%#x", image.start))
 		f.giveUp(s, image)
 	})
 	f.recent.settle(s)
-	return 0, nil
 }
 
 // unregistered judges a page that has content and no registered mapping. For
@@ -172,7 +181,7 @@ func (f *family) settle(s *space, out outcome) (time.Duration, error) {
 // mapping, the process would read zeros. A child may lack what has
 // MADV_DONTFORK.
 func (f *family) unregistered(s *space, addr uint64) error {
-	if s != f.spaces[0] || s.fd != f.task.UFFD {
+	if s.id != 0 {
 		return nil
 	}
 	mapped, err := isMapped(f.task.HostPID, addr)

@@ -45,6 +45,8 @@ type rig struct {
 	entered func(pid int)
 	// namespaced gives each task a pid namespace, in which it is 1.
 	namespaced bool
+	// every: a spawned server fills one in so many pieces; 0 is all.
+	every int
 	// owed says which pages of a process come after the restore; nil is none.
 	owed func(page uint64) bool
 }
@@ -161,7 +163,7 @@ func (r *rig) serve() {
 // spawn starts the server as a process, as the daemon does.
 func (r *rig) spawn() {
 	r.t.Helper()
-	r.t.Setenv(serverEnv, "1")
+	r.t.Setenv(serverEnv, fmt.Sprint(max(1, r.every)))
 	log := filepath.Join(r.cfg.Images, "page-server.log")
 	proc, err := Spawn(r.ctx, []string{os.Args[0]}, r.cfg, log)
 	if err != nil {
@@ -173,7 +175,10 @@ func (r *rig) spawn() {
 		for _, task := range r.tasks {
 			task.kill()
 		}
-		_ = proc.cmd.Process.Kill()
+		if err := LetGo(context.Background(), r.cfg.Store); err != nil {
+			r.t.Error(err)
+		}
+		_ = r.proc.Wait()
 		raw, err := os.ReadFile(log)
 		if err != nil {
 			r.t.Error(err)

@@ -95,6 +95,9 @@ func newHunt(tasks []Task) (*hunt, error) {
 		err = fmt.Errorf("own pid namespace: %w", err)
 	}
 	for _, t := range tasks {
+		if t.PIDFD < 0 {
+			continue
+		}
 		h.pidfds = append(h.pidfds, t.PIDFD)
 		// A number from a task that still lives is not anybody else's.
 		if unix.PidfdSendSignal(t.PIDFD, 0, nil, 0) != nil {

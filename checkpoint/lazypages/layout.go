@@ -126,6 +126,9 @@ func (l *layout) unmap(s span, gone func(span)) {
 	}
 }
 
+// settled reports whether settle would change nothing.
+func (l *layout) settled() bool { return len(l.leaving) == 0 && len(l.echoes) == 0 }
+
 // settle is called when no event is outstanding: what still seems to be leaving
 // was not announced and is gone.
 func (l *layout) settle(gone func(span)) {

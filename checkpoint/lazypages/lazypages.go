@@ -1,12 +1,13 @@
 // Package lazypages fills the memory of a restored shard from its page store.
 // It is the lazy-pages daemon that CRIU's restore hands its userfaultfds to, in
 // a process of its own, so that the death of the tranship daemon costs nothing.
-//
 // Flow: Serve listens (server.go), receives tasks (receive.go), and serves each
 // with its children in one goroutine (family.go) over what was dumped
 // (images.go), what is missing (pageset.go) and where it is now (layout.go);
 // the daemon follows through a control socket (control.go, client.go), and pulls
-// through it what the store is still owed (pull.go, wanted.go).
+// through it what the store is still owed (pull.go, wanted.go). If it dies, the
+// userfaultfds stay open (holder.go), and TakeOver goes on where the event log
+// ends (eventlog.go, takeover.go).
 //
 // It refuses to close a userfaultfd while a page with content is missing: if it
 // cannot go on, it kills the tasks first (kill.go).
@@ -32,6 +33,10 @@ type Config struct {
 	// Control is where the daemon connects. The last Status is left at
 	// StatusFile(Control), for a daemon that was away.
 	Control string
+
+	// Hold starts a second process that keeps the userfaultfds if this one dies
+	// (holder.go), so that TakeOver can go on.
+	Hold bool
 
 	Log *slog.Logger
 	// Ready is called once both sockets accept connections; may be nil.
@@ -101,6 +106,9 @@ type Status struct {
 	FinishedAt time.Time `json:"finished_at,omitzero"`
 	// FillMs is how long filling took or has taken.
 	FillMs float64 `json:"fill_ms"`
+	// Takeovers is how many servers before this one died. What is counted above
+	// is counted since the last.
+	Takeovers int `json:"takeovers"`
 	// Finished says that StateFinished was reached, which StateFailed hides.
 	Finished bool   `json:"finished"`
 	Error    string `json:"error,omitempty"`

@@ -71,6 +71,17 @@ func (s *pageSet) add(from, to uint64) {
 	})
 }
 
+// union adds what is in other, a set with the same skeleton.
+func (s *pageSet) union(other *pageSet) {
+	s.count = 0
+	for i := range s.groups {
+		for w := range s.groups[i].words {
+			s.groups[i].words[w] |= other.groups[i].words[w]
+			s.count += checkpoint.Pages(bits.OnesCount64(s.groups[i].words[w]))
+		}
+	}
+}
+
 // intersect leaves what is also in other, a set with the same skeleton.
 func (s *pageSet) intersect(other *pageSet) {
 	s.count = 0

@@ -24,30 +24,44 @@ const readyWord = "listening\n"
 
 // Main runs a server as a process of its own:
 //
-//	transhipd page-server --dir STORE --images DIR --socket WORK/lazy-pages.socket --control PATH
+//	transhipd page-server [--take-over] --dir STORE --images DIR --socket WORK/lazy-pages.socket --control PATH
 //
 // It leaves the session of whoever started it and is deaf to the signals by
-// which daemons are stopped: what it holds cannot be handed to anybody. It
-// returns the exit code: 0 done or stopped, 1 failed, 2 usage.
+// which daemons are stopped: while it is away, faults wait. With --take-over it
+// goes on for one that has died (TakeOver). It returns the exit code: 0 done or
+// stopped, 1 failed, 2 usage.
 func Main(args []string) int {
-	var cfg Config
+	cfg, takeOver, err := parseArgs(args)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "page-server:", err)
+		return 2
+	}
+	return runServer(cfg, takeOver)
+}
+
+func parseArgs(args []string) (cfg Config, takeOver bool, err error) {
 	var level slog.Level
 	fs := flag.NewFlagSet("page-server", flag.ContinueOnError)
 	fs.StringVar(&cfg.Store, "dir", "", "page store")
 	fs.StringVar(&cfg.Images, "images", "", "directory of CRIU's images")
 	fs.StringVar(&cfg.Socket, "socket", "", "lazy-pages.socket in CRIU's work directory")
 	fs.StringVar(&cfg.Control, "control", "", "control socket")
+	fs.BoolVar(&takeOver, "take-over", false, "go on for a server that has died")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	if err := fs.Parse(args); err != nil {
-		return 2
+		return Config{}, false, err
 	}
 	for _, need := range []string{"dir", "images", "socket", "control"} {
 		if fs.Lookup(need).Value.String() == "" {
-			fmt.Fprintf(os.Stderr, "page-server: --%s is missing\n", need)
-			return 2
+			return Config{}, false, fmt.Errorf("--%s is missing", need)
 		}
 	}
 	cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	cfg.Hold = true
+	return cfg, takeOver, nil
+}
+
+func runServer(cfg Config, takeOver bool) int {
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE, unix.SIGTSTP)
 	if _, err := unix.Setsid(); err != nil && !errors.Is(err, unix.EPERM) { // EPERM: leads one already
 		cfg.Log.Warn("leave the session", "err", err)
@@ -60,7 +74,11 @@ func Main(args []string) int {
 			cfg.Log.Warn("say that the server listens", "err", err)
 		}
 	}
-	if err := Serve(context.Background(), cfg); err != nil {
+	serve := Serve
+	if takeOver {
+		serve = TakeOver
+	}
+	if err := serve(context.Background(), cfg); err != nil {
 		cfg.Log.Error("page server failed", "err", err)
 		return 1
 	}
@@ -111,14 +129,10 @@ func Spawn(ctx context.Context, argv []string, cfg Config, logFile string) (*Pro
 		return nil, fmt.Errorf("start a page server: %w", err)
 	}
 	defer r.Close()
-	args := append(append([]string{}, argv[1:]...),
-		"--dir", cfg.Store, "--images", cfg.Images, "--socket", cfg.Socket, "--control", cfg.Control)
-	cmd := exec.Command(argv[0], args...)
+	cmd := command(cfg, argv...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Env = append(os.Environ(), readyEnv+"=3")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	cmd.Dir = "/" // keeps no mount busy
 	err = cmd.Start()
 	err = errors.Join(err, w.Close())
 	if err != nil {
@@ -138,6 +152,15 @@ func Spawn(ctx context.Context, argv []string, cfg Config, logFile string) (*Pro
 		err = context.Cause(ctx)
 	}
 	return nil, errors.Join(fmt.Errorf("start a page server: %w: %s", err, tail(logFile)), killErr)
+}
+
+func command(cfg Config, argv ...string) *exec.Cmd {
+	args := append(append([]string{}, argv[1:]...),
+		"--dir", cfg.Store, "--images", cfg.Images, "--socket", cfg.Socket, "--control", cfg.Control)
+	cmd := exec.Command(argv[0], args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Dir = "/" // keeps no mount busy
+	return cmd
 }
 
 // PID is the server's host pid.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"time"
@@ -27,6 +28,9 @@ type server struct {
 	probe    prober
 	count    counters
 	finished chan struct{} // closed when CRIU has finished
+	lock     *os.File
+	epoch    int
+	keeper   *keeper // nil without a holder
 
 	mu       sync.Mutex // guards what follows
 	status   Status
@@ -48,9 +52,12 @@ var errStopped = errors.New("stopped before a restore began")
 //  3. CRIU has finished: fill, give back
 //  4. on an error: kill the tasks, then let go of their memory
 func Serve(ctx context.Context, cfg Config) error {
-	s, err := newServer(cfg)
+	s, err := newServer(ctx, cfg)
 	if err != nil {
 		return err
+	}
+	if err := s.begin(ctx); err != nil {
+		return errors.Join(err, s.close())
 	}
 	control, err := listen(cfg.Control)
 	if err != nil {
@@ -60,15 +67,20 @@ func Serve(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return errors.Join(err, control.Close(), s.close())
 	}
+	return s.serve(control, func() error { return s.serveRestore(ctx, lazy) })
+}
+
+// serve answers the daemon until work has ended, and leaves the last status.
+func (s *server) serve(control *net.UnixListener, work func() error) error {
 	controlDone := make(chan struct{})
 	go func() {
 		defer close(controlDone)
 		s.serveControl(control)
 	}()
-	if cfg.Ready != nil {
-		cfg.Ready()
+	if s.cfg.Ready != nil {
+		s.cfg.Ready()
 	}
-	err = s.serveRestore(ctx, lazy)
+	err := work()
 	if errors.Is(err, errStopped) {
 		err = nil
 		s.setState(StateStopped, nil)
@@ -82,26 +94,29 @@ func Serve(ctx context.Context, cfg Config) error {
 	return errors.Join(err, s.close())
 }
 
-func newServer(cfg Config) (*server, error) {
+// newServer opens what is there, once the server before is gone.
+func newServer(ctx context.Context, cfg Config) (*server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if _, err := os.Stat(cfg.Images); err != nil {
 		return nil, fmt.Errorf("serve pages: images: %w", err)
 	}
-	if err := os.Remove(StatusFile(cfg.Control)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("serve pages: an earlier status: %w", err)
+	locked, err := lock(ctx, cfg.Store)
+	if err != nil {
+		return nil, err
 	}
+	// Opened behind the lock: the one before may have written until then.
 	store, err := pagestore.Open(cfg.Store)
 	if err != nil {
-		return nil, fmt.Errorf("serve pages: %w", err)
+		return nil, errors.Join(fmt.Errorf("serve pages: %w", err), locked.Close())
 	}
 	probe, err := newProber()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("serve pages: %w", err), store.Close())
+		return nil, errors.Join(fmt.Errorf("serve pages: %w", err), store.Close(), locked.Close())
 	}
 	return &server{
-		cfg: cfg, store: store, probe: probe,
+		cfg: cfg, store: store, probe: probe, lock: locked,
 		finished: make(chan struct{}),
 		changed:  make(chan struct{}),
 		news:     make(chan struct{}),
@@ -109,7 +124,48 @@ func newServer(cfg Config) (*server, error) {
 	}, nil
 }
 
-func (s *server) close() error { return errors.Join(s.probe.close(), s.store.Close()) }
+// begin clears away what an earlier restore that failed has left, and starts a
+// holder. It is long before the shard stands still.
+func (s *server) begin(ctx context.Context) error {
+	fail := func(err error) error { return fmt.Errorf("serve pages: an earlier restore: %w", err) }
+	if err := LetGo(ctx, s.cfg.Store); err != nil {
+		return fail(err)
+	}
+	if err := removeLogs(s.cfg.Store, func(int) bool { return true }); err != nil {
+		return fail(err)
+	}
+	for _, path := range []string{filepath.Join(s.cfg.Store, fillFile), StatusFile(s.cfg.Control)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fail(err)
+		}
+	}
+	return s.hold(fillState{SchemaVersion: 1})
+}
+
+// hold starts a holder if there is to be one.
+func (s *server) hold(state fillState) error {
+	if !s.cfg.Hold {
+		return nil
+	}
+	self, err := procOf(os.Getpid())
+	if err != nil {
+		return err
+	}
+	state.Server = self
+	s.keeper, err = newKeeper(s.cfg.Store, state, func(err error) {
+		// The shard runs on; what remains is that nobody may kill this process.
+		s.cfg.Log.Error("the userfaultfds have no second holder", "err", err)
+	})
+	return err
+}
+
+func (s *server) close() error {
+	var err error
+	if s.keeper != nil {
+		err = s.keeper.close()
+	}
+	return errors.Join(err, s.probe.close(), s.store.Close(), s.lock.Close())
+}
 
 // serveRestore accepts CRIU's connection and stays until the last page.
 func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error {
@@ -123,11 +179,17 @@ func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error
 		return err
 	}
 	defer stopWatching()
+	return s.serveTasks(ctx, func(ctx context.Context, g *errgroup.Group) error {
+		defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(unixEpoch) })()
+		return s.receive(ctx, g, conn)
+	})
+}
+
+// serveTasks stays until the last page. take begins the families.
+func (s *server) serveTasks(ctx context.Context, take func(context.Context, *errgroup.Group) error) error {
 	g, gctx := errgroup.WithContext(ctx)
-	cancelRead := context.AfterFunc(gctx, func() { _ = conn.SetReadDeadline(unixEpoch) })
-	defer cancelRead()
-	g.Go(func() error { return s.receive(gctx, g, conn) })
-	err = g.Wait()
+	g.Go(func() error { return take(gctx, g) })
+	err := g.Wait()
 	if err == nil {
 		return s.release()
 	}
@@ -189,16 +251,41 @@ func (s *server) receive(ctx context.Context, g *errgroup.Group, conn *net.UnixC
 		if err != nil {
 			return err
 		}
-		g.Go(func() error { return f.run(ctx) })
-		// A family that waits must hear of the end of its siblings.
-		context.AfterFunc(ctx, f.wakeUp)
+		s.start(ctx, g, f)
 	}
 }
 
-// adopt makes the family of a task. From here on the task's descriptors belong
-// to the server, whatever fails. It does not matter to it whether the task came
-// from CRIU or from another holder of its userfaultfd.
+func (s *server) start(ctx context.Context, g *errgroup.Group, f *family) {
+	g.Go(func() error { return f.run(ctx) })
+	// A family that waits must hear of the end of its siblings.
+	context.AfterFunc(ctx, f.wakeUp)
+}
+
+// adopt makes the family of a task that was restored. From here on the task's
+// descriptors belong to the server, whatever fails.
 func (s *server) adopt(task Task) (*family, error) {
+	f, err := s.newFamily(task)
+	if err != nil {
+		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
+	}
+	if err := f.load(s.cfg.Images); err != nil {
+		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
+	}
+	host, err := procOf(task.HostPID)
+	if err != nil {
+		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
+	}
+	f.start = host.Start
+	f.logPath = logPath(s.cfg.Store, task.PID, s.epoch)
+	fresh := snapshot{pid: task.PID, hostPID: task.HostPID, start: f.start, fresh: true, spaces: []savedSpace{{fd: task.UFFD}}}
+	if f.events, err = createLog(f.logPath, fresh.append(nil), minSlots); err != nil {
+		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
+	}
+	return f, nil
+}
+
+// newFamily makes a family without pages.
+func (s *server) newFamily(task Task) (*family, error) {
 	f := &family{
 		task: task, store: s.store, probe: s.probe, count: &s.count, finish: s.finished,
 		log: s.cfg.Log, mayFill: s.cfg.mayFill, spaces: []*space{{name: fmt.Sprintf("pid %d", task.PID), fd: task.UFFD}},
@@ -211,28 +298,36 @@ func (s *server) adopt(task Task) (*family, error) {
 	s.mu.Unlock()
 	var err error
 	if f.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("serve pid %d: eventfd: %w", task.PID, err)
+		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	for range min(maxLanes, runtime.GOMAXPROCS(0)) {
 		buf, err := unix.Mmap(-1, 0, maxFill*checkpoint.PageSize,
 			unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
-			return nil, fmt.Errorf("serve pid %d: buffer: %w", task.PID, err)
+			return nil, fmt.Errorf("buffer: %w", err)
 		}
 		f.bufs = append(f.bufs, buf)
-	}
-	f.msgs = make([]byte, eventBatch*msgSize)
-	if err := f.load(s.cfg.Images); err != nil {
-		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
 	}
 	return f, nil
 }
 
 // finish says that the restored tasks are about to run.
 func (s *server) finish(ctx context.Context) error {
+	at := time.Now()
+	if s.keeper != nil {
+		// From here on another server may take over, and before nobody is told.
+		if err := s.keeper.update(func(state *fillState) { state.FinishedAt = at }); err != nil {
+			return err
+		}
+	}
+	return s.fill(ctx, at)
+}
+
+// fill begins to place what has not faulted.
+func (s *server) fill(ctx context.Context, finished time.Time) error {
 	s.mu.Lock()
-	s.fillFrom = time.Now()
-	s.status.FinishedAt, s.status.Finished = s.fillFrom, true
+	s.fillFrom = finished
+	s.status.FinishedAt, s.status.Finished = finished, true
 	families := s.families
 	s.mu.Unlock()
 	s.setState(StateFinished, nil)
@@ -260,7 +355,10 @@ func (s *server) release() error {
 			}
 		}
 		f.spaces = nil
-		errs = append(errs, f.close(), unix.Close(f.task.PIDFD))
+		errs = append(errs, f.close())
+		if f.task.PIDFD >= 0 { // else it had died before this server began
+			errs = append(errs, unix.Close(f.task.PIDFD))
+		}
 	}
 	return errors.Join(errs...)
 }

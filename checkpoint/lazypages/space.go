@@ -3,8 +3,6 @@ package lazypages
 import (
 	"fmt"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/tranship/tranship/checkpoint"
 )
 
@@ -12,6 +10,7 @@ import (
 // restored task forked before it was filled.
 type space struct {
 	name string
+	id   int // 0 is the task, then its children in the order of their forks
 	fd   int
 	dump dumped
 
@@ -32,6 +31,7 @@ type space struct {
 func (s *space) fork(fd int, n int) *space {
 	child := &space{
 		name:    fmt.Sprintf("%s, child %d", s.name, n),
+		id:      n,
 		fd:      fd,
 		dump:    s.dump,
 		layout:  s.layout.clone(),
@@ -102,40 +102,9 @@ func (s *space) ready() bool {
 	return ok
 }
 
-// read takes what the kernel has to say. Faults in a batch may be younger than
-// the events behind them, which are the ones that explain them; therefore they
-// are only queued.
-func (s *space) read(buf []byte) ([]message, error) {
-	var events []message
-	for {
-		n, err := unix.Read(s.fd, buf)
-		switch err {
-		case nil:
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return events, nil
-		default:
-			return events, fmt.Errorf("events of %s: %w", s.name, err)
-		}
-		if n == 0 {
-			return events, nil
-		}
-		for raw := buf[:n]; len(raw) > 0; raw = raw[msgSize:] {
-			m, err := decodeMessage(raw)
-			if err != nil {
-				return events, fmt.Errorf("events of %s: %w", s.name, err)
-			}
-			if m.event == eventPagefault {
-				s.queue(m.addr)
-				continue
-			}
-			events = append(events, m)
-		}
-	}
-}
-
 // queue adds a fault unless it waits already: many threads may want one page.
+// Faults that are read with events may be younger than the events behind them,
+// which are the ones that explain them; therefore they are only queued.
 func (s *space) queue(addr uint64) {
 	for _, a := range s.faults {
 		if a == addr {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -47,10 +48,28 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	if os.Getenv(serverEnv) != "" {
-		os.Exit(Main(os.Args[1:]))
+	if every := os.Getenv(serverEnv); every != "" {
+		os.Exit(serverMain(every))
 	}
 	os.Exit(m.Run())
+}
+
+// serverMain is a page server that fills one in so many pieces.
+func serverMain(every string) int {
+	cfg, takeOver, err := parseArgs(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	var n, asked int64
+	if _, err := fmt.Sscan(every, &n); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	if n > 1 {
+		cfg.mayFill = func() bool { return atomic.AddInt64(&asked, 1)%n == 0 }
+	}
+	return runServer(cfg, takeOver)
 }
 
 // connectMain is a CRIU that connects and hangs.

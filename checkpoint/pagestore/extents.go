@@ -226,8 +226,12 @@ func parseList(b []byte, magic string) ([]pageRun, error) {
 }
 
 // sealed are the runs that Seal wrote down; false if there are none, or if they
-// are not what the file holds.
+// are not what the file holds: since pages were released or have arrived, its
+// size would prove nothing.
 func (s *Store) sealed(f *taskFile) ([]pageRun, bool) {
+	if f.placed.any() || f.came.any() {
+		return nil, false
+	}
 	raw, err := os.ReadFile(filepath.Join(s.dir, strconv.Itoa(int(f.pid))+extentsSuffix))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, false

@@ -97,6 +97,37 @@ func (r *placedRecord) contains(addr uint64, n checkpoint.Pages) (bool, error) {
 	return found, err
 }
 
+// runs visits the runs of n pages at addr that are in the record, or that are
+// not. visit is called without the lock.
+func (r *placedRecord) runs(addr uint64, n checkpoint.Pages, in bool, visit func(addr uint64, n checkpoint.Pages) error) error {
+	var found []pageRun
+	r.mu.Lock()
+	err := r.each(addr, n, func(buf []byte, first, last uint64, at int64) error {
+		for i := first; i < last; i++ {
+			if in != (buf[i/pagesPerByte]&(1<<(i%pagesPerByte)) != 0) {
+				continue
+			}
+			page := uint64(at)*pagesPerByte + i
+			if k := len(found); k > 0 && found[k-1].to == page {
+				found[k-1].to++
+			} else {
+				found = append(found, pageRun{page, page + 1})
+			}
+		}
+		return nil
+	})
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	for _, run := range found {
+		if err := visit(run.from*checkpoint.PageSize, checkpoint.Pages(run.to-run.from)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // each reads the part of the record that covers n pages at addr, in bounded
 // pieces; first and last count pages from the start of buf, which lies at
 // offset at.

@@ -236,8 +236,8 @@ func (s *Store) Tasks() ([]checkpoint.PID, error) {
 }
 
 // Extents visits, in order, the runs of [from, to) of pid that hold data. What
-// lies between them reads as zero. An error from visit ends it. A pid without
-// pages has no extents.
+// lies between them reads as zero, or was released. An error from visit ends it.
+// A pid without pages has no extents.
 func (s *Store) Extents(pid checkpoint.PID, from, to uint64, visit func(addr uint64, n checkpoint.Pages) error) error {
 	if err := checkExtent(pid, from, to-from); err != nil {
 		return err
@@ -245,6 +245,10 @@ func (s *Store) Extents(pid checkpoint.PID, from, to uint64, visit func(addr uin
 	f, err := s.file(pid, false)
 	if f == nil || err != nil {
 		return err
+	}
+	if f.placed.any() {
+		all := visit
+		visit = func(addr uint64, n checkpoint.Pages) error { return f.placed.runs(addr, n, false, all) }
 	}
 	if runs, ok := s.sealed(f); ok {
 		for _, r := range runs {
@@ -373,6 +377,28 @@ func (s *Store) Release(pid checkpoint.PID, addr uint64, n checkpoint.Pages) err
 	}
 	f.owed.clear(addr, n)
 	return f.punch(addr, n)
+}
+
+// Finish gives back what a Release that was killed has recorded and not given
+// back.
+func (s *Store) Finish(pid checkpoint.PID) error {
+	f, err := s.file(pid, false)
+	if f == nil || err != nil || !f.placed.any() {
+		return err
+	}
+	for at := uint64(0); ; {
+		start, end, err := f.nextData(at)
+		if err != nil {
+			return fmt.Errorf("finish releases of pid %d: %w", pid, err)
+		}
+		if start == end {
+			return nil
+		}
+		if err := f.placed.runs(start, checkpoint.Pages((end-start)/checkpoint.PageSize), true, f.punch); err != nil {
+			return err
+		}
+		at = end
+	}
 }
 
 // Released reports whether any of n pages at addr of pid was released.
