@@ -107,15 +107,22 @@ func logPath(dir string, pid checkpoint.PID, epoch int) string {
 	return filepath.Join(dir, fmt.Sprint(int32(pid), logSuffix, epoch))
 }
 
-// Held tells when CRIU's restore finished whose pages are in a store, zero if it
-// has not, and whether its userfaultfds are held by a process, so that a server
-// can take over. No shard that has been restored may run if they are not.
-func Held(store string) (finished time.Time, held bool) {
+// Holding is who has the userfaultfds of a restore.
+type Holding struct {
+	// FinishedAt is when CRIU had restored everything; zero if it has not.
+	FinishedAt time.Time
+	// Served: the server lives. Held: another process has them beside it, so that a
+	// server can take over if not. If neither, no task may run.
+	Served, Held bool
+}
+
+// Look tells who has the userfaultfds of the restore whose pages are in a store.
+func Look(store string) Holding {
 	s, err := readFillState(store)
 	if err != nil {
-		return time.Time{}, false
+		return Holding{}
 	}
-	return s.FinishedAt, s.Holder.alive()
+	return Holding{s.FinishedAt, s.Server.alive(), s.Holder.alive()}
 }
 
 // LetGo ends the server of a store, if it lives, and all that hold its

@@ -22,6 +22,9 @@ const readyEnv = "TRANSHIP_PAGE_SERVER_READY_FD"
 
 const readyWord = "listening\n"
 
+// TakeOverFlag makes Main go on for a server that has died.
+const TakeOverFlag = "--take-over"
+
 // Main runs a server as a process of its own:
 //
 //	transhipd page-server [--take-over] --dir STORE --images DIR --socket WORK/lazy-pages.socket --control PATH
@@ -46,7 +49,7 @@ func parseArgs(args []string) (cfg Config, takeOver bool, err error) {
 	fs.StringVar(&cfg.Images, "images", "", "directory of CRIU's images")
 	fs.StringVar(&cfg.Socket, "socket", "", "lazy-pages.socket in CRIU's work directory")
 	fs.StringVar(&cfg.Control, "control", "", "control socket")
-	fs.BoolVar(&takeOver, "take-over", false, "go on for a server that has died")
+	fs.BoolVar(&takeOver, strings.TrimLeft(TakeOverFlag, "-"), false, "go on for a server that has died")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	if err := fs.Parse(args); err != nil {
 		return Config{}, false, err

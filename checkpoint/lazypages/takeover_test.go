@@ -228,8 +228,8 @@ func TestAThreadThatWaitsForItsPageOutlivesTheServer(t *testing.T) {
 	r, task := half(t)
 	r.killServer()
 	task.say("verify") // waits, whichever page it begins with
-	if _, held := Held(r.cfg.Store); !held {
-		t.Fatal("nobody holds the userfaultfds")
+	if h := Look(r.cfg.Store); !h.Held || h.Served {
+		t.Fatalf("%+v", h)
 	}
 	r.mustTakeOver()
 	task.expect("ok")
@@ -286,8 +286,8 @@ func TestNobodyGoesOnWhenBothAreKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.killServer()
-	if finished, held := Held(r.cfg.Store); held || finished.IsZero() {
-		t.Fatalf("held %v, finished %v", held, finished)
+	if h := Look(r.cfg.Store); h.Held || h.Served || h.FinishedAt.IsZero() {
+		t.Fatalf("%+v", h)
 	}
 	if err := r.takeOver(); err == nil || !strings.Contains(err.Error(), ErrLost.Error()) {
 		t.Fatalf("took over: %v", err)

@@ -19,6 +19,7 @@ import (
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
 	"github.com/tranship/tranship/checkpoint/layer"
+	"github.com/tranship/tranship/checkpoint/lazypages"
 	"github.com/tranship/tranship/checkpoint/pagestore"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/runtime"
@@ -529,9 +530,9 @@ func (in *incoming) destroy(ctx context.Context) error {
 		}
 	}
 	if in.pages != nil {
-		errs = append(errs, in.pages.kill())
+		errs = append(errs, in.pages.kill(ctx))
 	} else {
-		errs = append(errs, killByStart(in.entry.PageServerPID, in.entry.PageServerStart))
+		errs = append(errs, lazypages.LetGo(ctx, in.dir(pagesDir)))
 	}
 	if in.rec != nil {
 		if net, ok := shardNet(in.rec); ok {
@@ -563,16 +564,21 @@ func (in *incoming) fill(ctx context.Context) {
 		return
 	}
 	if in.pages != nil {
-		err := in.pages.awaitDone(ctx)
+		err := in.pages.awaitDone(ctx, log)
 		if ctx.Err() != nil {
 			return // the next daemon goes on waiting
 		}
-		in.pages.reap()
 		if err != nil {
-			// Its missing pages read as zeros from now on: a shard that runs on wrong
-			// memory is worse than none.
+			// Its missing pages may read as zeros from now on: a shard that runs on
+			// wrong memory is worse than none.
 			log.Error("pages of a shard are lost; it is stopped", "err", err)
-			in.stopForGood(ctx, err)
+			if err := in.stopForGood(ctx, err); err != nil {
+				log.Error("stop the shard; the next start of the daemon tries again", "err", err)
+				return
+			}
+		}
+		if err := in.pages.kill(ctx); err != nil {
+			log.Error("end the page server", "err", err)
 		}
 		if in.entry.Mode == ModePostCopy {
 			in.endPull()
@@ -605,16 +611,18 @@ func (in *incoming) fill(ctx context.Context) {
 	log.Info("shard arrived", "peer", in.entry.Peer)
 }
 
-// stopForGood kills a shard whose pages can no longer be served.
-func (in *incoming) stopForGood(ctx context.Context, cause error) {
+// stopForGood kills a shard whose pages can no longer be served. As long as it
+// cannot, whoever holds the shard's memory must not let go.
+func (in *incoming) stopForGood(ctx context.Context, cause error) error {
 	cg, err := in.m.rt.Cgroup(ctx, in.entry.Namespace, in.entry.Shard)
 	if err == nil {
 		err = cg.Kill(ctx)
 	}
 	if err != nil && !errors.Is(err, runtime.ErrNotRunning) {
-		in.m.log.Error("stop a shard", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+		return err
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.entry.Code, in.entry.Reason = CodePagesLost, "stopped after the move: "+cause.Error()
+	return nil
 }

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tranship/tranship/checkpoint/lazypages"
@@ -15,14 +18,39 @@ import (
 const PageServerCommand = "page-server"
 
 // pageServer is the process that serves one migration's pages, whether this
-// daemon started it or an earlier one did.
+// daemon started it or an earlier one did, and the ones that follow it if it
+// dies.
 type pageServer struct {
 	client *lazypages.Client
+	cfg    lazypages.Config
+	daemon string // the program
+	log    string
+	over   atomic.Bool // nobody serves the pages any more, nor will
+
+	mu sync.Mutex // guards what follows
 	// process is nil when an earlier daemon started it.
 	process *lazypages.Process
 	pid     int
 	start   uint64
-	control string // its socket; its last status is beside it
+}
+
+const (
+	// A server that died is followed by another, at most takeOverLimit times in
+	// takeOverSpan: somebody may kill it, but what dies by itself will again.
+	takeOverLimit = 5
+	takeOverSpan  = time.Minute
+	// takeOverPause doubles with each: what stands in the way may be passing.
+	takeOverPause = 50 * time.Millisecond
+)
+
+// pause returns false if ctx ended first.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
 }
 
 // Names inside a migration's directory at the destination.
@@ -35,31 +63,45 @@ const (
 	serverLog     = "page-server.log"
 )
 
-func startPageServer(ctx context.Context, daemon, dir string) (*pageServer, error) {
-	cfg := lazypages.Config{
+func newPageServer(daemon, dir string) *pageServer {
+	s := &pageServer{daemon: daemon, log: filepath.Join(dir, serverLog), cfg: lazypages.Config{
 		Store: filepath.Join(dir, pagesDir), Images: filepath.Join(dir, imagesDir), Socket: filepath.Join(dir, lazySocket),
 		Control: filepath.Join(dir, controlSocket),
-	}
-	p, err := lazypages.Spawn(ctx, []string{daemon, PageServerCommand}, cfg, filepath.Join(dir, serverLog))
-	if err != nil {
-		return nil, err
-	}
-	s := &pageServer{client: p.Client, process: p, pid: p.PID(), control: cfg.Control}
-	if s.start, err = startTime(s.pid); err != nil {
-		return nil, errors.Join(fmt.Errorf("page server: %w", err), s.kill())
-	}
-	return s, nil
+	}}
+	s.client = lazypages.At(s.cfg.Control)
+	return s
+}
+
+func startPageServer(ctx context.Context, daemon, dir string) (*pageServer, error) {
+	s := newPageServer(daemon, dir)
+	return s, s.spawn(ctx)
 }
 
 // adoptPageServer finds the server of an earlier daemon; nil if there is none.
-func adoptPageServer(dir string, pid int, start uint64) *pageServer {
+func adoptPageServer(daemon, dir string, pid int, start uint64) *pageServer {
 	if pid == 0 {
 		return nil
 	}
-	s := &pageServer{pid: pid, start: start, control: filepath.Join(dir, controlSocket)}
-	// One that has ended left its last status.
-	s.client, _ = lazypages.Dial(s.control)
+	s := newPageServer(daemon, dir)
+	s.pid, s.start = pid, start
 	return s
+}
+
+// spawn starts a process; with words, one that takes over.
+func (s *pageServer) spawn(ctx context.Context, words ...string) error {
+	s.reap()
+	p, err := lazypages.Spawn(ctx, append([]string{s.daemon, PageServerCommand}, words...), s.cfg, s.log)
+	if err != nil {
+		return err
+	}
+	start, err := startTime(p.PID())
+	s.mu.Lock()
+	s.process, s.pid, s.start = p, p.PID(), start
+	s.mu.Unlock()
+	if err != nil { // it died at once
+		return fmt.Errorf("page server: %w: %w", lazypages.ErrServerGone, err)
+	}
+	return nil
 }
 
 // awaitFinished returns when CRIU has restored the shard. started gives the end
@@ -84,64 +126,89 @@ func (s *pageServer) awaitFinished(ctx context.Context, started chan error) (tim
 	return st.FinishedAt, nil
 }
 
-// awaitDone returns when every page is placed.
-func (s *pageServer) awaitDone(ctx context.Context) error {
-	if s.client != nil {
+// awaitDone returns when every page is placed. A server that dies is followed by
+// another; if that cannot be, the shard must be stopped before kill.
+func (s *pageServer) awaitDone(ctx context.Context, log *slog.Logger) error {
+	defer s.over.Store(true)
+	var tries []time.Time
+	for {
 		_, err := s.client.WaitDone(ctx)
 		if err == nil || ctx.Err() != nil || !errors.Is(err, lazypages.ErrServerGone) {
 			return err
 		}
-	}
-	// It may have ended well before it was asked.
-	st, err := lazypages.ReadStatus(s.control)
-	if err != nil {
-		return fmt.Errorf("the page server is gone without a last word: %w", err)
-	}
-	if st.State != lazypages.StateDone {
-		return fmt.Errorf("the page server ended %s: %s", st.State, st.Error)
-	}
-	return nil
-}
-
-// state asks the server, or reads its last word.
-func (s *pageServer) state(ctx context.Context) (lazypages.Status, error) {
-	if s.client != nil {
-		if st, err := s.client.Status(ctx); err == nil {
-			return st, nil
+		switch now := lazypages.Look(s.cfg.Store); {
+		case now.Served: // and had no place for this client
+			if !pause(ctx, takeOverPause) {
+				return context.Cause(ctx)
+			}
+			continue
+		case !now.Held:
+			return s.lost(ctx, err)
+		}
+		now := time.Now()
+		if tries = append(tries, now); len(tries) > takeOverLimit {
+			if now.Sub(tries[0]) < takeOverSpan {
+				return fmt.Errorf("%d page servers died within %v: %w", len(tries), takeOverSpan, err)
+			}
+			tries = tries[1:]
+		}
+		if n := len(tries); n > 1 && !pause(ctx, takeOverPause<<n) {
+			return context.Cause(ctx)
+		}
+		log.Warn("the page server has died; another takes over, and the shard waits for its pages until then", "err", err)
+		if err := s.spawn(ctx, lazypages.TakeOverFlag); err != nil && ctx.Err() == nil {
+			log.Warn("take over the pages", "err", err)
 		}
 	}
-	return lazypages.ReadStatus(s.control)
 }
 
-// ended says that nobody answers any more.
-func (s *pageServer) ended(ctx context.Context) bool {
-	if s.client == nil {
-		return true
-	}
-	_, err := s.client.Status(ctx)
-	if err != nil {
-		return errors.Is(err, lazypages.ErrServerGone)
-	}
-	_, err = lazypages.ReadStatus(s.control) // its last
-	return err == nil
-}
-
-// kill ends the server. Only after its tasks are dead: their missing pages would
-// become zeros.
-func (s *pageServer) kill() error {
-	if s.process != nil {
-		// Reap it as well, or it stays a zombie of this daemon.
-		err := killByStart(s.pid, s.start)
-		_ = s.process.Wait() // a killed process has no exit code worth telling
+// lost is why nobody can take over, unless the server has ended by itself just
+// now: its holder ends after its last word.
+func (s *pageServer) lost(ctx context.Context, gone error) error {
+	if _, err := s.client.WaitDone(ctx); !errors.Is(err, lazypages.ErrServerGone) {
 		return err
 	}
-	return killByStart(s.pid, s.start)
+	return fmt.Errorf("%w, and so is whoever held the memory with it", gone)
 }
 
-// reap collects a server that has ended by itself.
+// state asks the server, or reads its last word, or what it has left.
+func (s *pageServer) state(ctx context.Context) (lazypages.Status, error) {
+	st, err := s.client.Status(ctx)
+	if err != nil {
+		if now := lazypages.Look(s.cfg.Store); now.Held && !now.FinishedAt.IsZero() {
+			return lazypages.Status{State: lazypages.StateFilling, Finished: true, FinishedAt: now.FinishedAt}, nil
+		}
+	}
+	return st, err
+}
+
+// ended says that nobody serves any more, nor will.
+func (s *pageServer) ended() bool {
+	_, err := lazypages.ReadStatus(s.cfg.Control) // its last
+	return err == nil || s.over.Load()
+}
+
+// kill ends the server and whoever holds the memory with it. Only after its tasks
+// are dead, or lack nothing: their missing pages would become zeros.
+func (s *pageServer) kill(ctx context.Context) error {
+	s.mu.Lock()
+	pid, start := s.pid, s.start
+	s.mu.Unlock()
+	err := killByStart(pid, start)
+	if err == nil {
+		s.reap() // or it stays a zombie of this daemon
+	}
+	return errors.Join(err, lazypages.LetGo(ctx, s.cfg.Store))
+}
+
+// reap collects a server that has ended.
 func (s *pageServer) reap() {
-	if s.process != nil {
-		_ = s.process.Wait() // what it did is in its status
+	s.mu.Lock()
+	p := s.process
+	s.process = nil
+	s.mu.Unlock()
+	if p != nil {
+		_ = p.Wait() // what it did is in its status
 	}
 }
 

@@ -95,7 +95,7 @@ func (in *incoming) pullAll(ctx context.Context) {
 			return
 		case ctx.Err() != nil:
 			return
-		case errors.Is(err, lazypages.ErrServerGone) && in.pages.ended(ctx):
+		case errors.Is(err, lazypages.ErrServerGone) && in.pages.ended():
 			return // fill knows what that means
 		}
 		if in.arrived.Load() > before {
@@ -149,9 +149,6 @@ func (in *incoming) tellWhole(ctx context.Context) error {
 
 // pullOnce pulls until nothing is owed, or something fails.
 func (in *incoming) pullOnce(ctx context.Context) error {
-	if in.pages.client == nil {
-		return lazypages.ErrServerGone
-	}
 	g, gctx := errgroup.WithContext(ctx)
 	for i := range urgentLanes + otherLanes {
 		g.Go(func() error {

@@ -143,7 +143,7 @@ func (m *Manager) reviveIncoming(e *Entry) (*incoming, error) {
 			return nil, err
 		}
 	}
-	in.pages = adoptPageServer(in.dir(""), e.PageServerPID, e.PageServerStart)
+	in.pages = adoptPageServer(m.cfg.Daemon, in.dir(""), e.PageServerPID, e.PageServerStart)
 	in.received.Store(e.ImageDigest)
 	m.addIncoming(in)
 	return in, nil
