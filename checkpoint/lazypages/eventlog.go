@@ -50,9 +50,9 @@ const (
 	slotDrop    = 0x06
 
 	logMagic = "tranship events 1\n"
-	// minSlots take 256 KiB, made while the shard stands still; a log that was full
+	// minSlots take 64 KiB, made while the shard stands still; a log that was full
 	// is twice as large when it begins anew, up to maxSlots.
-	minSlots = 8 << 10
+	minSlots = 2 << 10
 	maxSlots = 128 << 10
 	// maxSnapshot bounds what is read back: a process of a terabyte, alternating.
 	maxSnapshot = 1 << 30

