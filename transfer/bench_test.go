@@ -35,6 +35,7 @@ func BenchmarkRound(b *testing.B) {
 	for at := page; at < size; at += 2 * page {
 		copy(half[at:at+page], text)
 	}
+	heap := heapMemory(size/page, 1).procs[1]
 	gro := func(*net.UDPAddr) (net.PacketConn, error) { return listenUDP("udp4", nil) }
 	tests := []struct {
 		name string
@@ -49,6 +50,10 @@ func BenchmarkRound(b *testing.B) {
 		{"half", half, Options{}},
 		{"half/connections=2", half, Options{Connections: 2}},
 		{"half/uncompressed", half, Options{Compression: CompressOff}},
+		{"heap", heap, Options{}},
+		{"heap/connections=2", heap, Options{Connections: 2}},
+		{"heap/1gbit", heap, Options{Bandwidth: 1_000_000_000}},
+		{"heap/200mbit", heap, Options{Bandwidth: 200_000_000}},
 	}
 	h := newHost(b, hostOptions{plain: true, accept: func(context.Context, string, string) (Sink, error) { return discard{}, nil }})
 	for _, test := range tests {

@@ -59,9 +59,13 @@ func (s *Session) Blob(ctx context.Context, kind, name string, size int64, r io.
 	defer func() { <-answered }()
 
 	space := blobSpaces.Get().(*blobSpace)
-	defer blobSpaces.Put(space)
+	defer func() {
+		space.encoder.Choice = nil // of this session
+		blobSpaces.Put(space)
+	}()
 	space.encoder.Reset()
 	space.encoder.Off = s.opt.Compression == CompressOff
+	space.encoder.Choice, space.encoder.Time = s.blobChoice, threadTime
 
 	write := func(b []byte) error {
 		n, err := s.write(ctx, stream, b)

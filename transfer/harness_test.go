@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -290,6 +291,24 @@ func newMemory(seed uint64, procs int, pages int) *memory {
 	for pid := range m.procs {
 		m.write(pid, 0, pages)
 	}
+	return m
+}
+
+// heapMemory is like the heap of a store of small values: pointers, short
+// strings, counters, and a part of noise.
+func heapMemory(pages int, seed uint64) *memory {
+	m := &memory{base: 0x7f0000000000, procs: map[checkpoint.PID][]byte{}, rng: rand.New(rand.NewPCG(seed, 2))}
+	data := make([]byte, 0, pages*page)
+	for len(data) < pages*page {
+		data = binary.LittleEndian.AppendUint64(data, 0x7f3a00000000+uint64(m.rng.IntN(1<<24))&^15)
+		data = binary.LittleEndian.AppendUint32(data, m.rng.Uint32N(1000))
+		data = fmt.Appendf(data, "user:%06d:session", m.rng.IntN(1e6))
+		if m.rng.IntN(4) == 0 {
+			data = binary.LittleEndian.AppendUint64(data, m.rng.Uint64())
+		}
+		data = append(data, 0, 0, 0)
+	}
+	m.procs[1] = data[:pages*page]
 	return m
 }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/zeebo/xxh3"
 
+	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/transfer/encoding"
 	"github.com/tranship/tranship/transfer/wire"
 )
@@ -106,13 +107,16 @@ func (l *lane) send(b *batch) error {
 	if err := l.write(frame.Payload); err != nil {
 		return err
 	}
+	content := checkpoint.Pages(0)
 	for _, s := range b.segments {
 		if s.Zero {
 			l.tally.Zeros += uint64(s.Pages)
 		} else {
-			l.tally.Pages += uint64(s.Pages)
+			content += s.Pages
 		}
 	}
+	l.tally.Pages += uint64(content)
+	l.r.encoded[frame.Encoding].Add(int64(content))
 	l.tally.Batches++
 	return nil
 }
@@ -131,6 +135,8 @@ func (l *lane) write(b []byte) error {
 
 // write sends b at the session's pace.
 func (s *Session) write(ctx context.Context, stream *quic.Stream, b []byte) (sent int, err error) {
+	s.link.enter(time.Now())
+	defer func() { s.link.leave(time.Now(), sent) }()
 	for len(b) > 0 {
 		piece := b
 		if size := s.pace.piece(); size > 0 && size < len(piece) {

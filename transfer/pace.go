@@ -35,6 +35,13 @@ func (p *pacer) set(bitsPerSecond int64) {
 	p.next = time.Time{}
 }
 
+// bytes returns the rate in bytes a second, 0 when there is none.
+func (p *pacer) bytes() float64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.rate
+}
+
 // piece returns how many bytes of a stream to send at once, 0 for all of them:
 // two milliseconds' worth, so that a shallow queue on the way does not overflow.
 func (p *pacer) piece() int {

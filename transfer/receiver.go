@@ -38,6 +38,8 @@ type workspace struct {
 	frame []byte
 	raw   []byte
 	batch wire.Batch
+	// decoder keeps at most a batch's window, and that only once zstd came.
+	decoder encoding.Decoder
 }
 
 // workspaces are at most maxStreams a connection.
@@ -57,7 +59,7 @@ func (w *workspace) next() (wire.Type, []byte, error) {
 
 // content decodes a block and compares its hash.
 func (w *workspace) content(k wire.Block) ([]byte, error) {
-	raw, err := encoding.Decode(w.raw, encoding.Kind(k.Encoding), k.Raw, k.Payload)
+	raw, err := w.decoder.Decode(w.raw, encoding.Kind(k.Encoding), k.Raw, k.Payload)
 	if err != nil {
 		return nil, err
 	}

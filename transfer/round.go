@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/transfer/encoding"
 	"github.com/tranship/tranship/transfer/wire"
 )
 
@@ -38,7 +39,8 @@ type Round struct {
 	gate   sync.RWMutex // held for reading by Pages and Zero
 	closed bool
 
-	pages, read, zeros, unchanged, sent atomic.Int64 // pages
+	pages, read, zeros, unchanged, sent atomic.Int64                    // pages
+	encoded                             [encoding.Zstd + 1]atomic.Int64 // pages of sent, by encoding
 	bytes                               atomic.Int64
 }
 
@@ -48,6 +50,8 @@ type RoundStats struct {
 	// Pages came, as pages or as zero; of those Zeros were sent as zero, Unchanged
 	// not at all, and Sent with their content.
 	Pages, Zeros, Unchanged, Sent checkpoint.Pages
+	// Of those sent, in which encoding their batches went.
+	Raw, S2, Zstd checkpoint.Pages
 	// BytesRaw is what came as pages, BytesSent what went into the streams.
 	BytesRaw, BytesSent checkpoint.Bytes
 	Duration            time.Duration
@@ -353,6 +357,9 @@ func (r *Round) stats() RoundStats {
 		Zeros:     checkpoint.Pages(r.zeros.Load()),
 		Unchanged: checkpoint.Pages(r.unchanged.Load()),
 		Sent:      checkpoint.Pages(r.sent.Load()),
+		Raw:       checkpoint.Pages(r.encoded[encoding.Raw].Load()),
+		S2:        checkpoint.Pages(r.encoded[encoding.S2].Load()),
+		Zstd:      checkpoint.Pages(r.encoded[encoding.Zstd].Load()),
 		BytesRaw:  checkpoint.Pages(r.read.Load()).Bytes(),
 		BytesSent: checkpoint.Bytes(r.bytes.Load()),
 		Duration:  time.Since(r.began),

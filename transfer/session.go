@@ -22,7 +22,8 @@ import (
 type Compression string
 
 const (
-	// CompressAuto tries s2 and backs off from what does not shrink.
+	// CompressAuto compresses with s2, with zstd or not at all, whichever moves
+	// memory fastest over this link, and backs off from what does not shrink.
 	CompressAuto Compression = ""
 	// CompressOff sends all content raw.
 	CompressOff Compression = "off"
@@ -100,6 +101,9 @@ type Session struct {
 	id     wire.SessionID
 	memory *pageMemory
 	pace   pacer
+	link   linkMeter
+	// Memory and files differ in what they shrink to.
+	pageChoice, blobChoice *encoding.Choice
 	// encoders are one a lane; they remember between rounds what shrinks.
 	encoders []encoding.Encoder
 	turn     atomic.Uint64 // of connections, for blobs
@@ -151,9 +155,10 @@ func Dial(ctx context.Context, addr, node string, tls func(node string) *tls.Con
 	}
 	s := &Session{addr: addr, node: node, migration: migration, tls: tls, opt: opt, memory: newPageMemory()}
 	rand.Read(s.id[:]) // never fails
+	s.pageChoice, s.blobChoice = encoding.NewChoice(s.road), encoding.NewChoice(s.road)
 	s.encoders = make([]encoding.Encoder, opt.Streams)
 	for i := range s.encoders {
-		s.encoders[i].Off = opt.Compression == CompressOff
+		s.encoders[i] = encoding.Encoder{Off: opt.Compression == CompressOff, Choice: s.pageChoice, Time: threadTime}
 	}
 	s.pace.set(opt.Bandwidth)
 	if _, err := s.connect(ctx); err != nil {

@@ -1,20 +1,22 @@
 // Package encoding makes batches of memory smaller and whole again. It owns the
 // numbers that name an encoding on the wire, the test for zero pages, and the
-// decision whether compressing is worth its time, which it takes batch by batch
-// from what the batches before were worth. It refuses to decode to any length
-// but the declared one, and to allocate while it decodes.
+// decision which encoding is worth its time, which it takes batch by batch from
+// what the batches before were worth and what the link takes. It refuses to
+// decode to any length but the declared one, and to allocate for what a peer
+// declares.
 package encoding
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
 )
 
-// Kind names an encoding on the wire. A number is never given a second meaning;
-// delta, zstd and references by hash have theirs still to get.
+// Kind names an encoding on the wire. A number is never given a second meaning.
 type Kind byte
 
 const (
@@ -22,6 +24,8 @@ const (
 	Raw Kind = 0
 	// S2 is one block of klauspost's s2, a superset of snappy's block format.
 	S2 Kind = 1
+	// Zstd is one zstd frame (RFC 8878) that declares its content's size.
+	Zstd Kind = 2
 )
 
 // ErrCorrupt says that encoded bytes do not decode to what was declared.
@@ -64,13 +68,19 @@ const (
 type Encoder struct {
 	// Off sends everything raw.
 	Off bool
+	// Choice says what to try; nil is always s2.
+	Choice *Choice
+	// Time runs work and returns the processor time that it took; it is asked
+	// for with a Choice alone.
+	Time func(work func()) time.Duration
 
 	skip int // batches still to go out untried
 	back int // what skip is set to after the next failure
 	out  []byte
+	zstd *zstd.Encoder // half a megabyte, made when it is first chosen
 }
 
-// Reset forgets what the batches so far were worth, and keeps the buffer.
+// Reset forgets what the batches so far were worth, and keeps the buffers.
 func (e *Encoder) Reset() { e.skip, e.back = 0, 0 }
 
 // Encode returns an encoding of raw that is never longer than raw. The result
@@ -83,20 +93,46 @@ func (e *Encoder) Encode(raw []byte) (Kind, []byte) {
 		e.skip--
 		return Raw, raw
 	}
+	kind := S2
+	if e.Choice != nil {
+		kind = e.Choice.kind()
+	}
+	if kind == Raw {
+		return Raw, raw
+	}
 	if need := s2.MaxEncodedLen(len(raw)); cap(e.out) < need {
 		e.out = make([]byte, need)
 	}
-	if !e.promising(raw) {
+	// zstd makes something of letters and digits that s2 finds no repetition in,
+	// and passes over noise as fast as the samples would.
+	if kind == S2 && !e.promising(raw) {
 		e.miss()
 		return Raw, raw
 	}
-	block := s2.Encode(e.out[:cap(e.out)], raw)
-	if !worth(len(block), len(raw)) {
+	var out []byte
+	work := func() { out = e.with(kind, raw) }
+	if e.Choice == nil {
+		work()
+	} else if took := e.Time(work); worth(len(out), len(raw)) {
+		e.Choice.saw(kind, len(raw), len(out), took)
+	}
+	if !worth(len(out), len(raw)) {
 		e.miss()
 		return Raw, raw
 	}
 	e.back = 0
-	return S2, block
+	return kind, out
+}
+
+// with encodes raw, which may become longer.
+func (e *Encoder) with(kind Kind, raw []byte) []byte {
+	if kind == S2 {
+		return s2.Encode(e.out[:cap(e.out)], raw)
+	}
+	if e.zstd == nil {
+		e.zstd = newZstdEncoder()
+	}
+	return e.zstd.EncodeAll(raw, e.out[:0])
 }
 
 // promising tries a few spread pieces of a batch that is large enough for the
@@ -120,10 +156,14 @@ func (e *Encoder) miss() {
 	e.skip = e.back
 }
 
+// Decoder decodes for one stream. It is not for several goroutines; the zero
+// value is ready.
+type Decoder struct{ zstd *zstd.Decoder }
+
 // Decode returns the raw bytes of an encoding whose declared length is raw. The
 // result is payload itself or lies in dst, which must have room for raw bytes;
 // Decode never allocates for what a peer declares.
-func Decode(dst []byte, kind Kind, raw int, payload []byte) ([]byte, error) {
+func (d *Decoder) Decode(dst []byte, kind Kind, raw int, payload []byte) ([]byte, error) {
 	switch kind {
 	case Raw:
 		if len(payload) != raw {
@@ -143,6 +183,8 @@ func Decode(dst []byte, kind Kind, raw int, payload []byte) ([]byte, error) {
 			return nil, fmt.Errorf("s2 block of %d bytes (%w): %w", raw, err, ErrCorrupt)
 		}
 		return out, nil
+	case Zstd:
+		return d.unzstd(dst, raw, payload)
 	}
 	return nil, fmt.Errorf("encoding %d: unknown: %w", kind, ErrCorrupt)
 }

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
 )
 
 // noise is content that nothing compresses, the same in every run.
@@ -74,7 +76,7 @@ func TestWhatWasEncodedComesBack(t *testing.T) {
 			if !bytes.Equal(test.raw, before) {
 				t.Error("the input was changed")
 			}
-			got, err := Decode(dst, kind, len(test.raw), payload)
+			got, err := new(Decoder).Decode(dst, kind, len(test.raw), payload)
 			if err != nil || !bytes.Equal(got, test.raw) {
 				t.Errorf("came back as %d bytes, %v", len(got), err)
 			}
@@ -119,6 +121,9 @@ func TestTheEncoderBacksOffFromNoiseAndComesBackForText(t *testing.T) {
 func TestDecodeRefuses(t *testing.T) {
 	text := bytes.Repeat([]byte("abcd"), 1024)
 	block := s2.Encode(nil, text)
+	frame := frameOf(text)
+	declared := bytes.Clone(frame)
+	declared[5] ^= 1 // of the content's size
 	tests := []struct {
 		name    string
 		kind    Kind
@@ -132,46 +137,101 @@ func TestDecodeRefuses(t *testing.T) {
 		{"a block larger than the buffer, truly declared", S2, 8192, s2.Encode(nil, make([]byte, 8192))},
 		{"a cut block", S2, 4096, block[:len(block)-1]},
 		{"no block at all", S2, 0, nil},
+		{"a frame that declares another length", Zstd, 4095, frame},
+		{"a frame that holds another length than it declares", Zstd, 4097, declared},
+		{"a frame larger than the buffer, truly declared", Zstd, 8192, frameOf(make([]byte, 8192))},
+		{"a frame that declares gigabytes", Zstd, 4096, []byte{0x28, 0xb5, 0x2f, 0xfd, 0xe0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0}},
+		{"a frame that does not declare its length", Zstd, 4096, streamOf(t, text)},
+		{"a frame with a window beyond a batch", Zstd, 4096, []byte{0x28, 0xb5, 0x2f, 0xfd, 0x40, 0xf0, 0x00, 0x0f, 1, 0, 0}},
+		{"two frames", Zstd, 4096, append(bytes.Clone(frame), frame...)},
+		{"a frame that is skipped", Zstd, 4096, append([]byte{0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 9}, frame...)},
+		{"a cut frame", Zstd, 4096, frame[:len(frame)-1]},
+		{"no frame at all", Zstd, 0, nil},
 	}
 	dst := make([]byte, 4096)
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			if got, err := Decode(dst, test.kind, test.raw, test.payload); !errors.Is(err, ErrCorrupt) {
+			if got, err := new(Decoder).Decode(dst, test.kind, test.raw, test.payload); !errors.Is(err, ErrCorrupt) {
 				t.Errorf("%d bytes, %v", len(got), err)
 			}
 		})
 	}
 }
 
-func TestDecodeNeverAllocates(t *testing.T) {
-	var e Encoder
-	raw, dst := half(256<<10, 6), make([]byte, 256<<10)
-	kind, payload := e.Encode(raw)
-	if kind != S2 {
-		t.Fatal("kind =", kind)
+func frameOf(raw []byte) []byte { return newZstdEncoder().EncodeAll(raw, nil) }
+
+// streamOf is a frame that was made by a stream, which does not know its length.
+func streamOf(t testing.TB, raw []byte) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	w, err := zstd.NewWriter(&buf, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(zstdWindow))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if n := testing.AllocsPerRun(20, func() {
-		if _, err := Decode(dst, kind, len(raw), payload); err != nil {
-			t.Fatal(err)
+	for half := raw; len(half) > 0; half = half[min(len(half), 1000):] {
+		w.Write(half[:min(len(half), 1000)])
+		w.Flush()
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func TestDecodeNeverAllocates(t *testing.T) {
+	raw, dst := half(256<<10, 6), make([]byte, 256<<10)
+	payloads := map[Kind][]byte{S2: s2.Encode(nil, raw), Zstd: frameOf(raw)}
+	for kind, payload := range payloads {
+		var d Decoder
+		if n := testing.AllocsPerRun(20, func() {
+			if _, err := d.Decode(dst, kind, len(raw), payload); err != nil {
+				t.Fatal(err)
+			}
+		}); n > 0 {
+			t.Errorf("encoding %d: %v allocations a batch", kind, n)
 		}
-	}); n > 0 {
-		t.Errorf("%v allocations a batch", n)
+	}
+}
+
+func TestACutOrChangedFrameIsNeverTakenForItsContent(t *testing.T) {
+	raw, dst := half(64<<10, 11), make([]byte, 64<<10)
+	frame := frameOf(raw)
+	var d Decoder
+	for cut := 0; cut < len(frame); cut += 1 + cut/50 {
+		if _, err := d.Decode(dst, Zstd, len(raw), frame[:cut]); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("cut at %d of %d: %v", cut, len(frame), err)
+		}
+	}
+	for at := 0; at < len(frame); at += 1 + at/50 {
+		changed := bytes.Clone(frame)
+		changed[at] ^= 0x55
+		// Content may differ, the batch's hash sees that; length and errors may not.
+		if got, err := d.Decode(dst, Zstd, len(raw), changed); err == nil && len(got) != len(raw) || err != nil && !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("changed at %d: %d bytes, %v", at, len(got), err)
+		}
+	}
+	if got, err := d.Decode(dst, Zstd, len(raw), frame); err != nil || !bytes.Equal(got, raw) {
+		t.Errorf("after all that, the frame itself: %v", err)
 	}
 }
 
 func FuzzEncode(f *testing.F) {
 	f.Add(noise(5000, 7), []byte("text text text text text"))
 	f.Add(half(70<<10, 8), []byte{})
+	slow := Road{Link: 1e6, Cores: 1}
 	f.Fuzz(func(t *testing.T, one, two []byte) {
-		var e Encoder
-		for _, raw := range [][]byte{one, two, one} {
-			kind, payload := e.Encode(raw)
-			if len(payload) > len(raw) {
-				t.Fatalf("%d bytes became %d", len(raw), len(payload))
-			}
-			got, err := Decode(make([]byte, len(raw)), kind, len(raw), payload)
-			if err != nil || !bytes.Equal(got, raw) {
-				t.Fatalf("%d bytes came back as %d, %v", len(raw), len(got), err)
+		encoders := []*Encoder{{}, {Choice: NewChoice(func() Road { return slow }), Time: func(work func()) time.Duration { work(); return 1 }}}
+		var d Decoder
+		for _, e := range encoders {
+			for _, raw := range [][]byte{one, two, one} {
+				kind, payload := e.Encode(raw)
+				if len(payload) > len(raw) {
+					t.Fatalf("%d bytes became %d", len(raw), len(payload))
+				}
+				got, err := d.Decode(make([]byte, len(raw)), kind, len(raw), payload)
+				if err != nil || !bytes.Equal(got, raw) {
+					t.Fatalf("%d bytes came back as %d, %v", len(raw), len(got), err)
+				}
 			}
 		}
 	})
@@ -180,11 +240,17 @@ func FuzzEncode(f *testing.F) {
 func FuzzDecode(f *testing.F) {
 	f.Add(byte(S2), 4096, s2.Encode(nil, make([]byte, 4096)))
 	f.Add(byte(Raw), 3, []byte("abc"))
+	f.Add(byte(Zstd), 4096, frameOf(make([]byte, 4096)))
+	f.Add(byte(Zstd), 9000, frameOf(half(9000, 12)))
+	var d Decoder // one for all: what came before must not matter
 	f.Fuzz(func(t *testing.T, kind byte, raw int, payload []byte) {
 		dst := make([]byte, 64<<10)
-		got, err := Decode(dst, Kind(kind), raw, payload)
+		got, err := d.Decode(dst, Kind(kind), raw, payload)
 		if err == nil && len(got) != raw {
 			t.Fatalf("%d bytes, declared %d", len(got), raw)
+		}
+		if err != nil && !errors.Is(err, ErrCorrupt) {
+			t.Fatal(err)
 		}
 	})
 }
@@ -194,6 +260,13 @@ func BenchmarkEncode(b *testing.B) {
 		name string
 		raw  []byte
 	}{{"noise", noise(256<<10, 9)}, {"half", half(256<<10, 10)}} {
+		b.Run("zstd/"+content.name, func(b *testing.B) {
+			e, out := newZstdEncoder(), make([]byte, 0, 300<<10)
+			b.SetBytes(int64(len(content.raw)))
+			for b.Loop() {
+				e.EncodeAll(content.raw, out)
+			}
+		})
 		b.Run(content.name, func(b *testing.B) {
 			var e Encoder
 			b.SetBytes(int64(len(content.raw)))

@@ -23,7 +23,7 @@ import (
 
 // Version is the protocol's version. Two hosts must speak the same one: both
 // run the same release while a shard moves.
-const Version = 2
+const Version = 3
 
 // Type is the first byte of a frame.
 type Type byte
