@@ -3,6 +3,7 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,7 +17,10 @@ import (
 // discard is a Sink that costs nothing.
 type discard struct{}
 
-func (discard) PutPages(checkpoint.PID, uint64, []byte) error            { return nil }
+func (discard) PutPages(checkpoint.PID, uint64, []byte) error { return nil }
+func (discard) ReadPages(checkpoint.PID, uint64, []byte) error {
+	return errors.New("nothing is kept")
+}
 func (discard) ZeroPages(checkpoint.PID, uint64, checkpoint.Pages) error { return nil }
 func (discard) Blob(_ context.Context, _, _ string, _ int64, r io.Reader) error {
 	_, err := io.Copy(io.Discard, r)

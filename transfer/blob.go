@@ -65,7 +65,7 @@ func (s *Session) Blob(ctx context.Context, kind, name string, size int64, r io.
 	}()
 	space.encoder.Reset()
 	space.encoder.Off = s.opt.Compression == CompressOff
-	space.encoder.Choice, space.encoder.Time = s.blobChoice, threadTime
+	space.encoder.Choice, space.encoder.Time = s.blobChoice, s.opt.encodeTime
 
 	write := func(b []byte) error {
 		n, err := s.write(ctx, stream, b)

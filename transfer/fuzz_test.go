@@ -12,6 +12,7 @@ import (
 	"github.com/zeebo/xxh3"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/transfer/encoding"
 	"github.com/tranship/tranship/transfer/wire"
 )
 
@@ -22,6 +23,8 @@ func FuzzStream(f *testing.F) {
 	one := bytes.Repeat([]byte{1}, page)
 	f.Add(join(wire.OpenRound{Epoch: 1}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
 	f.Add(join(wire.OpenRound{Epoch: 1}, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: page, Pages: 9, Zero: true}}}, wire.EndRound{Tally: wire.Tally{Batches: 1, Zeros: 9}}))
+	delta, _ := encoding.AppendDelta(nil, make([]byte, page), append([]byte{1, 2, 3}, make([]byte, page-3)...))
+	f.Add(join(wire.OpenRound{Epoch: 1}, deltaFrame(1, page, 1, delta), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
 	f.Add(join(wire.OpenBlob{Kind: "k", Size: 5}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}, wire.EndBlob{Bytes: 5}))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		sink := &strict{}
@@ -56,6 +59,14 @@ func (s *strict) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
 	if len(data) == 0 || len(data)%page != 0 || addr+uint64(len(data)) > wire.MaxAddr {
 		s.wrong = fmt.Errorf("%d bytes", len(data))
 	}
+	return s.check(pid, addr)
+}
+
+func (s *strict) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
+	if len(dst) == 0 || len(dst)%page != 0 || addr+uint64(len(dst)) > wire.MaxAddr {
+		s.wrong = fmt.Errorf("%d bytes are read", len(dst))
+	}
+	clear(dst)
 	return s.check(pid, addr)
 }
 

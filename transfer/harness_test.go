@@ -182,10 +182,10 @@ type store struct {
 	puts  int
 
 	// Errors of named operations, and a gate that PutPages waits at.
-	putErr, zeroErr, blobErr error
-	gate                     chan struct{}
-	entered                  chan struct{} // one for each call at the gate
-	running                  atomic.Int32
+	putErr, readErr, zeroErr, blobErr error
+	gate                              chan struct{}
+	entered                           chan struct{} // one for each call at the gate
+	running                           atomic.Int32
 }
 
 var _ Sink = (*store)(nil)
@@ -216,6 +216,19 @@ func (s *store) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
 	}
 	for ; len(data) > 0; data, addr = data[page:], addr+page {
 		memory[addr] = [page]byte(data)
+	}
+	return nil
+}
+
+func (s *store) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readErr != nil {
+		return s.readErr
+	}
+	for ; len(dst) > 0; dst, addr = dst[page:], addr+page {
+		stored := s.pages[pid][addr]
+		copy(dst, stored[:])
 	}
 	return nil
 }

@@ -102,12 +102,20 @@ func pagesFrame(pid checkpoint.PID, addr uint64, content []byte) wire.Batch {
 	}
 }
 
+func deltaFrame(pid checkpoint.PID, addr uint64, pages checkpoint.Pages, deltas []byte) wire.Batch {
+	return wire.Batch{
+		Segments: []wire.Segment{{PID: pid, Addr: addr, Pages: pages, Delta: len(deltas)}},
+		Block:    wire.Block{Raw: len(deltas), Sum: xxh3.Hash(deltas), Payload: deltas},
+	}
+}
+
 func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 	one := bytes.Repeat([]byte{1}, page)
 	open := wire.OpenRound{Epoch: 1}
 	blob := wire.OpenBlob{Kind: "k", Size: -1}
 	bomb := pagesFrame(1, 0, one)
 	bomb.Encoding, bomb.Payload = byte(encoding.S2), []byte{0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0}
+	noChange, _ := encoding.AppendDelta(nil, make([]byte, page), make([]byte, page))
 	unknown := pagesFrame(1, 0, one)
 	unknown.Encoding = 77
 	tests := []struct {
@@ -124,6 +132,9 @@ func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 		{"with a batch that names the kernel's half", join(open, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: 1 << 62, Pages: 1, Zero: true}}})},
 		{"with a bomb", join(open, bomb)},
 		{"with an unknown encoding", join(open, unknown)},
+		{"with a delta that runs out of its page", join(open, deltaFrame(1, 0, 1, append(make([]byte, 8), 200, 4, 1, 2, 3, 4, 5, 6, 7, 8)))},
+		{"with fewer deltas than pages", join(open, deltaFrame(1, 0, 3, noChange))},
+		{"with more deltas than pages", join(open, deltaFrame(1, 0, 1, append(bytes.Clone(noChange), noChange...)))},
 		{"with bytes after the end", append(join(open, wire.EndRound{}), 1)},
 		{"with bytes after a blob's end", append(join(blob, wire.EndBlob{}), 1)},
 		{"with more blob than it declared", join(wire.OpenBlob{Kind: "k", Size: 3}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")})},
@@ -184,6 +195,7 @@ func TestWhatIsIncompleteIsNeverAnsweredWithSuccess(t *testing.T) {
 	one := bytes.Repeat([]byte{1}, page)
 	corrupt := pagesFrame(1, 0, one)
 	corrupt.Sum++
+	ofOne, _ := encoding.AppendDelta(nil, one, append([]byte{9}, one[1:]...))
 	block := wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}
 	badBlock := block
 	badBlock.Sum++
@@ -203,6 +215,7 @@ func TestWhatIsIncompleteIsNeverAnsweredWithSuccess(t *testing.T) {
 		{"a block that is cut", blob[:len(blob)-5], CodeCut},
 		{"a round with fewer batches than it counts", join(wire.OpenRound{Epoch: 5}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 2, Pages: 2}}), CodeCorrupt},
 		{"pages that are not what was hashed", join(wire.OpenRound{Epoch: 5}, corrupt, wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}), CodeCorrupt},
+		{"a delta of another page", join(wire.OpenRound{Epoch: 5}, deltaFrame(1, 0, 1, ofOne), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}), CodeCorrupt},
 		{"a block that is not what was hashed", join(wire.OpenBlob{Kind: "k", Size: 5}, badBlock, wire.EndBlob{Bytes: 5}), CodeCorrupt},
 	}
 	for _, test := range tests {

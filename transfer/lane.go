@@ -107,16 +107,18 @@ func (l *lane) send(b *batch) error {
 	if err := l.write(frame.Payload); err != nil {
 		return err
 	}
-	content := checkpoint.Pages(0)
+	whole := checkpoint.Pages(0)
 	for _, s := range b.segments {
-		if s.Zero {
+		switch {
+		case s.Zero:
 			l.tally.Zeros += uint64(s.Pages)
-		} else {
-			content += s.Pages
+			continue
+		case s.Delta == 0:
+			whole += s.Pages
 		}
+		l.tally.Pages += uint64(s.Pages)
 	}
-	l.tally.Pages += uint64(content)
-	l.r.encoded[frame.Encoding].Add(int64(content))
+	l.r.encoded[frame.Encoding].Add(int64(whole))
 	l.tally.Batches++
 	return nil
 }

@@ -19,10 +19,19 @@ const chunkPages = 64
 type verdict uint8
 
 const (
-	send verdict = iota // with its content
-	zero                // as a zero page
-	same                // not at all, the peer has it
+	send  verdict = iota // with its content
+	zero                 // as a zero page
+	same                 // not at all, the peer has it
+	again                // with its content, or as what changed: the peer has another version
 )
+
+// sifted is what sift says of neighbouring pages.
+type sifted struct {
+	verdicts [chunkPages]verdict
+	// is are the hashes of the pages, was those of what the peer has, of pages that
+	// are sent again.
+	is, was [chunkPages]xxh3.Uint128
+}
 
 // pageMemory remembers what the peer has: for every page a 128-bit hash, once
 // the round that sent it has been acknowledged. It takes 18 bytes a page in
@@ -60,9 +69,9 @@ func newPageMemory() *pageMemory {
 
 // sift judges pages that do not cross a chunk's end, and notes those that are
 // to be sent as pending.
-func (m *pageMemory) sift(pid checkpoint.PID, addr uint64, data []byte, verdicts *[chunkPages]verdict) int {
+func (m *pageMemory) sift(pid checkpoint.PID, addr uint64, data []byte, out *sifted) int {
 	n := len(data) / checkpoint.PageSize
-	var hashes [chunkPages]xxh3.Uint128
+	verdicts, hashes := &out.verdicts, &out.is
 	for i := range n {
 		page := data[i*checkpoint.PageSize : (i+1)*checkpoint.PageSize]
 		if encoding.IsZero(page) {
@@ -92,6 +101,9 @@ func (m *pageMemory) sift(pid checkpoint.PID, addr uint64, data []byte, verdicts
 		if c.known&bit != 0 {
 			c.known &^= bit
 			m.known--
+			if verdicts[i] == send {
+				verdicts[i], out.was[i] = again, c.hash[at]
+			}
 		}
 		c.pending |= bit
 		c.hash[at] = hashes[i]

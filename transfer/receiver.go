@@ -37,10 +37,14 @@ type workspace struct {
 	br    *bufio.Reader
 	frame []byte
 	raw   []byte
+	pages []byte // that deltas are applied to
 	batch wire.Batch
 	// decoder keeps at most a batch's window, and that only once zstd came.
 	decoder encoding.Decoder
 }
+
+// deltaPages is how many neighbours are read together to apply deltas.
+const deltaPages = 16
 
 // workspaces are at most maxStreams a connection.
 var workspaces = sync.Pool{New: func() any {
@@ -48,6 +52,7 @@ var workspaces = sync.Pool{New: func() any {
 		br:    bufio.NewReaderSize(nil, 4<<10),
 		frame: make([]byte, 0, wire.MaxBody),
 		raw:   make([]byte, wire.MaxRaw),
+		pages: make([]byte, deltaPages*checkpoint.PageSize),
 	}
 }}
 
@@ -208,6 +213,14 @@ func (r *receiver) apply(w *workspace, tally *wire.Tally) error {
 			tally.Zeros += uint64(s.Pages)
 			continue
 		}
+		if s.Delta > 0 {
+			if err := r.applyDeltas(w, s, content[:s.Delta:s.Delta]); err != nil {
+				return err
+			}
+			content = content[s.Delta:]
+			tally.Pages += uint64(s.Pages)
+			continue
+		}
 		n := int(s.Pages) * checkpoint.PageSize
 		if err := r.sink.PutPages(s.PID, s.Addr, content[:n:n]); err != nil {
 			return fmt.Errorf("pid %d %#x+%d pages: %w", s.PID, s.Addr, s.Pages, err)
@@ -216,6 +229,35 @@ func (r *receiver) apply(w *workspace, tally *wire.Tally) error {
 		tally.Pages += uint64(s.Pages)
 	}
 	tally.Batches++
+	return nil
+}
+
+// applyDeltas makes pages of those that the Sink has. What does not come out with
+// its hash is not stored: the sender takes the round for broken and sends its
+// pages whole.
+func (r *receiver) applyDeltas(w *workspace, s wire.Segment, deltas []byte) error {
+	for addr, end := s.Addr, s.End(); addr < end; {
+		pages := w.pages[:min(uint64(len(w.pages)), end-addr)]
+		if err := r.sink.ReadPages(s.PID, addr, pages); err != nil {
+			return fmt.Errorf("pid %d %#x+%d pages to change: %w", s.PID, addr, len(pages)/checkpoint.PageSize, err)
+		}
+		for at := 0; at < len(pages); at += checkpoint.PageSize {
+			var err error
+			deltas, err = encoding.ApplyDelta(pages[at:at+checkpoint.PageSize], deltas)
+			if errors.Is(err, encoding.ErrBase) {
+				return &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("pid %d %#x: %v", s.PID, addr+uint64(at), err)}
+			}
+			if err != nil {
+				return fmt.Errorf("pid %d %#x: %w", s.PID, addr+uint64(at), err)
+			}
+		}
+		if addr += uint64(len(pages)); addr == end && len(deltas) > 0 {
+			return fmt.Errorf("%d bytes after the deltas of a segment: %w", len(deltas), wire.ErrMalformed)
+		}
+		if err := r.sink.PutPages(s.PID, addr-uint64(len(pages)), pages); err != nil {
+			return fmt.Errorf("pid %d %#x+%d changed pages: %w", s.PID, addr-uint64(len(pages)), len(pages)/checkpoint.PageSize, err)
+		}
+	}
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/zeebo/xxh3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tranship/tranship/checkpoint"
@@ -39,9 +40,9 @@ type Round struct {
 	gate   sync.RWMutex // held for reading by Pages and Zero
 	closed bool
 
-	pages, read, zeros, unchanged, sent atomic.Int64                    // pages
-	encoded                             [encoding.Zstd + 1]atomic.Int64 // pages of sent, by encoding
-	bytes                               atomic.Int64
+	pages, read, zeros, unchanged, sent, deltas atomic.Int64                    // pages
+	encoded                                     [encoding.Zstd + 1]atomic.Int64 // whole pages of sent, by encoding
+	bytes                                       atomic.Int64
 }
 
 // RoundStats are the counts of a round.
@@ -50,8 +51,9 @@ type RoundStats struct {
 	// Pages came, as pages or as zero; of those Zeros were sent as zero, Unchanged
 	// not at all, and Sent with their content.
 	Pages, Zeros, Unchanged, Sent checkpoint.Pages
-	// Of those sent, in which encoding their batches went.
-	Raw, S2, Zstd checkpoint.Pages
+	// Of those sent, Deltas went as what changed in them, the others whole, in
+	// batches of these encodings.
+	Deltas, Raw, S2, Zstd checkpoint.Pages
 	// BytesRaw is what came as pages, BytesSent what went into the streams.
 	BytesRaw, BytesSent checkpoint.Bytes
 	Duration            time.Duration
@@ -72,16 +74,18 @@ var batches = sync.Pool{New: func() any {
 func (b *batch) add(s wire.Segment) {
 	if len(b.segments) > 0 {
 		last := &b.segments[len(b.segments)-1]
-		if last.PID == s.PID && last.Zero == s.Zero && last.End() == s.Addr {
+		if last.PID == s.PID && last.Zero == s.Zero && (last.Delta > 0) == (s.Delta > 0) && last.End() == s.Addr {
 			last.Pages += s.Pages
+			last.Delta += s.Delta
 			return
 		}
 	}
 	b.segments = append(b.segments, s)
 }
 
+// full says whether there is no room for a page.
 func (b *batch) full() bool {
-	return len(b.raw) == wire.MaxRaw || len(b.segments) == wire.MaxSegments
+	return len(b.raw) > wire.MaxRaw-checkpoint.PageSize || len(b.segments) == wire.MaxSegments
 }
 
 // Round begins round n. ctx is the round's: when it ends, the round breaks.
@@ -111,6 +115,7 @@ func (s *Session) Round(ctx context.Context, n int) (*Round, error) {
 		work:    make(chan *batch, s.opt.Streams),
 		claims:  newClaims(),
 	}
+	s.versions.nextRound()
 	for range cap(r.free) {
 		r.free <- nil // made when it is first needed: the last round has few pages
 	}
@@ -132,20 +137,26 @@ func (r *Round) Pages(pid checkpoint.PID, addr uint64, data []byte) error {
 	}
 	return r.give(pid, addr, n, func(b *batch) (*batch, error) {
 		r.read.Add(int64(n))
-		var verdicts [chunkPages]verdict
+		var out sifted
 		for len(data) > 0 {
 			// No further than the end of a chunk of the memory.
 			room := chunkPages - int(addr/checkpoint.PageSize%chunkPages)
 			piece := data[:min(len(data), room*checkpoint.PageSize)]
-			count := r.s.memory.sift(pid, addr, piece, &verdicts)
+			count := r.s.memory.sift(pid, addr, piece, &out)
 			for i := 0; i < count; {
 				end := i + 1
-				for end < count && verdicts[end] == verdicts[i] {
+				for end < count && out.verdicts[end] == out.verdicts[i] {
 					end++
 				}
 				run := wire.Segment{PID: pid, Addr: addr + uint64(i)*checkpoint.PageSize, Pages: checkpoint.Pages(end - i)}
+				content := piece[i*checkpoint.PageSize : end*checkpoint.PageSize]
 				var err error
-				if b, err = r.put(b, run, verdicts[i], piece[i*checkpoint.PageSize:end*checkpoint.PageSize]); err != nil {
+				if out.verdicts[i] == again {
+					b, err = r.putAgain(b, run, out.was[i:end], out.is[i:end], content)
+				} else {
+					b, err = r.put(b, run, out.verdicts[i], content)
+				}
+				if err != nil {
 					return b, err
 				}
 				i = end
@@ -170,7 +181,7 @@ func (r *Round) put(b *batch, run wire.Segment, v verdict, content []byte) (*bat
 		return r.next(b)
 	}
 	for len(content) > 0 {
-		n := min(len(content), cap(b.raw)-len(b.raw))
+		n := min(len(content), (cap(b.raw)-len(b.raw))/checkpoint.PageSize*checkpoint.PageSize)
 		run.Pages = checkpoint.Pages(n / checkpoint.PageSize)
 		b.add(run)
 		b.raw = append(b.raw, content[:n]...)
@@ -178,6 +189,35 @@ func (r *Round) put(b *batch, run wire.Segment, v verdict, content []byte) (*bat
 		content, run.Addr = content[n:], run.End()
 		var err error
 		if b, err = r.next(b); err != nil {
+			return b, err
+		}
+	}
+	return b, nil
+}
+
+// putAgain puts pages of which the peer has other versions, each as a delta if
+// that is short.
+func (r *Round) putAgain(b *batch, run wire.Segment, was, is []xxh3.Uint128, content []byte) (*batch, error) {
+	known := r.s.memory.pages()
+	for i := range was {
+		page := content[i*checkpoint.PageSize : (i+1)*checkpoint.PageSize]
+		one := wire.Segment{PID: run.PID, Addr: run.Addr + uint64(i)*checkpoint.PageSize, Pages: 1}
+		var err error
+		if !r.s.opt.NoDeltas {
+			before := len(b.raw)
+			var short bool
+			if b.raw, short = r.s.versions.delta(b.raw, one.PID, one.Addr, was[i], is[i], page, known); short {
+				one.Delta = len(b.raw) - before
+				b.add(one)
+				r.sent.Add(1)
+				r.deltas.Add(1)
+				if b, err = r.next(b); err != nil {
+					return b, err
+				}
+				continue
+			}
+		}
+		if b, err = r.put(b, one, send, page); err != nil {
 			return b, err
 		}
 	}
@@ -357,6 +397,7 @@ func (r *Round) stats() RoundStats {
 		Zeros:     checkpoint.Pages(r.zeros.Load()),
 		Unchanged: checkpoint.Pages(r.unchanged.Load()),
 		Sent:      checkpoint.Pages(r.sent.Load()),
+		Deltas:    checkpoint.Pages(r.deltas.Load()),
 		Raw:       checkpoint.Pages(r.encoded[encoding.Raw].Load()),
 		S2:        checkpoint.Pages(r.encoded[encoding.S2].Load()),
 		Zstd:      checkpoint.Pages(r.encoded[encoding.Zstd].Load()),

@@ -41,13 +41,17 @@ type Options struct {
 	// connection encrypts and decrypts on one core.
 	Connections int
 	Compression Compression
+	// NoDeltas sends every page whole: for a Sink that cannot read its pages.
+	NoDeltas bool
 	// IdleTimeout and KeepAlive say how soon a cut link is noticed; 0 is the
 	// default.
 	IdleTimeout time.Duration
 	KeepAlive   time.Duration
 
-	// socket makes the socket of a connection to addr, for tests.
-	socket func(addr *net.UDPAddr) (net.PacketConn, error)
+	// socket makes the socket of a connection to addr, and encodeTime runs work and
+	// returns the processor time it took, for tests.
+	socket     func(addr *net.UDPAddr) (net.PacketConn, error)
+	encodeTime func(work func()) time.Duration
 }
 
 const (
@@ -68,6 +72,9 @@ func (o *Options) defaults() error {
 	}
 	if o.KeepAlive == 0 {
 		o.KeepAlive = DefaultKeepAlive
+	}
+	if o.encodeTime == nil {
+		o.encodeTime = threadTime
 	}
 	if o.socket == nil {
 		o.socket = func(addr *net.UDPAddr) (net.PacketConn, error) {
@@ -100,8 +107,10 @@ type Session struct {
 
 	id     wire.SessionID
 	memory *pageMemory
-	pace   pacer
-	link   linkMeter
+	// versions are what deltas are made of.
+	versions versions
+	pace     pacer
+	link     linkMeter
 	// Memory and files differ in what they shrink to.
 	pageChoice, blobChoice *encoding.Choice
 	// encoders are one a lane; they remember between rounds what shrinks.
@@ -158,7 +167,7 @@ func Dial(ctx context.Context, addr, node string, tls func(node string) *tls.Con
 	s.pageChoice, s.blobChoice = encoding.NewChoice(s.road), encoding.NewChoice(s.road)
 	s.encoders = make([]encoding.Encoder, opt.Streams)
 	for i := range s.encoders {
-		s.encoders[i] = encoding.Encoder{Off: opt.Compression == CompressOff, Choice: s.pageChoice, Time: threadTime}
+		s.encoders[i] = encoding.Encoder{Off: opt.Compression == CompressOff, Choice: s.pageChoice, Time: opt.encodeTime}
 	}
 	s.pace.set(opt.Bandwidth)
 	if _, err := s.connect(ctx); err != nil {

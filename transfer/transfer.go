@@ -6,8 +6,8 @@
 // for an end.
 //
 // Flow of a page: Round.Pages drops what the peer already has and what is zero,
-// copies the rest into a batch; a lane encodes the batch, paces it and writes
-// it to its stream; the receiver checks, decodes and hands it to the Sink;
+// copies the rest, or what changed in it, into a batch; a lane encodes the batch,
+// paces it and writes it to its stream; the receiver checks, decodes and hands it to the Sink;
 // Round.Close returns when every lane has been answered with equal counts.
 package transfer
 
@@ -48,6 +48,9 @@ type Sink interface {
 	// PutPages keeps data, whole pages that begin at addr, in place of what was
 	// there. data is valid only during the call.
 	PutPages(pid checkpoint.PID, addr uint64, data []byte) error
+	// ReadPages fills dst, whole pages, with what is kept at addr: zeros where
+	// nothing was put. It is asked for pages that were acknowledged.
+	ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error
 	// ZeroPages makes n pages at addr read as zero. n may span an address space.
 	ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Pages) error
 	// Blob reads r to its end. size is -1 when the sender does not know it. kind

@@ -205,6 +205,18 @@ func (in *incoming) PutPages(pid checkpoint.PID, addr uint64, data []byte) error
 	return store.PutPages(pid, addr, data)
 }
 
+// ReadPages reads what is kept of one process, for what changed in it.
+func (in *incoming) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
+	if err := in.enter(); err != nil {
+		return err
+	}
+	defer in.sinks.Done()
+	if in.store == nil {
+		return errors.New("pages are asked for before prepare")
+	}
+	return in.store.ReadPages(pid, addr, dst)
+}
+
 // ZeroPages forgets what was kept for a range: it reads as zero.
 func (in *incoming) ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Pages) error {
 	if err := in.enter(); err != nil {

@@ -207,6 +207,9 @@ type onlyWriter struct{ io.Writer }
 type dropped struct{}
 
 func (*dropped) PutPages(checkpoint.PID, uint64, []byte) error            { return nil }
+func (*dropped) ReadPages(checkpoint.PID, uint64, []byte) error {
+	return errors.New("nothing is kept")
+}
 func (*dropped) ZeroPages(checkpoint.PID, uint64, checkpoint.Pages) error { return nil }
 func (*dropped) Blob(_ context.Context, _, _ string, _ int64, r io.Reader) error {
 	_, err := io.Copy(io.Discard, r)

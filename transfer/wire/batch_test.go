@@ -26,6 +26,10 @@ func TestBatch(t *testing.T) {
 			[]Segment{{PID: 1, Addr: 0, Pages: 2}, {PID: 9, Addr: 0x8000, Pages: 5, Zero: true}, {PID: 1, Addr: 0x7fff00000000, Pages: 1}},
 			Block{Encoding: 1, Sum: math.MaxUint64, Raw: 3 * page, Payload: []byte{1, 2, 3}},
 		}},
+		{"of deltas", Batch{
+			[]Segment{{PID: 1, Addr: 0x1000, Pages: 3, Delta: 60}, {PID: 1, Addr: 0x9000, Pages: 1}, {PID: 2, Addr: 0x9000, Pages: 1, Delta: 2048}},
+			Block{Encoding: 2, Sum: 5, Raw: page + 2108, Payload: []byte{1, 2, 3}},
+		}},
 		{"of a whole address space", Batch{[]Segment{{PID: 1, Pages: MaxAddr / page, Zero: true}}, Block{Payload: []byte{}}}},
 		{"as large as it may be", Batch{full, Block{Raw: MaxRaw, Payload: bytes.Repeat([]byte{1}, 100)}}},
 	}
@@ -71,6 +75,9 @@ func TestBatchIsRefused(t *testing.T) {
 		{"with more content than a batch may hold", func(b *Batch) { b.Segments[0].Pages, b.Raw = MaxRaw/page+1, MaxRaw+page }, ErrLimit},
 		{"with content and no payload", func(b *Batch) { b.Payload = nil }, ErrMalformed},
 		{"with a payload and no content", func(b *Batch) { b.Segments[0].Zero, b.Raw = true, 0 }, ErrMalformed},
+		{"with fewer bytes of deltas than pages", func(b *Batch) { b.Segments[0].Pages, b.Segments[0].Delta, b.Raw = 10, 9, 9 }, ErrMalformed},
+		{"with deltas that are not all of the content", func(b *Batch) { b.Segments[0].Delta, b.Raw = 9, 10 }, ErrMalformed},
+		{"with more deltas than a batch may hold", func(b *Batch) { b.Segments[0].Delta, b.Raw = MaxRaw+1, MaxRaw+1 }, ErrLimit},
 		{"with a payload larger than its content", func(b *Batch) { b.Payload = make([]byte, page+1) }, ErrLimit},
 	}
 	for _, test := range tests {

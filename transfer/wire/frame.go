@@ -23,7 +23,7 @@ import (
 
 // Version is the protocol's version. Two hosts must speak the same one: both
 // run the same release while a shard moves.
-const Version = 3
+const Version = 4
 
 // Type is the first byte of a frame.
 type Type byte
@@ -67,8 +67,8 @@ const (
 	MaxCode      = 64
 	MaxText      = 4096
 
-	// maxSegmentLen is a segment's pid, page number and length.
-	maxSegmentLen  = 5 + 7 + 7
+	// maxSegmentLen is a segment's pid, page number, length and bytes of deltas.
+	maxSegmentLen  = 5 + 7 + 7 + 3
 	maxBlockHeader = 1 + 8 + 4
 	// maxSmall bounds the frames without a payload.
 	maxSmall = 16 << 10

@@ -211,6 +211,10 @@ func samples() []frame {
 			Segments: []Segment{{PID: 1, Addr: 0x1000, Pages: 1}, {PID: 1, Addr: 0x2000, Pages: 7, Zero: true}},
 			Block:    Block{Encoding: 1, Sum: 42, Raw: 4096, Payload: []byte("short")},
 		},
+		Batch{
+			Segments: []Segment{{PID: 1, Addr: 0x1000, Pages: 2, Delta: 40}, {PID: 1, Addr: 0x9000, Pages: 1}},
+			Block:    Block{Encoding: 2, Sum: 42, Raw: 4136, Payload: []byte("short")},
+		},
 		EndRound{Tally{1, 2, 3}},
 		OpenBlob{Kind: "image", Name: "core-1.img", Size: -1},
 		Block{Encoding: 0, Sum: 7, Raw: 5, Payload: []byte("bytes")},
