@@ -31,8 +31,10 @@ const (
 
 // Options of a session; the zero value is a good one.
 type Options struct {
-	// Bandwidth in bits a second on the wire, of all streams together; 0 is
-	// unlimited. Headers count, what is sent again after loss does not.
+	// Bandwidth in bits a second, of all streams together; 0 is unlimited. It is
+	// kept, within 5 %, by the IP packets that leave this host: QUIC's, UDP's and
+	// IP's headers count, what is sent again after loss does not, nor does what a
+	// link adds below IP (Ethernet: 38 bytes a packet, 2.6 %).
 	Bandwidth int64
 	// Streams that a round spreads over, 0 is DefaultStreams. Each encodes on its
 	// own, so this is also how many cores may compress.
