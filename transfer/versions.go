@@ -11,11 +11,10 @@ import (
 
 const (
 	// Versions of pages are kept up to a quarter of the memory that the peer has,
-	// between these bounds. QEMU's XBZRLE keeps 64 MiB: with less, pages that are
-	// written in turn are gone before they come again; more is memory that the
-	// host of a shard that must leave may not have.
+	// between these bounds. QEMU's XBZRLE cache has 64 MiB. The daemon has 256 MiB
+	// for everything, and Go lets its heap grow to twice of what lives in it.
 	minVersions   = 1 << 20
-	maxVersions   = 64 << 20
+	maxVersions   = 32 << 20
 	versionsShare = 4
 
 	// A version that was not replaced for so many rounds makes room for another.

@@ -225,6 +225,18 @@ type Round struct {
 	Ms        float64 `json:"ms"`
 	// ThrottledCPUs is what the shard was held to meanwhile, 0 if it was not.
 	ThrottledCPUs float64 `json:"throttled_cpus,omitempty"`
+	As            PagesAs `json:"pages_as"`
+}
+
+// PagesAs says how pages that are not zero went over the wire.
+type PagesAs struct {
+	// Unchanged pages did not: the destination had them.
+	Unchanged int64 `json:"unchanged"`
+	Raw       int64 `json:"raw"`
+	S2        int64 `json:"s2"`
+	Zstd      int64 `json:"zstd"`
+	// Delta pages went as what had changed in them.
+	Delta int64 `json:"delta"`
 }
 
 // Migration is one migration, under way or ended.
@@ -267,12 +279,16 @@ func MigrationOf(m *v1.Migration) Migration {
 		Pages: m.GetPages(), Phase: m.GetPhase(), Role: m.GetRole(), Blackout: []Step{}, ClockErrorMs: m.GetClockErrorMs(), FrozenAtMs: m.GetFrozenAtMs(),
 	}
 	for _, r := range m.GetRounds() {
-		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs(), ThrottledCPUs: r.GetThrottledCpus()})
+		out.Rounds = append(out.Rounds, Round{N: r.GetN(), Pages: r.GetPages(), BytesRaw: r.GetBytesRaw(), BytesSent: r.GetBytesSent(), Ms: r.GetMs(), ThrottledCPUs: r.GetThrottledCpus(), As: pagesAsOf(r.GetAs())})
 	}
 	for _, p := range m.GetBlackout() {
 		out.Blackout = append(out.Blackout, Step{Name: p.GetName(), Node: p.GetNode(), Of: p.GetOf(), AtMs: p.GetAtMs(), Ms: p.GetMs()})
 	}
 	return out
+}
+
+func pagesAsOf(m *v1.PagesAs) PagesAs {
+	return PagesAs{Unchanged: m.GetUnchanged(), Raw: m.GetRaw(), S2: m.GetS2(), Zstd: m.GetZstd(), Delta: m.GetDelta()}
 }
 
 // Step is a part of a blackout.

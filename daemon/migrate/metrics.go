@@ -5,7 +5,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/tranship/tranship/checkpoint"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/transfer"
 )
 
 // Metrics are the migration metrics of one host. Labels are bounded: outcomes
@@ -18,6 +20,7 @@ type Metrics struct {
 	raw      prometheus.Counter
 	sent     prometheus.Counter
 	rounds   prometheus.Counter
+	as       *prometheus.CounterVec
 }
 
 // NewMetrics makes and registers the metrics.
@@ -43,12 +46,24 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		raw:      prometheus.NewCounter(prometheus.CounterOpts{Name: "tranship_migration_raw_bytes_total", Help: "Bytes of memory read for migrations."}),
 		sent:     prometheus.NewCounter(prometheus.CounterOpts{Name: "tranship_migration_sent_bytes_total", Help: "Bytes sent to other hosts for migrations."}),
 		rounds:   prometheus.NewCounter(prometheus.CounterOpts{Name: "tranship_migration_rounds_total", Help: "Pre-copy rounds."}),
+		as: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "tranship_migration_pages_sent_total", Help: "Pages with content, by how they went over the wire: unchanged ones did not.",
+		}, []string{"as"}),
 	}
-	reg.MustRegister(m.ends, m.blackout, m.total, m.pages, m.raw, m.sent, m.rounds)
+	reg.MustRegister(m.ends, m.blackout, m.total, m.pages, m.raw, m.sent, m.rounds, m.as)
 	return m
 }
 
 func (m *Metrics) round(RoundResult) { m.rounds.Inc() }
+
+// went counts the pages of a round, pre-copy's or the last.
+func (m *Metrics) went(stats transfer.RoundStats) {
+	for as, n := range map[string]checkpoint.Pages{
+		"unchanged": stats.Unchanged, "raw": stats.Raw, "s2": stats.S2, "zstd": stats.Zstd, "delta": stats.Deltas,
+	} {
+		m.as.WithLabelValues(as).Add(float64(n))
+	}
+}
 
 func (m *Metrics) ended(r *v1.Migration) {
 	m.ends.WithLabelValues(r.GetOutcome(), r.GetCode()).Inc()

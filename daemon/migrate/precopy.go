@@ -225,9 +225,10 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 	if err != nil {
 		return RoundResult{}, err
 	}
+	o.m.metrics.went(stats)
 	return RoundResult{
 		N: n, Pages: checkpoint.Pages(raw / checkpoint.PageSize),
-		BytesRaw: raw, BytesSent: stats.BytesSent, Duration: time.Since(began),
+		BytesRaw: raw, BytesSent: stats.BytesSent, Duration: time.Since(began), Sent: &stats,
 	}, nil
 }
 

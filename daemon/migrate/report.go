@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/transfer"
 )
 
 // Phase names, in the order in which a migration passes them.
@@ -90,7 +91,7 @@ func (r *report) round(res RoundResult, remaining int64, dirtyPagesPerSecond flo
 		r.m.Rounds = append(r.m.Rounds, &v1.Round{
 			N: uint32(res.N), Pages: int64(res.Pages),
 			BytesRaw: int64(res.BytesRaw), BytesSent: int64(res.BytesSent), Ms: millis(res.Duration),
-			ThrottledCpus: res.CPUs, AtMs: millis(r.now().Add(-res.Duration).Sub(r.started)),
+			ThrottledCpus: res.CPUs, AtMs: millis(r.now().Add(-res.Duration).Sub(r.started)), As: pagesAs(res.Sent),
 		})
 		r.m.Pages += int64(res.Pages)
 		r.m.BytesRaw += int64(res.BytesRaw)
@@ -105,6 +106,13 @@ func (r *report) round(res RoundResult, remaining int64, dirtyPagesPerSecond flo
 			p.EtaMs = int64(float64(remaining) / (raw / millis(res.Duration)))
 		}
 	})
+}
+
+func pagesAs(sent *transfer.RoundStats) *v1.PagesAs {
+	if sent == nil {
+		return nil
+	}
+	return &v1.PagesAs{Unchanged: int64(sent.Unchanged), Raw: int64(sent.Raw), S2: int64(sent.S2), Zstd: int64(sent.Zstd), Delta: int64(sent.Deltas)}
 }
 
 // transferring updates the byte counts within a round. sent counts the whole

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/transfer"
 )
 
 // RoundResult is what one pre-copy round did.
@@ -19,6 +20,8 @@ type RoundResult struct {
 	Level int
 	// CPUs is the limit that the shard was held to, 0 for its own.
 	CPUs float64
+	// Sent says how the pages went, nil when no round of the session carried them.
+	Sent *transfer.RoundStats
 }
 
 // StopRule decides when pre-copy ends. It is pure: the caller gives the rounds.

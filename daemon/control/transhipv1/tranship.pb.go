@@ -2535,6 +2535,7 @@ type Round struct {
 	Ms            float64                `protobuf:"fixed64,5,opt,name=ms,proto3" json:"ms,omitempty"`
 	ThrottledCpus float64                `protobuf:"fixed64,6,opt,name=throttled_cpus,json=throttledCpus,proto3" json:"throttled_cpus,omitempty"`
 	AtMs          float64                `protobuf:"fixed64,7,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	As            *PagesAs               `protobuf:"bytes,8,opt,name=as,proto3" json:"as,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2618,6 +2619,90 @@ func (x *Round) GetAtMs() float64 {
 	return 0
 }
 
+func (x *Round) GetAs() *PagesAs {
+	if x != nil {
+		return x.As
+	}
+	return nil
+}
+
+// How pages with content went over the wire.
+type PagesAs struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Unchanged     int64                  `protobuf:"varint,1,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	Raw           int64                  `protobuf:"varint,2,opt,name=raw,proto3" json:"raw,omitempty"`
+	S2            int64                  `protobuf:"varint,3,opt,name=s2,proto3" json:"s2,omitempty"`
+	Zstd          int64                  `protobuf:"varint,4,opt,name=zstd,proto3" json:"zstd,omitempty"`
+	Delta         int64                  `protobuf:"varint,5,opt,name=delta,proto3" json:"delta,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PagesAs) Reset() {
+	*x = PagesAs{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PagesAs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PagesAs) ProtoMessage() {}
+
+func (x *PagesAs) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PagesAs.ProtoReflect.Descriptor instead.
+func (*PagesAs) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PagesAs) GetUnchanged() int64 {
+	if x != nil {
+		return x.Unchanged
+	}
+	return 0
+}
+
+func (x *PagesAs) GetRaw() int64 {
+	if x != nil {
+		return x.Raw
+	}
+	return 0
+}
+
+func (x *PagesAs) GetS2() int64 {
+	if x != nil {
+		return x.S2
+	}
+	return 0
+}
+
+func (x *PagesAs) GetZstd() int64 {
+	if x != nil {
+		return x.Zstd
+	}
+	return 0
+}
+
+func (x *PagesAs) GetDelta() int64 {
+	if x != nil {
+		return x.Delta
+	}
+	return 0
+}
+
 type Migration struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2649,7 +2734,7 @@ type Migration struct {
 
 func (x *Migration) Reset() {
 	*x = Migration{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +2746,7 @@ func (x *Migration) String() string {
 func (*Migration) ProtoMessage() {}
 
 func (x *Migration) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[36]
+	mi := &file_daemon_control_tranship_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +2759,7 @@ func (x *Migration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Migration.ProtoReflect.Descriptor instead.
 func (*Migration) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{36}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Migration) GetId() string {
@@ -2847,7 +2932,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2859,7 +2944,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[37]
+	mi := &file_daemon_control_tranship_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2872,7 +2957,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{37}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CancelRequest) GetId() string {
@@ -2891,7 +2976,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +2988,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[38]
+	mi := &file_daemon_control_tranship_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +3001,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{38}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CancelResponse) GetMigration() *Migration {
@@ -2935,7 +3020,7 @@ type ListMigrationsRequest struct {
 
 func (x *ListMigrationsRequest) Reset() {
 	*x = ListMigrationsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2947,7 +3032,7 @@ func (x *ListMigrationsRequest) String() string {
 func (*ListMigrationsRequest) ProtoMessage() {}
 
 func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[39]
+	mi := &file_daemon_control_tranship_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2960,7 +3045,7 @@ func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsRequest.ProtoReflect.Descriptor instead.
 func (*ListMigrationsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{39}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListMigrationsRequest) GetId() string {
@@ -2979,7 +3064,7 @@ type ListMigrationsResponse struct {
 
 func (x *ListMigrationsResponse) Reset() {
 	*x = ListMigrationsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2991,7 +3076,7 @@ func (x *ListMigrationsResponse) String() string {
 func (*ListMigrationsResponse) ProtoMessage() {}
 
 func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[40]
+	mi := &file_daemon_control_tranship_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3004,7 +3089,7 @@ func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsResponse.ProtoReflect.Descriptor instead.
 func (*ListMigrationsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{40}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListMigrationsResponse) GetMigrations() []*Migration {
@@ -3024,7 +3109,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3036,7 +3121,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[41]
+	mi := &file_daemon_control_tranship_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3049,7 +3134,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{41}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ResolveRequest) GetId() string {
@@ -3075,7 +3160,7 @@ type ResolveResponse struct {
 
 func (x *ResolveResponse) Reset() {
 	*x = ResolveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3087,7 +3172,7 @@ func (x *ResolveResponse) String() string {
 func (*ResolveResponse) ProtoMessage() {}
 
 func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[42]
+	mi := &file_daemon_control_tranship_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3100,7 +3185,7 @@ func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResponse.ProtoReflect.Descriptor instead.
 func (*ResolveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{42}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ResolveResponse) GetMigration() *Migration {
@@ -3120,7 +3205,7 @@ type LoadRequest struct {
 
 func (x *LoadRequest) Reset() {
 	*x = LoadRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3217,7 @@ func (x *LoadRequest) String() string {
 func (*LoadRequest) ProtoMessage() {}
 
 func (x *LoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[43]
+	mi := &file_daemon_control_tranship_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3230,7 @@ func (x *LoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRequest.ProtoReflect.Descriptor instead.
 func (*LoadRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{43}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *LoadRequest) GetAllNodes() bool {
@@ -3173,7 +3258,7 @@ type LoadResponse struct {
 
 func (x *LoadResponse) Reset() {
 	*x = LoadResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3185,7 +3270,7 @@ func (x *LoadResponse) String() string {
 func (*LoadResponse) ProtoMessage() {}
 
 func (x *LoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[44]
+	mi := &file_daemon_control_tranship_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3198,7 +3283,7 @@ func (x *LoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
 func (*LoadResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{44}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *LoadResponse) GetHosts() []*HostLoad {
@@ -3233,7 +3318,7 @@ type SignalSource struct {
 
 func (x *SignalSource) Reset() {
 	*x = SignalSource{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3330,7 @@ func (x *SignalSource) String() string {
 func (*SignalSource) ProtoMessage() {}
 
 func (x *SignalSource) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[45]
+	mi := &file_daemon_control_tranship_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3343,7 @@ func (x *SignalSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalSource.ProtoReflect.Descriptor instead.
 func (*SignalSource) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{45}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SignalSource) GetSignal() string {
@@ -3299,7 +3384,7 @@ type HostLoad struct {
 
 func (x *HostLoad) Reset() {
 	*x = HostLoad{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3311,7 +3396,7 @@ func (x *HostLoad) String() string {
 func (*HostLoad) ProtoMessage() {}
 
 func (x *HostLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[46]
+	mi := &file_daemon_control_tranship_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3324,7 +3409,7 @@ func (x *HostLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostLoad.ProtoReflect.Descriptor instead.
 func (*HostLoad) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{46}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *HostLoad) GetNode() string {
@@ -3394,7 +3479,7 @@ type ShardLoad struct {
 
 func (x *ShardLoad) Reset() {
 	*x = ShardLoad{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3491,7 @@ func (x *ShardLoad) String() string {
 func (*ShardLoad) ProtoMessage() {}
 
 func (x *ShardLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[47]
+	mi := &file_daemon_control_tranship_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3504,7 @@ func (x *ShardLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShardLoad.ProtoReflect.Descriptor instead.
 func (*ShardLoad) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{47}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ShardLoad) GetNode() string {
@@ -3504,7 +3589,7 @@ type PointsRequest struct {
 
 func (x *PointsRequest) Reset() {
 	*x = PointsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3601,7 @@ func (x *PointsRequest) String() string {
 func (*PointsRequest) ProtoMessage() {}
 
 func (x *PointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[48]
+	mi := &file_daemon_control_tranship_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3614,7 @@ func (x *PointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PointsRequest.ProtoReflect.Descriptor instead.
 func (*PointsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{48}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PointsRequest) GetNamespace() string {
@@ -3572,7 +3657,7 @@ type LoadPoint struct {
 
 func (x *LoadPoint) Reset() {
 	*x = LoadPoint{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3584,7 +3669,7 @@ func (x *LoadPoint) String() string {
 func (*LoadPoint) ProtoMessage() {}
 
 func (x *LoadPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[49]
+	mi := &file_daemon_control_tranship_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3597,7 +3682,7 @@ func (x *LoadPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadPoint.ProtoReflect.Descriptor instead.
 func (*LoadPoint) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{49}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LoadPoint) GetStartUnixMs() int64 {
@@ -3637,7 +3722,7 @@ type PointsResponse struct {
 
 func (x *PointsResponse) Reset() {
 	*x = PointsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3649,7 +3734,7 @@ func (x *PointsResponse) String() string {
 func (*PointsResponse) ProtoMessage() {}
 
 func (x *PointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[50]
+	mi := &file_daemon_control_tranship_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3662,7 +3747,7 @@ func (x *PointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PointsResponse.ProtoReflect.Descriptor instead.
 func (*PointsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{50}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PointsResponse) GetPoints() []*LoadPoint {
@@ -3684,7 +3769,7 @@ type DirtyRateRequest struct {
 
 func (x *DirtyRateRequest) Reset() {
 	*x = DirtyRateRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +3781,7 @@ func (x *DirtyRateRequest) String() string {
 func (*DirtyRateRequest) ProtoMessage() {}
 
 func (x *DirtyRateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[51]
+	mi := &file_daemon_control_tranship_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +3794,7 @@ func (x *DirtyRateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DirtyRateRequest.ProtoReflect.Descriptor instead.
 func (*DirtyRateRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{51}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DirtyRateRequest) GetNamespace() string {
@@ -3750,7 +3835,7 @@ type DirtyRateResponse struct {
 
 func (x *DirtyRateResponse) Reset() {
 	*x = DirtyRateResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3762,7 +3847,7 @@ func (x *DirtyRateResponse) String() string {
 func (*DirtyRateResponse) ProtoMessage() {}
 
 func (x *DirtyRateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[52]
+	mi := &file_daemon_control_tranship_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3775,7 +3860,7 @@ func (x *DirtyRateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DirtyRateResponse.ProtoReflect.Descriptor instead.
 func (*DirtyRateResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{52}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DirtyRateResponse) GetPagesPerSecond() float64 {
@@ -3805,7 +3890,7 @@ type ForecastRequest struct {
 
 func (x *ForecastRequest) Reset() {
 	*x = ForecastRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[53]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3817,7 +3902,7 @@ func (x *ForecastRequest) String() string {
 func (*ForecastRequest) ProtoMessage() {}
 
 func (x *ForecastRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[53]
+	mi := &file_daemon_control_tranship_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3830,7 +3915,7 @@ func (x *ForecastRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastRequest.ProtoReflect.Descriptor instead.
 func (*ForecastRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{53}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ForecastRequest) GetNamespace() string {
@@ -3881,7 +3966,7 @@ type ForecastQuantiles struct {
 
 func (x *ForecastQuantiles) Reset() {
 	*x = ForecastQuantiles{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[54]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3893,7 +3978,7 @@ func (x *ForecastQuantiles) String() string {
 func (*ForecastQuantiles) ProtoMessage() {}
 
 func (x *ForecastQuantiles) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[54]
+	mi := &file_daemon_control_tranship_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3906,7 +3991,7 @@ func (x *ForecastQuantiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastQuantiles.ProtoReflect.Descriptor instead.
 func (*ForecastQuantiles) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{54}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ForecastQuantiles) GetP10() float64 {
@@ -3954,7 +4039,7 @@ type ForecastWeight struct {
 
 func (x *ForecastWeight) Reset() {
 	*x = ForecastWeight{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[55]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3966,7 +4051,7 @@ func (x *ForecastWeight) String() string {
 func (*ForecastWeight) ProtoMessage() {}
 
 func (x *ForecastWeight) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[55]
+	mi := &file_daemon_control_tranship_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3979,7 +4064,7 @@ func (x *ForecastWeight) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastWeight.ProtoReflect.Descriptor instead.
 func (*ForecastWeight) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{55}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ForecastWeight) GetName() string {
@@ -4013,7 +4098,7 @@ type ForecastHorizon struct {
 
 func (x *ForecastHorizon) Reset() {
 	*x = ForecastHorizon{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[56]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4025,7 +4110,7 @@ func (x *ForecastHorizon) String() string {
 func (*ForecastHorizon) ProtoMessage() {}
 
 func (x *ForecastHorizon) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[56]
+	mi := &file_daemon_control_tranship_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4038,7 +4123,7 @@ func (x *ForecastHorizon) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastHorizon.ProtoReflect.Descriptor instead.
 func (*ForecastHorizon) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{56}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ForecastHorizon) GetHorizonMs() int64 {
@@ -4114,7 +4199,7 @@ type ForecastPath struct {
 
 func (x *ForecastPath) Reset() {
 	*x = ForecastPath{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[57]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4126,7 +4211,7 @@ func (x *ForecastPath) String() string {
 func (*ForecastPath) ProtoMessage() {}
 
 func (x *ForecastPath) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[57]
+	mi := &file_daemon_control_tranship_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4139,7 +4224,7 @@ func (x *ForecastPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastPath.ProtoReflect.Descriptor instead.
 func (*ForecastPath) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{57}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ForecastPath) GetAtUnixMs() int64 {
@@ -4172,7 +4257,7 @@ type ForecastResponse struct {
 
 func (x *ForecastResponse) Reset() {
 	*x = ForecastResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[58]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4184,7 +4269,7 @@ func (x *ForecastResponse) String() string {
 func (*ForecastResponse) ProtoMessage() {}
 
 func (x *ForecastResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[58]
+	mi := &file_daemon_control_tranship_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4197,7 +4282,7 @@ func (x *ForecastResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForecastResponse.ProtoReflect.Descriptor instead.
 func (*ForecastResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{58}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ForecastResponse) GetNode() string {
@@ -4274,7 +4359,7 @@ type ChangeWorkloadRequest struct {
 
 func (x *ChangeWorkloadRequest) Reset() {
 	*x = ChangeWorkloadRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[59]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4286,7 +4371,7 @@ func (x *ChangeWorkloadRequest) String() string {
 func (*ChangeWorkloadRequest) ProtoMessage() {}
 
 func (x *ChangeWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[59]
+	mi := &file_daemon_control_tranship_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4299,7 +4384,7 @@ func (x *ChangeWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*ChangeWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{59}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ChangeWorkloadRequest) GetKind() string {
@@ -4384,7 +4469,7 @@ type WorkloadStep struct {
 
 func (x *WorkloadStep) Reset() {
 	*x = WorkloadStep{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[60]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4396,7 +4481,7 @@ func (x *WorkloadStep) String() string {
 func (*WorkloadStep) ProtoMessage() {}
 
 func (x *WorkloadStep) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[60]
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4409,7 +4494,7 @@ func (x *WorkloadStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStep.ProtoReflect.Descriptor instead.
 func (*WorkloadStep) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{60}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *WorkloadStep) GetOp() string {
@@ -4453,7 +4538,7 @@ type WorkloadEvent struct {
 
 func (x *WorkloadEvent) Reset() {
 	*x = WorkloadEvent{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4465,7 +4550,7 @@ func (x *WorkloadEvent) String() string {
 func (*WorkloadEvent) ProtoMessage() {}
 
 func (x *WorkloadEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4478,7 +4563,7 @@ func (x *WorkloadEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadEvent.ProtoReflect.Descriptor instead.
 func (*WorkloadEvent) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WorkloadEvent) GetPlan() *WorkloadPlan {
@@ -4529,7 +4614,7 @@ type WorkloadPlan struct {
 
 func (x *WorkloadPlan) Reset() {
 	*x = WorkloadPlan{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4541,7 +4626,7 @@ func (x *WorkloadPlan) String() string {
 func (*WorkloadPlan) ProtoMessage() {}
 
 func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4554,7 +4639,7 @@ func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadPlan.ProtoReflect.Descriptor instead.
 func (*WorkloadPlan) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WorkloadPlan) GetWorkload() string {
@@ -4602,7 +4687,7 @@ type WorkloadResult struct {
 
 func (x *WorkloadResult) Reset() {
 	*x = WorkloadResult{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4614,7 +4699,7 @@ func (x *WorkloadResult) String() string {
 func (*WorkloadResult) ProtoMessage() {}
 
 func (x *WorkloadResult) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4627,7 +4712,7 @@ func (x *WorkloadResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadResult.ProtoReflect.Descriptor instead.
 func (*WorkloadResult) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WorkloadResult) GetOutcome() string {
@@ -4653,7 +4738,7 @@ type ListWorkloadsRequest struct {
 
 func (x *ListWorkloadsRequest) Reset() {
 	*x = ListWorkloadsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4665,7 +4750,7 @@ func (x *ListWorkloadsRequest) String() string {
 func (*ListWorkloadsRequest) ProtoMessage() {}
 
 func (x *ListWorkloadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4678,7 +4763,7 @@ func (x *ListWorkloadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkloadsRequest.ProtoReflect.Descriptor instead.
 func (*ListWorkloadsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ListWorkloadsRequest) GetName() string {
@@ -4698,7 +4783,7 @@ type ListWorkloadsResponse struct {
 
 func (x *ListWorkloadsResponse) Reset() {
 	*x = ListWorkloadsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[65]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4710,7 +4795,7 @@ func (x *ListWorkloadsResponse) String() string {
 func (*ListWorkloadsResponse) ProtoMessage() {}
 
 func (x *ListWorkloadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[65]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4723,7 +4808,7 @@ func (x *ListWorkloadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkloadsResponse.ProtoReflect.Descriptor instead.
 func (*ListWorkloadsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{65}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ListWorkloadsResponse) GetWorkloads() []*Workload {
@@ -4758,7 +4843,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[66]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4770,7 +4855,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[66]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4783,7 +4868,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{66}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Workload) GetName() string {
@@ -4865,7 +4950,7 @@ type PutWorkloadRequest struct {
 
 func (x *PutWorkloadRequest) Reset() {
 	*x = PutWorkloadRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[67]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4877,7 +4962,7 @@ func (x *PutWorkloadRequest) String() string {
 func (*PutWorkloadRequest) ProtoMessage() {}
 
 func (x *PutWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[67]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4890,7 +4975,7 @@ func (x *PutWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*PutWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{67}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *PutWorkloadRequest) GetRecord() []byte {
@@ -4910,7 +4995,7 @@ type PutWorkloadResponse struct {
 
 func (x *PutWorkloadResponse) Reset() {
 	*x = PutWorkloadResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[68]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4922,7 +5007,7 @@ func (x *PutWorkloadResponse) String() string {
 func (*PutWorkloadResponse) ProtoMessage() {}
 
 func (x *PutWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[68]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4935,7 +5020,7 @@ func (x *PutWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*PutWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{68}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PutWorkloadResponse) GetTaken() bool {
@@ -4961,7 +5046,7 @@ type WorkloadRecordsRequest struct {
 
 func (x *WorkloadRecordsRequest) Reset() {
 	*x = WorkloadRecordsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[69]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4973,7 +5058,7 @@ func (x *WorkloadRecordsRequest) String() string {
 func (*WorkloadRecordsRequest) ProtoMessage() {}
 
 func (x *WorkloadRecordsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[69]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4986,7 +5071,7 @@ func (x *WorkloadRecordsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRecordsRequest.ProtoReflect.Descriptor instead.
 func (*WorkloadRecordsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{69}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *WorkloadRecordsRequest) GetKnown() map[string]uint64 {
@@ -5005,7 +5090,7 @@ type WorkloadRecordsResponse struct {
 
 func (x *WorkloadRecordsResponse) Reset() {
 	*x = WorkloadRecordsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[70]
+	mi := &file_daemon_control_tranship_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5017,7 +5102,7 @@ func (x *WorkloadRecordsResponse) String() string {
 func (*WorkloadRecordsResponse) ProtoMessage() {}
 
 func (x *WorkloadRecordsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[70]
+	mi := &file_daemon_control_tranship_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5030,7 +5115,7 @@ func (x *WorkloadRecordsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRecordsResponse.ProtoReflect.Descriptor instead.
 func (*WorkloadRecordsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{70}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *WorkloadRecordsResponse) GetRecords() [][]byte {
@@ -5051,7 +5136,7 @@ type PlaceShardRequest struct {
 
 func (x *PlaceShardRequest) Reset() {
 	*x = PlaceShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[71]
+	mi := &file_daemon_control_tranship_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5063,7 +5148,7 @@ func (x *PlaceShardRequest) String() string {
 func (*PlaceShardRequest) ProtoMessage() {}
 
 func (x *PlaceShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[71]
+	mi := &file_daemon_control_tranship_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5076,7 +5161,7 @@ func (x *PlaceShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceShardRequest.ProtoReflect.Descriptor instead.
 func (*PlaceShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{71}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PlaceShardRequest) GetSpecJson() []byte {
@@ -5110,7 +5195,7 @@ type PlaceShardResponse struct {
 
 func (x *PlaceShardResponse) Reset() {
 	*x = PlaceShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[72]
+	mi := &file_daemon_control_tranship_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5122,7 +5207,7 @@ func (x *PlaceShardResponse) String() string {
 func (*PlaceShardResponse) ProtoMessage() {}
 
 func (x *PlaceShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[72]
+	mi := &file_daemon_control_tranship_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5135,7 +5220,7 @@ func (x *PlaceShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceShardResponse.ProtoReflect.Descriptor instead.
 func (*PlaceShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{72}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *PlaceShardResponse) GetShard() *Shard {
@@ -5162,7 +5247,7 @@ type ResizeShardRequest struct {
 
 func (x *ResizeShardRequest) Reset() {
 	*x = ResizeShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[73]
+	mi := &file_daemon_control_tranship_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5174,7 +5259,7 @@ func (x *ResizeShardRequest) String() string {
 func (*ResizeShardRequest) ProtoMessage() {}
 
 func (x *ResizeShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[73]
+	mi := &file_daemon_control_tranship_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5187,7 +5272,7 @@ func (x *ResizeShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeShardRequest.ProtoReflect.Descriptor instead.
 func (*ResizeShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{73}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ResizeShardRequest) GetSpecJson() []byte {
@@ -5214,7 +5299,7 @@ type ResizeShardResponse struct {
 
 func (x *ResizeShardResponse) Reset() {
 	*x = ResizeShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[74]
+	mi := &file_daemon_control_tranship_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5226,7 +5311,7 @@ func (x *ResizeShardResponse) String() string {
 func (*ResizeShardResponse) ProtoMessage() {}
 
 func (x *ResizeShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[74]
+	mi := &file_daemon_control_tranship_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5239,7 +5324,7 @@ func (x *ResizeShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeShardResponse.ProtoReflect.Descriptor instead.
 func (*ResizeShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{74}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ResizeShardResponse) GetShard() *Shard {
@@ -5267,7 +5352,7 @@ type EvictShardRequest struct {
 
 func (x *EvictShardRequest) Reset() {
 	*x = EvictShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[75]
+	mi := &file_daemon_control_tranship_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5279,7 +5364,7 @@ func (x *EvictShardRequest) String() string {
 func (*EvictShardRequest) ProtoMessage() {}
 
 func (x *EvictShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[75]
+	mi := &file_daemon_control_tranship_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5292,7 +5377,7 @@ func (x *EvictShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictShardRequest.ProtoReflect.Descriptor instead.
 func (*EvictShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{75}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *EvictShardRequest) GetNamespace() string {
@@ -5325,7 +5410,7 @@ type EvictShardResponse struct {
 
 func (x *EvictShardResponse) Reset() {
 	*x = EvictShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[76]
+	mi := &file_daemon_control_tranship_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5337,7 +5422,7 @@ func (x *EvictShardResponse) String() string {
 func (*EvictShardResponse) ProtoMessage() {}
 
 func (x *EvictShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[76]
+	mi := &file_daemon_control_tranship_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5350,7 +5435,7 @@ func (x *EvictShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictShardResponse.ProtoReflect.Descriptor instead.
 func (*EvictShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{76}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *EvictShardResponse) GetRefused() string {
@@ -5370,7 +5455,7 @@ type ImageRequest struct {
 
 func (x *ImageRequest) Reset() {
 	*x = ImageRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[77]
+	mi := &file_daemon_control_tranship_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5382,7 +5467,7 @@ func (x *ImageRequest) String() string {
 func (*ImageRequest) ProtoMessage() {}
 
 func (x *ImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[77]
+	mi := &file_daemon_control_tranship_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5395,7 +5480,7 @@ func (x *ImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRequest.ProtoReflect.Descriptor instead.
 func (*ImageRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{77}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *ImageRequest) GetNamespace() string {
@@ -5421,7 +5506,7 @@ type ImageResponse struct {
 
 func (x *ImageResponse) Reset() {
 	*x = ImageResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[78]
+	mi := &file_daemon_control_tranship_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5433,7 +5518,7 @@ func (x *ImageResponse) String() string {
 func (*ImageResponse) ProtoMessage() {}
 
 func (x *ImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[78]
+	mi := &file_daemon_control_tranship_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5446,7 +5531,7 @@ func (x *ImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResponse.ProtoReflect.Descriptor instead.
 func (*ImageResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{78}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ImageResponse) GetRecord() []byte {
@@ -5466,7 +5551,7 @@ type BlobRequest struct {
 
 func (x *BlobRequest) Reset() {
 	*x = BlobRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[79]
+	mi := &file_daemon_control_tranship_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5478,7 +5563,7 @@ func (x *BlobRequest) String() string {
 func (*BlobRequest) ProtoMessage() {}
 
 func (x *BlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[79]
+	mi := &file_daemon_control_tranship_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5491,7 +5576,7 @@ func (x *BlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlobRequest.ProtoReflect.Descriptor instead.
 func (*BlobRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{79}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *BlobRequest) GetNamespace() string {
@@ -5517,7 +5602,7 @@ type BlobChunk struct {
 
 func (x *BlobChunk) Reset() {
 	*x = BlobChunk{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[80]
+	mi := &file_daemon_control_tranship_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5529,7 +5614,7 @@ func (x *BlobChunk) String() string {
 func (*BlobChunk) ProtoMessage() {}
 
 func (x *BlobChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[80]
+	mi := &file_daemon_control_tranship_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5542,7 +5627,7 @@ func (x *BlobChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlobChunk.ProtoReflect.Descriptor instead.
 func (*BlobChunk) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{80}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *BlobChunk) GetData() []byte {
@@ -5561,7 +5646,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[81]
+	mi := &file_daemon_control_tranship_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5573,7 +5658,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[81]
+	mi := &file_daemon_control_tranship_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5586,7 +5671,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{81}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *TokenRequest) GetTtlMs() int64 {
@@ -5607,7 +5692,7 @@ type TokenResponse struct {
 
 func (x *TokenResponse) Reset() {
 	*x = TokenResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[82]
+	mi := &file_daemon_control_tranship_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5619,7 +5704,7 @@ func (x *TokenResponse) String() string {
 func (*TokenResponse) ProtoMessage() {}
 
 func (x *TokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[82]
+	mi := &file_daemon_control_tranship_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5632,7 +5717,7 @@ func (x *TokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResponse.ProtoReflect.Descriptor instead.
 func (*TokenResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{82}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *TokenResponse) GetToken() string {
@@ -5665,7 +5750,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[83]
+	mi := &file_daemon_control_tranship_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5677,7 +5762,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[83]
+	mi := &file_daemon_control_tranship_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5690,7 +5775,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{83}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *RevokeRequest) GetNode() string {
@@ -5710,7 +5795,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[84]
+	mi := &file_daemon_control_tranship_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5722,7 +5807,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[84]
+	mi := &file_daemon_control_tranship_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5735,7 +5820,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{84}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RevokeResponse) GetTold() []string {
@@ -5761,7 +5846,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[85]
+	mi := &file_daemon_control_tranship_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5773,7 +5858,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[85]
+	mi := &file_daemon_control_tranship_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5786,7 +5871,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{85}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -5804,7 +5889,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[86]
+	mi := &file_daemon_control_tranship_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5816,7 +5901,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[86]
+	mi := &file_daemon_control_tranship_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5829,7 +5914,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{86}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{87}
 }
 
 type Papers struct {
@@ -5844,7 +5929,7 @@ type Papers struct {
 
 func (x *Papers) Reset() {
 	*x = Papers{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[87]
+	mi := &file_daemon_control_tranship_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5856,7 +5941,7 @@ func (x *Papers) String() string {
 func (*Papers) ProtoMessage() {}
 
 func (x *Papers) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[87]
+	mi := &file_daemon_control_tranship_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5869,7 +5954,7 @@ func (x *Papers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Papers.ProtoReflect.Descriptor instead.
 func (*Papers) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{87}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Papers) GetStatement() []byte {
@@ -5910,7 +5995,7 @@ type ExchangeRequest struct {
 
 func (x *ExchangeRequest) Reset() {
 	*x = ExchangeRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[88]
+	mi := &file_daemon_control_tranship_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5922,7 +6007,7 @@ func (x *ExchangeRequest) String() string {
 func (*ExchangeRequest) ProtoMessage() {}
 
 func (x *ExchangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[88]
+	mi := &file_daemon_control_tranship_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5935,7 +6020,7 @@ func (x *ExchangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeRequest.ProtoReflect.Descriptor instead.
 func (*ExchangeRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{88}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ExchangeRequest) GetNumber() uint64 {
@@ -5962,7 +6047,7 @@ type ExchangeResponse struct {
 
 func (x *ExchangeResponse) Reset() {
 	*x = ExchangeResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[89]
+	mi := &file_daemon_control_tranship_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5974,7 +6059,7 @@ func (x *ExchangeResponse) String() string {
 func (*ExchangeResponse) ProtoMessage() {}
 
 func (x *ExchangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[89]
+	mi := &file_daemon_control_tranship_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5987,7 +6072,7 @@ func (x *ExchangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeResponse.ProtoReflect.Descriptor instead.
 func (*ExchangeResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{89}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ExchangeResponse) GetNumber() uint64 {
@@ -6013,7 +6098,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[90]
+	mi := &file_daemon_control_tranship_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6025,7 +6110,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[90]
+	mi := &file_daemon_control_tranship_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6038,7 +6123,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{90}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RenewRequest) GetRequest() []byte {
@@ -6057,7 +6142,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[91]
+	mi := &file_daemon_control_tranship_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6069,7 +6154,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[91]
+	mi := &file_daemon_control_tranship_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6082,7 +6167,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{91}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *RenewResponse) GetCertificate() []byte {
@@ -6100,7 +6185,7 @@ type DepartRequest struct {
 
 func (x *DepartRequest) Reset() {
 	*x = DepartRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[92]
+	mi := &file_daemon_control_tranship_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6112,7 +6197,7 @@ func (x *DepartRequest) String() string {
 func (*DepartRequest) ProtoMessage() {}
 
 func (x *DepartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[92]
+	mi := &file_daemon_control_tranship_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6125,7 +6210,7 @@ func (x *DepartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DepartRequest.ProtoReflect.Descriptor instead.
 func (*DepartRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{92}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{93}
 }
 
 type DepartResponse struct {
@@ -6136,7 +6221,7 @@ type DepartResponse struct {
 
 func (x *DepartResponse) Reset() {
 	*x = DepartResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[93]
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6148,7 +6233,7 @@ func (x *DepartResponse) String() string {
 func (*DepartResponse) ProtoMessage() {}
 
 func (x *DepartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[93]
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6161,7 +6246,7 @@ func (x *DepartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DepartResponse.ProtoReflect.Descriptor instead.
 func (*DepartResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{93}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
 }
 
 type FetchRequest struct {
@@ -6176,7 +6261,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6188,7 +6273,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6201,7 +6286,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *FetchRequest) GetId() string {
@@ -6242,7 +6327,7 @@ type PageRun struct {
 
 func (x *PageRun) Reset() {
 	*x = PageRun{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6254,7 +6339,7 @@ func (x *PageRun) String() string {
 func (*PageRun) ProtoMessage() {}
 
 func (x *PageRun) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6267,7 +6352,7 @@ func (x *PageRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageRun.ProtoReflect.Descriptor instead.
 func (*PageRun) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *PageRun) GetAddress() uint64 {
@@ -6295,7 +6380,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6307,7 +6392,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6320,7 +6405,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *FetchResponse) GetContent() []byte {
@@ -6353,7 +6438,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6365,7 +6450,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6378,7 +6463,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ReleaseRequest) GetId() string {
@@ -6396,7 +6481,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6408,7 +6493,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6421,7 +6506,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
 }
 
 type HistoryRequest struct {
@@ -6434,7 +6519,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6446,7 +6531,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6459,7 +6544,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *HistoryRequest) GetNamespace() string {
@@ -6486,7 +6571,7 @@ type HistoryResponse struct {
 
 func (x *HistoryResponse) Reset() {
 	*x = HistoryResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6498,7 +6583,7 @@ func (x *HistoryResponse) String() string {
 func (*HistoryResponse) ProtoMessage() {}
 
 func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6511,7 +6596,7 @@ func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryResponse.ProtoReflect.Descriptor instead.
 func (*HistoryResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *HistoryResponse) GetBlocks() [][]byte {
@@ -6536,7 +6621,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6548,7 +6633,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6561,7 +6646,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
 }
 
 type ClockResponse struct {
@@ -6573,7 +6658,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6585,7 +6670,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6598,7 +6683,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -6616,7 +6701,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6628,7 +6713,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6641,7 +6726,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
 }
 
 type StatusResponse struct {
@@ -6655,7 +6740,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6667,7 +6752,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6680,7 +6765,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -6724,7 +6809,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6736,7 +6821,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6749,7 +6834,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -6846,7 +6931,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6858,7 +6943,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6871,7 +6956,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -6899,7 +6984,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6911,7 +6996,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6924,7 +7009,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -6958,7 +7043,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6970,7 +7055,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6983,7 +7068,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -7009,7 +7094,7 @@ type RedirectRequest struct {
 
 func (x *RedirectRequest) Reset() {
 	*x = RedirectRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7021,7 +7106,7 @@ func (x *RedirectRequest) String() string {
 func (*RedirectRequest) ProtoMessage() {}
 
 func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7034,7 +7119,7 @@ func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
 func (*RedirectRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *RedirectRequest) GetId() string {
@@ -7052,7 +7137,7 @@ type RedirectResponse struct {
 
 func (x *RedirectResponse) Reset() {
 	*x = RedirectResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7064,7 +7149,7 @@ func (x *RedirectResponse) String() string {
 func (*RedirectResponse) ProtoMessage() {}
 
 func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7077,7 +7162,7 @@ func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
 func (*RedirectResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
 }
 
 type SealRequest struct {
@@ -7092,7 +7177,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7104,7 +7189,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7117,7 +7202,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
 }
 
 func (x *SealRequest) GetId() string {
@@ -7157,7 +7242,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7169,7 +7254,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7182,7 +7267,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -7201,7 +7286,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7213,7 +7298,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7226,7 +7311,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -7249,7 +7334,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7261,7 +7346,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7274,7 +7359,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -7322,7 +7407,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7334,7 +7419,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7347,7 +7432,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -7372,7 +7457,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7384,7 +7469,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7397,7 +7482,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
 }
 
 type DecisionRequest struct {
@@ -7409,7 +7494,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7421,7 +7506,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7434,7 +7519,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -7453,7 +7538,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7465,7 +7550,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7478,7 +7563,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -7496,7 +7581,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7508,7 +7593,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7521,7 +7606,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
 }
 
 type PlanResponse struct {
@@ -7543,7 +7628,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7555,7 +7640,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7568,7 +7653,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
 }
 
 func (x *PlanResponse) GetNode() string {
@@ -7658,7 +7743,7 @@ type PlanSpan struct {
 
 func (x *PlanSpan) Reset() {
 	*x = PlanSpan{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7670,7 +7755,7 @@ func (x *PlanSpan) String() string {
 func (*PlanSpan) ProtoMessage() {}
 
 func (x *PlanSpan) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7683,7 +7768,7 @@ func (x *PlanSpan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSpan.ProtoReflect.Descriptor instead.
 func (*PlanSpan) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *PlanSpan) GetUntilMs() int64 {
@@ -7712,7 +7797,7 @@ type HeldRoom struct {
 
 func (x *HeldRoom) Reset() {
 	*x = HeldRoom{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7724,7 +7809,7 @@ func (x *HeldRoom) String() string {
 func (*HeldRoom) ProtoMessage() {}
 
 func (x *HeldRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7737,7 +7822,7 @@ func (x *HeldRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldRoom.ProtoReflect.Descriptor instead.
 func (*HeldRoom) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *HeldRoom) GetShard() string {
@@ -7778,7 +7863,7 @@ type PeerFault struct {
 
 func (x *PeerFault) Reset() {
 	*x = PeerFault{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7790,7 +7875,7 @@ func (x *PeerFault) String() string {
 func (*PeerFault) ProtoMessage() {}
 
 func (x *PeerFault) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7803,7 +7888,7 @@ func (x *PeerFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerFault.ProtoReflect.Descriptor instead.
 func (*PeerFault) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *PeerFault) GetNode() string {
@@ -7830,7 +7915,7 @@ type DecisionsRequest struct {
 
 func (x *DecisionsRequest) Reset() {
 	*x = DecisionsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7842,7 +7927,7 @@ func (x *DecisionsRequest) String() string {
 func (*DecisionsRequest) ProtoMessage() {}
 
 func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7855,7 +7940,7 @@ func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsRequest.ProtoReflect.Descriptor instead.
 func (*DecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *DecisionsRequest) GetSinceUnixMs() int64 {
@@ -7881,7 +7966,7 @@ type DecisionsResponse struct {
 
 func (x *DecisionsResponse) Reset() {
 	*x = DecisionsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7893,7 +7978,7 @@ func (x *DecisionsResponse) String() string {
 func (*DecisionsResponse) ProtoMessage() {}
 
 func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7906,7 +7991,7 @@ func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsResponse.ProtoReflect.Descriptor instead.
 func (*DecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *DecisionsResponse) GetDecisions() []*BalanceDecision {
@@ -7946,7 +8031,7 @@ type BalanceDecision struct {
 
 func (x *BalanceDecision) Reset() {
 	*x = BalanceDecision{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7958,7 +8043,7 @@ func (x *BalanceDecision) String() string {
 func (*BalanceDecision) ProtoMessage() {}
 
 func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7971,7 +8056,7 @@ func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceDecision.ProtoReflect.Descriptor instead.
 func (*BalanceDecision) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *BalanceDecision) GetId() uint64 {
@@ -8140,7 +8225,7 @@ type BalanceCost struct {
 
 func (x *BalanceCost) Reset() {
 	*x = BalanceCost{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8152,7 +8237,7 @@ func (x *BalanceCost) String() string {
 func (*BalanceCost) ProtoMessage() {}
 
 func (x *BalanceCost) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8165,7 +8250,7 @@ func (x *BalanceCost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceCost.ProtoReflect.Descriptor instead.
 func (*BalanceCost) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *BalanceCost) GetBytes() float64 {
@@ -8207,7 +8292,7 @@ type AskedTarget struct {
 
 func (x *AskedTarget) Reset() {
 	*x = AskedTarget{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8219,7 +8304,7 @@ func (x *AskedTarget) String() string {
 func (*AskedTarget) ProtoMessage() {}
 
 func (x *AskedTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8232,7 +8317,7 @@ func (x *AskedTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskedTarget.ProtoReflect.Descriptor instead.
 func (*AskedTarget) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *AskedTarget) GetNode() string {
@@ -8265,7 +8350,7 @@ type RoomRequest struct {
 
 func (x *RoomRequest) Reset() {
 	*x = RoomRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8277,7 +8362,7 @@ func (x *RoomRequest) String() string {
 func (*RoomRequest) ProtoMessage() {}
 
 func (x *RoomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8290,7 +8375,7 @@ func (x *RoomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
 func (*RoomRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *RoomRequest) GetImages() []string {
@@ -8321,7 +8406,7 @@ type RoomResponse struct {
 
 func (x *RoomResponse) Reset() {
 	*x = RoomResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[130]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8333,7 +8418,7 @@ func (x *RoomResponse) String() string {
 func (*RoomResponse) ProtoMessage() {}
 
 func (x *RoomResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[130]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8346,7 +8431,7 @@ func (x *RoomResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomResponse.ProtoReflect.Descriptor instead.
 func (*RoomResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{130}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *RoomResponse) GetZone() string {
@@ -8447,7 +8532,7 @@ type BookRequest struct {
 
 func (x *BookRequest) Reset() {
 	*x = BookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[131]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8459,7 +8544,7 @@ func (x *BookRequest) String() string {
 func (*BookRequest) ProtoMessage() {}
 
 func (x *BookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[131]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8472,7 +8557,7 @@ func (x *BookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookRequest.ProtoReflect.Descriptor instead.
 func (*BookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *BookRequest) GetNamespace() string {
@@ -8577,7 +8662,7 @@ type BookResponse struct {
 
 func (x *BookResponse) Reset() {
 	*x = BookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[132]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8589,7 +8674,7 @@ func (x *BookResponse) String() string {
 func (*BookResponse) ProtoMessage() {}
 
 func (x *BookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[132]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8602,7 +8687,7 @@ func (x *BookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookResponse.ProtoReflect.Descriptor instead.
 func (*BookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{132}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *BookResponse) GetVeto() string {
@@ -8637,7 +8722,7 @@ type UnbookRequest struct {
 
 func (x *UnbookRequest) Reset() {
 	*x = UnbookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[133]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8649,7 +8734,7 @@ func (x *UnbookRequest) String() string {
 func (*UnbookRequest) ProtoMessage() {}
 
 func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[133]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8662,7 +8747,7 @@ func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookRequest.ProtoReflect.Descriptor instead.
 func (*UnbookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{133}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *UnbookRequest) GetNamespace() string {
@@ -8694,7 +8779,7 @@ type UnbookResponse struct {
 
 func (x *UnbookResponse) Reset() {
 	*x = UnbookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[134]
+	mi := &file_daemon_control_tranship_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8706,7 +8791,7 @@ func (x *UnbookResponse) String() string {
 func (*UnbookResponse) ProtoMessage() {}
 
 func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[134]
+	mi := &file_daemon_control_tranship_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8719,7 +8804,7 @@ func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookResponse.ProtoReflect.Descriptor instead.
 func (*UnbookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{134}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{135}
 }
 
 var File_daemon_control_tranship_proto protoreflect.FileDescriptor
@@ -8944,7 +9029,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x05at_ms\x18\x03 \x01(\x01R\x04atMs\x12\x12\n" +
 	"\x04node\x18\x04 \x01(\tR\x04node\x12\x0e\n" +
 	"\x02of\x18\x05 \x01(\tR\x02of\x12&\n" +
-	"\x0fstarted_unix_ns\x18\x06 \x01(\x03R\rstartedUnixNs\"\xb3\x01\n" +
+	"\x0fstarted_unix_ns\x18\x06 \x01(\x03R\rstartedUnixNs\"\xd9\x01\n" +
 	"\x05Round\x12\f\n" +
 	"\x01n\x18\x01 \x01(\rR\x01n\x12\x14\n" +
 	"\x05pages\x18\x02 \x01(\x03R\x05pages\x12\x1b\n" +
@@ -8953,7 +9038,14 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"bytes_sent\x18\x04 \x01(\x03R\tbytesSent\x12\x0e\n" +
 	"\x02ms\x18\x05 \x01(\x01R\x02ms\x12%\n" +
 	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\x12\x13\n" +
-	"\x05at_ms\x18\a \x01(\x01R\x04atMs\"\x9c\x05\n" +
+	"\x05at_ms\x18\a \x01(\x01R\x04atMs\x12$\n" +
+	"\x02as\x18\b \x01(\v2\x14.tranship.v1.PagesAsR\x02as\"s\n" +
+	"\aPagesAs\x12\x1c\n" +
+	"\tunchanged\x18\x01 \x01(\x03R\tunchanged\x12\x10\n" +
+	"\x03raw\x18\x02 \x01(\x03R\x03raw\x12\x0e\n" +
+	"\x02s2\x18\x03 \x01(\x03R\x02s2\x12\x12\n" +
+	"\x04zstd\x18\x04 \x01(\x03R\x04zstd\x12\x14\n" +
+	"\x05delta\x18\x05 \x01(\x03R\x05delta\"\x9c\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1c\n" +
@@ -9515,7 +9607,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 146)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 147)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                   // 0: tranship.v1.Shard
 	(*Mount)(nil),                   // 1: tranship.v1.Mount
@@ -9553,121 +9645,122 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Progress)(nil),                // 33: tranship.v1.Progress
 	(*Phase)(nil),                   // 34: tranship.v1.Phase
 	(*Round)(nil),                   // 35: tranship.v1.Round
-	(*Migration)(nil),               // 36: tranship.v1.Migration
-	(*CancelRequest)(nil),           // 37: tranship.v1.CancelRequest
-	(*CancelResponse)(nil),          // 38: tranship.v1.CancelResponse
-	(*ListMigrationsRequest)(nil),   // 39: tranship.v1.ListMigrationsRequest
-	(*ListMigrationsResponse)(nil),  // 40: tranship.v1.ListMigrationsResponse
-	(*ResolveRequest)(nil),          // 41: tranship.v1.ResolveRequest
-	(*ResolveResponse)(nil),         // 42: tranship.v1.ResolveResponse
-	(*LoadRequest)(nil),             // 43: tranship.v1.LoadRequest
-	(*LoadResponse)(nil),            // 44: tranship.v1.LoadResponse
-	(*SignalSource)(nil),            // 45: tranship.v1.SignalSource
-	(*HostLoad)(nil),                // 46: tranship.v1.HostLoad
-	(*ShardLoad)(nil),               // 47: tranship.v1.ShardLoad
-	(*PointsRequest)(nil),           // 48: tranship.v1.PointsRequest
-	(*LoadPoint)(nil),               // 49: tranship.v1.LoadPoint
-	(*PointsResponse)(nil),          // 50: tranship.v1.PointsResponse
-	(*DirtyRateRequest)(nil),        // 51: tranship.v1.DirtyRateRequest
-	(*DirtyRateResponse)(nil),       // 52: tranship.v1.DirtyRateResponse
-	(*ForecastRequest)(nil),         // 53: tranship.v1.ForecastRequest
-	(*ForecastQuantiles)(nil),       // 54: tranship.v1.ForecastQuantiles
-	(*ForecastWeight)(nil),          // 55: tranship.v1.ForecastWeight
-	(*ForecastHorizon)(nil),         // 56: tranship.v1.ForecastHorizon
-	(*ForecastPath)(nil),            // 57: tranship.v1.ForecastPath
-	(*ForecastResponse)(nil),        // 58: tranship.v1.ForecastResponse
-	(*ChangeWorkloadRequest)(nil),   // 59: tranship.v1.ChangeWorkloadRequest
-	(*WorkloadStep)(nil),            // 60: tranship.v1.WorkloadStep
-	(*WorkloadEvent)(nil),           // 61: tranship.v1.WorkloadEvent
-	(*WorkloadPlan)(nil),            // 62: tranship.v1.WorkloadPlan
-	(*WorkloadResult)(nil),          // 63: tranship.v1.WorkloadResult
-	(*ListWorkloadsRequest)(nil),    // 64: tranship.v1.ListWorkloadsRequest
-	(*ListWorkloadsResponse)(nil),   // 65: tranship.v1.ListWorkloadsResponse
-	(*Workload)(nil),                // 66: tranship.v1.Workload
-	(*PutWorkloadRequest)(nil),      // 67: tranship.v1.PutWorkloadRequest
-	(*PutWorkloadResponse)(nil),     // 68: tranship.v1.PutWorkloadResponse
-	(*WorkloadRecordsRequest)(nil),  // 69: tranship.v1.WorkloadRecordsRequest
-	(*WorkloadRecordsResponse)(nil), // 70: tranship.v1.WorkloadRecordsResponse
-	(*PlaceShardRequest)(nil),       // 71: tranship.v1.PlaceShardRequest
-	(*PlaceShardResponse)(nil),      // 72: tranship.v1.PlaceShardResponse
-	(*ResizeShardRequest)(nil),      // 73: tranship.v1.ResizeShardRequest
-	(*ResizeShardResponse)(nil),     // 74: tranship.v1.ResizeShardResponse
-	(*EvictShardRequest)(nil),       // 75: tranship.v1.EvictShardRequest
-	(*EvictShardResponse)(nil),      // 76: tranship.v1.EvictShardResponse
-	(*ImageRequest)(nil),            // 77: tranship.v1.ImageRequest
-	(*ImageResponse)(nil),           // 78: tranship.v1.ImageResponse
-	(*BlobRequest)(nil),             // 79: tranship.v1.BlobRequest
-	(*BlobChunk)(nil),               // 80: tranship.v1.BlobChunk
-	(*TokenRequest)(nil),            // 81: tranship.v1.TokenRequest
-	(*TokenResponse)(nil),           // 82: tranship.v1.TokenResponse
-	(*RevokeRequest)(nil),           // 83: tranship.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 84: tranship.v1.RevokeResponse
-	(*LeaveRequest)(nil),            // 85: tranship.v1.LeaveRequest
-	(*LeaveResponse)(nil),           // 86: tranship.v1.LeaveResponse
-	(*Papers)(nil),                  // 87: tranship.v1.Papers
-	(*ExchangeRequest)(nil),         // 88: tranship.v1.ExchangeRequest
-	(*ExchangeResponse)(nil),        // 89: tranship.v1.ExchangeResponse
-	(*RenewRequest)(nil),            // 90: tranship.v1.RenewRequest
-	(*RenewResponse)(nil),           // 91: tranship.v1.RenewResponse
-	(*DepartRequest)(nil),           // 92: tranship.v1.DepartRequest
-	(*DepartResponse)(nil),          // 93: tranship.v1.DepartResponse
-	(*FetchRequest)(nil),            // 94: tranship.v1.FetchRequest
-	(*PageRun)(nil),                 // 95: tranship.v1.PageRun
-	(*FetchResponse)(nil),           // 96: tranship.v1.FetchResponse
-	(*ReleaseRequest)(nil),          // 97: tranship.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 98: tranship.v1.ReleaseResponse
-	(*HistoryRequest)(nil),          // 99: tranship.v1.HistoryRequest
-	(*HistoryResponse)(nil),         // 100: tranship.v1.HistoryResponse
-	(*ClockRequest)(nil),            // 101: tranship.v1.ClockRequest
-	(*ClockResponse)(nil),           // 102: tranship.v1.ClockResponse
-	(*StatusRequest)(nil),           // 103: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),          // 104: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),          // 105: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),         // 106: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),          // 107: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),         // 108: tranship.v1.PrepareResponse
-	(*RedirectRequest)(nil),         // 109: tranship.v1.RedirectRequest
-	(*RedirectResponse)(nil),        // 110: tranship.v1.RedirectResponse
-	(*SealRequest)(nil),             // 111: tranship.v1.SealRequest
-	(*SealResponse)(nil),            // 112: tranship.v1.SealResponse
-	(*CommitRequest)(nil),           // 113: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),          // 114: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),            // 115: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),           // 116: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),         // 117: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),        // 118: tranship.v1.DecisionResponse
-	(*PlanRequest)(nil),             // 119: tranship.v1.PlanRequest
-	(*PlanResponse)(nil),            // 120: tranship.v1.PlanResponse
-	(*PlanSpan)(nil),                // 121: tranship.v1.PlanSpan
-	(*HeldRoom)(nil),                // 122: tranship.v1.HeldRoom
-	(*PeerFault)(nil),               // 123: tranship.v1.PeerFault
-	(*DecisionsRequest)(nil),        // 124: tranship.v1.DecisionsRequest
-	(*DecisionsResponse)(nil),       // 125: tranship.v1.DecisionsResponse
-	(*BalanceDecision)(nil),         // 126: tranship.v1.BalanceDecision
-	(*BalanceCost)(nil),             // 127: tranship.v1.BalanceCost
-	(*AskedTarget)(nil),             // 128: tranship.v1.AskedTarget
-	(*RoomRequest)(nil),             // 129: tranship.v1.RoomRequest
-	(*RoomResponse)(nil),            // 130: tranship.v1.RoomResponse
-	(*BookRequest)(nil),             // 131: tranship.v1.BookRequest
-	(*BookResponse)(nil),            // 132: tranship.v1.BookResponse
-	(*UnbookRequest)(nil),           // 133: tranship.v1.UnbookRequest
-	(*UnbookResponse)(nil),          // 134: tranship.v1.UnbookResponse
-	nil,                             // 135: tranship.v1.Shard.LabelsEntry
-	nil,                             // 136: tranship.v1.RunRequest.LabelsEntry
-	nil,                             // 137: tranship.v1.Node.LabelsEntry
-	nil,                             // 138: tranship.v1.HostLoad.RatesEntry
-	nil,                             // 139: tranship.v1.ShardLoad.RatesEntry
-	nil,                             // 140: tranship.v1.ShardLoad.AbsentEntry
-	nil,                             // 141: tranship.v1.LoadPoint.MeanEntry
-	nil,                             // 142: tranship.v1.LoadPoint.PeakEntry
-	nil,                             // 143: tranship.v1.ChangeWorkloadRequest.PreferEntry
-	nil,                             // 144: tranship.v1.WorkloadRecordsRequest.KnownEntry
-	nil,                             // 145: tranship.v1.RoomResponse.LabelsEntry
+	(*PagesAs)(nil),                 // 36: tranship.v1.PagesAs
+	(*Migration)(nil),               // 37: tranship.v1.Migration
+	(*CancelRequest)(nil),           // 38: tranship.v1.CancelRequest
+	(*CancelResponse)(nil),          // 39: tranship.v1.CancelResponse
+	(*ListMigrationsRequest)(nil),   // 40: tranship.v1.ListMigrationsRequest
+	(*ListMigrationsResponse)(nil),  // 41: tranship.v1.ListMigrationsResponse
+	(*ResolveRequest)(nil),          // 42: tranship.v1.ResolveRequest
+	(*ResolveResponse)(nil),         // 43: tranship.v1.ResolveResponse
+	(*LoadRequest)(nil),             // 44: tranship.v1.LoadRequest
+	(*LoadResponse)(nil),            // 45: tranship.v1.LoadResponse
+	(*SignalSource)(nil),            // 46: tranship.v1.SignalSource
+	(*HostLoad)(nil),                // 47: tranship.v1.HostLoad
+	(*ShardLoad)(nil),               // 48: tranship.v1.ShardLoad
+	(*PointsRequest)(nil),           // 49: tranship.v1.PointsRequest
+	(*LoadPoint)(nil),               // 50: tranship.v1.LoadPoint
+	(*PointsResponse)(nil),          // 51: tranship.v1.PointsResponse
+	(*DirtyRateRequest)(nil),        // 52: tranship.v1.DirtyRateRequest
+	(*DirtyRateResponse)(nil),       // 53: tranship.v1.DirtyRateResponse
+	(*ForecastRequest)(nil),         // 54: tranship.v1.ForecastRequest
+	(*ForecastQuantiles)(nil),       // 55: tranship.v1.ForecastQuantiles
+	(*ForecastWeight)(nil),          // 56: tranship.v1.ForecastWeight
+	(*ForecastHorizon)(nil),         // 57: tranship.v1.ForecastHorizon
+	(*ForecastPath)(nil),            // 58: tranship.v1.ForecastPath
+	(*ForecastResponse)(nil),        // 59: tranship.v1.ForecastResponse
+	(*ChangeWorkloadRequest)(nil),   // 60: tranship.v1.ChangeWorkloadRequest
+	(*WorkloadStep)(nil),            // 61: tranship.v1.WorkloadStep
+	(*WorkloadEvent)(nil),           // 62: tranship.v1.WorkloadEvent
+	(*WorkloadPlan)(nil),            // 63: tranship.v1.WorkloadPlan
+	(*WorkloadResult)(nil),          // 64: tranship.v1.WorkloadResult
+	(*ListWorkloadsRequest)(nil),    // 65: tranship.v1.ListWorkloadsRequest
+	(*ListWorkloadsResponse)(nil),   // 66: tranship.v1.ListWorkloadsResponse
+	(*Workload)(nil),                // 67: tranship.v1.Workload
+	(*PutWorkloadRequest)(nil),      // 68: tranship.v1.PutWorkloadRequest
+	(*PutWorkloadResponse)(nil),     // 69: tranship.v1.PutWorkloadResponse
+	(*WorkloadRecordsRequest)(nil),  // 70: tranship.v1.WorkloadRecordsRequest
+	(*WorkloadRecordsResponse)(nil), // 71: tranship.v1.WorkloadRecordsResponse
+	(*PlaceShardRequest)(nil),       // 72: tranship.v1.PlaceShardRequest
+	(*PlaceShardResponse)(nil),      // 73: tranship.v1.PlaceShardResponse
+	(*ResizeShardRequest)(nil),      // 74: tranship.v1.ResizeShardRequest
+	(*ResizeShardResponse)(nil),     // 75: tranship.v1.ResizeShardResponse
+	(*EvictShardRequest)(nil),       // 76: tranship.v1.EvictShardRequest
+	(*EvictShardResponse)(nil),      // 77: tranship.v1.EvictShardResponse
+	(*ImageRequest)(nil),            // 78: tranship.v1.ImageRequest
+	(*ImageResponse)(nil),           // 79: tranship.v1.ImageResponse
+	(*BlobRequest)(nil),             // 80: tranship.v1.BlobRequest
+	(*BlobChunk)(nil),               // 81: tranship.v1.BlobChunk
+	(*TokenRequest)(nil),            // 82: tranship.v1.TokenRequest
+	(*TokenResponse)(nil),           // 83: tranship.v1.TokenResponse
+	(*RevokeRequest)(nil),           // 84: tranship.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 85: tranship.v1.RevokeResponse
+	(*LeaveRequest)(nil),            // 86: tranship.v1.LeaveRequest
+	(*LeaveResponse)(nil),           // 87: tranship.v1.LeaveResponse
+	(*Papers)(nil),                  // 88: tranship.v1.Papers
+	(*ExchangeRequest)(nil),         // 89: tranship.v1.ExchangeRequest
+	(*ExchangeResponse)(nil),        // 90: tranship.v1.ExchangeResponse
+	(*RenewRequest)(nil),            // 91: tranship.v1.RenewRequest
+	(*RenewResponse)(nil),           // 92: tranship.v1.RenewResponse
+	(*DepartRequest)(nil),           // 93: tranship.v1.DepartRequest
+	(*DepartResponse)(nil),          // 94: tranship.v1.DepartResponse
+	(*FetchRequest)(nil),            // 95: tranship.v1.FetchRequest
+	(*PageRun)(nil),                 // 96: tranship.v1.PageRun
+	(*FetchResponse)(nil),           // 97: tranship.v1.FetchResponse
+	(*ReleaseRequest)(nil),          // 98: tranship.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 99: tranship.v1.ReleaseResponse
+	(*HistoryRequest)(nil),          // 100: tranship.v1.HistoryRequest
+	(*HistoryResponse)(nil),         // 101: tranship.v1.HistoryResponse
+	(*ClockRequest)(nil),            // 102: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),           // 103: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),           // 104: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),          // 105: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),          // 106: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),         // 107: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),          // 108: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),         // 109: tranship.v1.PrepareResponse
+	(*RedirectRequest)(nil),         // 110: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),        // 111: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),             // 112: tranship.v1.SealRequest
+	(*SealResponse)(nil),            // 113: tranship.v1.SealResponse
+	(*CommitRequest)(nil),           // 114: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),          // 115: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),            // 116: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),           // 117: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),         // 118: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),        // 119: tranship.v1.DecisionResponse
+	(*PlanRequest)(nil),             // 120: tranship.v1.PlanRequest
+	(*PlanResponse)(nil),            // 121: tranship.v1.PlanResponse
+	(*PlanSpan)(nil),                // 122: tranship.v1.PlanSpan
+	(*HeldRoom)(nil),                // 123: tranship.v1.HeldRoom
+	(*PeerFault)(nil),               // 124: tranship.v1.PeerFault
+	(*DecisionsRequest)(nil),        // 125: tranship.v1.DecisionsRequest
+	(*DecisionsResponse)(nil),       // 126: tranship.v1.DecisionsResponse
+	(*BalanceDecision)(nil),         // 127: tranship.v1.BalanceDecision
+	(*BalanceCost)(nil),             // 128: tranship.v1.BalanceCost
+	(*AskedTarget)(nil),             // 129: tranship.v1.AskedTarget
+	(*RoomRequest)(nil),             // 130: tranship.v1.RoomRequest
+	(*RoomResponse)(nil),            // 131: tranship.v1.RoomResponse
+	(*BookRequest)(nil),             // 132: tranship.v1.BookRequest
+	(*BookResponse)(nil),            // 133: tranship.v1.BookResponse
+	(*UnbookRequest)(nil),           // 134: tranship.v1.UnbookRequest
+	(*UnbookResponse)(nil),          // 135: tranship.v1.UnbookResponse
+	nil,                             // 136: tranship.v1.Shard.LabelsEntry
+	nil,                             // 137: tranship.v1.RunRequest.LabelsEntry
+	nil,                             // 138: tranship.v1.Node.LabelsEntry
+	nil,                             // 139: tranship.v1.HostLoad.RatesEntry
+	nil,                             // 140: tranship.v1.ShardLoad.RatesEntry
+	nil,                             // 141: tranship.v1.ShardLoad.AbsentEntry
+	nil,                             // 142: tranship.v1.LoadPoint.MeanEntry
+	nil,                             // 143: tranship.v1.LoadPoint.PeakEntry
+	nil,                             // 144: tranship.v1.ChangeWorkloadRequest.PreferEntry
+	nil,                             // 145: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	nil,                             // 146: tranship.v1.RoomResponse.LabelsEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	135, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	136, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,   // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	136, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	137, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,   // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,   // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -9676,183 +9769,184 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	19,  // 8: tranship.v1.DrainResult.moved:type_name -> tranship.v1.DrainedShard
 	19,  // 9: tranship.v1.DrainResult.stayed:type_name -> tranship.v1.DrainedShard
 	23,  // 10: tranship.v1.Node.versions:type_name -> tranship.v1.Versions
-	137, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
+	138, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
 	22,  // 12: tranship.v1.ListNodesResponse.nodes:type_name -> tranship.v1.Node
 	23,  // 13: tranship.v1.VersionResponse.versions:type_name -> tranship.v1.Versions
 	29,  // 14: tranship.v1.CheckResponse.findings:type_name -> tranship.v1.Finding
 	33,  // 15: tranship.v1.MigrateEvent.progress:type_name -> tranship.v1.Progress
-	36,  // 16: tranship.v1.MigrateEvent.result:type_name -> tranship.v1.Migration
+	37,  // 16: tranship.v1.MigrateEvent.result:type_name -> tranship.v1.Migration
 	29,  // 17: tranship.v1.MigrateEvent.refused:type_name -> tranship.v1.Finding
-	34,  // 18: tranship.v1.Migration.phases:type_name -> tranship.v1.Phase
-	35,  // 19: tranship.v1.Migration.rounds:type_name -> tranship.v1.Round
-	34,  // 20: tranship.v1.Migration.blackout:type_name -> tranship.v1.Phase
-	36,  // 21: tranship.v1.CancelResponse.migration:type_name -> tranship.v1.Migration
-	36,  // 22: tranship.v1.ListMigrationsResponse.migrations:type_name -> tranship.v1.Migration
-	36,  // 23: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
-	46,  // 24: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
-	47,  // 25: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
-	138, // 26: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
-	45,  // 27: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
-	139, // 28: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
-	140, // 29: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
-	141, // 30: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
-	142, // 31: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
-	49,  // 32: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
-	54,  // 33: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
-	55,  // 34: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
-	54,  // 35: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
-	56,  // 36: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
-	57,  // 37: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
-	143, // 38: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
-	62,  // 39: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
-	63,  // 40: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
-	60,  // 41: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
-	66,  // 42: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
-	0,   // 43: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
-	144, // 44: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
-	0,   // 45: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
-	0,   // 46: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
-	87,  // 47: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
-	87,  // 48: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
-	95,  // 49: tranship.v1.FetchRequest.runs:type_name -> tranship.v1.PageRun
-	22,  // 50: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,   // 51: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,   // 52: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	23,  // 53: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,   // 54: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	29,  // 55: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	34,  // 56: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	121, // 57: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
-	126, // 58: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	122, // 59: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
-	123, // 60: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
-	126, // 61: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	127, // 62: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
-	127, // 63: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
-	128, // 64: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
-	145, // 65: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
-	127, // 66: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
-	2,   // 67: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,   // 68: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,   // 69: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,   // 70: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10,  // 71: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12,  // 72: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	24,  // 73: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	26,  // 74: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	14,  // 75: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 76: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 77: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	28,  // 78: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	31,  // 79: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	37,  // 80: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	39,  // 81: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	41,  // 82: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	43,  // 83: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	48,  // 84: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	51,  // 85: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	53,  // 86: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
-	59,  // 87: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	64,  // 88: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
-	59,  // 89: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	67,  // 90: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
-	69,  // 91: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
-	71,  // 92: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
-	73,  // 93: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
-	75,  // 94: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
-	77,  // 95: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
-	79,  // 96: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
-	81,  // 97: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
-	83,  // 98: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
-	85,  // 99: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
-	88,  // 100: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
-	90,  // 101: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
-	92,  // 102: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
-	14,  // 103: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 104: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 105: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	103, // 106: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	101, // 107: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	105, // 108: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	107, // 109: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	109, // 110: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	111, // 111: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	113, // 112: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	115, // 113: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	43,  // 114: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	99,  // 115: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,   // 116: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	117, // 117: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	94,  // 118: tranship.v1.Peer.Fetch:input_type -> tranship.v1.FetchRequest
-	97,  // 119: tranship.v1.Peer.Release:input_type -> tranship.v1.ReleaseRequest
-	119, // 120: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
-	124, // 121: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
-	129, // 122: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
-	131, // 123: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
-	133, // 124: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
-	3,   // 125: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,   // 126: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,   // 127: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,   // 128: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11,  // 129: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13,  // 130: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	25,  // 131: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	27,  // 132: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	15,  // 133: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 134: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 135: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	30,  // 136: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	32,  // 137: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	38,  // 138: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	40,  // 139: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	42,  // 140: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	44,  // 141: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	50,  // 142: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	52,  // 143: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	58,  // 144: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
-	61,  // 145: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
-	65,  // 146: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
-	61,  // 147: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
-	68,  // 148: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
-	70,  // 149: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
-	72,  // 150: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
-	74,  // 151: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
-	76,  // 152: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
-	78,  // 153: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
-	80,  // 154: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
-	82,  // 155: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
-	84,  // 156: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
-	86,  // 157: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
-	89,  // 158: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
-	91,  // 159: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
-	93,  // 160: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
-	15,  // 161: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 162: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 163: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	104, // 164: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	102, // 165: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	106, // 166: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	108, // 167: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	110, // 168: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	112, // 169: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	114, // 170: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	116, // 171: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	44,  // 172: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	100, // 173: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,   // 174: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	118, // 175: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	96,  // 176: tranship.v1.Peer.Fetch:output_type -> tranship.v1.FetchResponse
-	98,  // 177: tranship.v1.Peer.Release:output_type -> tranship.v1.ReleaseResponse
-	120, // 178: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
-	125, // 179: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
-	130, // 180: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
-	132, // 181: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
-	134, // 182: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
-	125, // [125:183] is the sub-list for method output_type
-	67,  // [67:125] is the sub-list for method input_type
-	67,  // [67:67] is the sub-list for extension type_name
-	67,  // [67:67] is the sub-list for extension extendee
-	0,   // [0:67] is the sub-list for field type_name
+	36,  // 18: tranship.v1.Round.as:type_name -> tranship.v1.PagesAs
+	34,  // 19: tranship.v1.Migration.phases:type_name -> tranship.v1.Phase
+	35,  // 20: tranship.v1.Migration.rounds:type_name -> tranship.v1.Round
+	34,  // 21: tranship.v1.Migration.blackout:type_name -> tranship.v1.Phase
+	37,  // 22: tranship.v1.CancelResponse.migration:type_name -> tranship.v1.Migration
+	37,  // 23: tranship.v1.ListMigrationsResponse.migrations:type_name -> tranship.v1.Migration
+	37,  // 24: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
+	47,  // 25: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
+	48,  // 26: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
+	139, // 27: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	46,  // 28: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
+	140, // 29: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	141, // 30: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
+	142, // 31: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	143, // 32: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	50,  // 33: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
+	55,  // 34: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
+	56,  // 35: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
+	55,  // 36: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
+	57,  // 37: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
+	58,  // 38: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
+	144, // 39: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
+	63,  // 40: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
+	64,  // 41: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
+	61,  // 42: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
+	67,  // 43: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
+	0,   // 44: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
+	145, // 45: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
+	0,   // 46: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
+	0,   // 47: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
+	88,  // 48: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
+	88,  // 49: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
+	96,  // 50: tranship.v1.FetchRequest.runs:type_name -> tranship.v1.PageRun
+	22,  // 51: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,   // 52: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,   // 53: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	23,  // 54: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,   // 55: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	29,  // 56: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	34,  // 57: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	122, // 58: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
+	127, // 59: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	123, // 60: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
+	124, // 61: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
+	127, // 62: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	128, // 63: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
+	128, // 64: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
+	129, // 65: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
+	146, // 66: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
+	128, // 67: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
+	2,   // 68: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,   // 69: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,   // 70: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,   // 71: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10,  // 72: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12,  // 73: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	24,  // 74: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	26,  // 75: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	14,  // 76: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 77: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 78: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	28,  // 79: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	31,  // 80: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	38,  // 81: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	40,  // 82: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	42,  // 83: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	44,  // 84: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	49,  // 85: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	52,  // 86: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	54,  // 87: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	60,  // 88: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	65,  // 89: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
+	60,  // 90: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	68,  // 91: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
+	70,  // 92: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
+	72,  // 93: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
+	74,  // 94: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
+	76,  // 95: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
+	78,  // 96: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
+	80,  // 97: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
+	82,  // 98: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
+	84,  // 99: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
+	86,  // 100: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
+	89,  // 101: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
+	91,  // 102: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
+	93,  // 103: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
+	14,  // 104: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 105: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 106: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	104, // 107: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	102, // 108: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	106, // 109: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	108, // 110: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	110, // 111: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	112, // 112: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	114, // 113: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	116, // 114: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	44,  // 115: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	100, // 116: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,   // 117: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	118, // 118: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	95,  // 119: tranship.v1.Peer.Fetch:input_type -> tranship.v1.FetchRequest
+	98,  // 120: tranship.v1.Peer.Release:input_type -> tranship.v1.ReleaseRequest
+	120, // 121: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
+	125, // 122: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
+	130, // 123: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
+	132, // 124: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
+	134, // 125: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
+	3,   // 126: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,   // 127: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,   // 128: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,   // 129: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11,  // 130: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13,  // 131: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	25,  // 132: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	27,  // 133: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	15,  // 134: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 135: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 136: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	30,  // 137: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	32,  // 138: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	39,  // 139: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	41,  // 140: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	43,  // 141: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	45,  // 142: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	51,  // 143: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	53,  // 144: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	59,  // 145: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	62,  // 146: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
+	66,  // 147: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
+	62,  // 148: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
+	69,  // 149: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
+	71,  // 150: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
+	73,  // 151: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
+	75,  // 152: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
+	77,  // 153: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
+	79,  // 154: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
+	81,  // 155: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
+	83,  // 156: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
+	85,  // 157: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
+	87,  // 158: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
+	90,  // 159: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
+	92,  // 160: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
+	94,  // 161: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
+	15,  // 162: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 163: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 164: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	105, // 165: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	103, // 166: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	107, // 167: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	109, // 168: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	111, // 169: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	113, // 170: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	115, // 171: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	117, // 172: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	45,  // 173: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	101, // 174: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,   // 175: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	119, // 176: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	97,  // 177: tranship.v1.Peer.Fetch:output_type -> tranship.v1.FetchResponse
+	99,  // 178: tranship.v1.Peer.Release:output_type -> tranship.v1.ReleaseResponse
+	121, // 179: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
+	126, // 180: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
+	131, // 181: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
+	133, // 182: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
+	135, // 183: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
+	126, // [126:184] is the sub-list for method output_type
+	68,  // [68:126] is the sub-list for method input_type
+	68,  // [68:68] is the sub-list for extension type_name
+	68,  // [68:68] is the sub-list for extension extendee
+	0,   // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -9861,15 +9955,15 @@ func file_daemon_control_tranship_proto_init() {
 		return
 	}
 	file_daemon_control_tranship_proto_msgTypes[22].OneofWrappers = []any{}
-	file_daemon_control_tranship_proto_msgTypes[47].OneofWrappers = []any{}
-	file_daemon_control_tranship_proto_msgTypes[59].OneofWrappers = []any{}
+	file_daemon_control_tranship_proto_msgTypes[48].OneofWrappers = []any{}
+	file_daemon_control_tranship_proto_msgTypes[60].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   146,
+			NumMessages:   147,
 			NumExtensions: 0,
 			NumServices:   11,
 		},
