@@ -60,6 +60,7 @@ func TestABandwidthIsKeptOnTheWire(t *testing.T) {
 		{"400 Mbit/s over two connections", 400_000_000, Options{Connections: 2}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+		tries:
 			for range 3 {
 				test.opt.Bandwidth = test.rate
 				s := h.dial(t, test.opt)
@@ -77,6 +78,9 @@ func TestABandwidthIsKeptOnTheWire(t *testing.T) {
 					t.Fatalf("%.3f of the rate was sent, and without a limit %.1f times the rate", ratio, able)
 				}
 				t.Logf("%.3f of the rate was sent, and without a limit %.1f times the rate: the machine is busy", ratio, able)
+				if able < 1 {
+					break tries
+				}
 			}
 			t.Skip("this machine carries too little beside what else it does")
 		})

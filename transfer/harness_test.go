@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -315,7 +316,7 @@ func heapMemory(pages int, seed uint64) *memory {
 	for len(data) < pages*page {
 		data = binary.LittleEndian.AppendUint64(data, 0x7f3a00000000+uint64(m.rng.IntN(1<<24))&^15)
 		data = binary.LittleEndian.AppendUint32(data, m.rng.Uint32N(1000))
-		data = fmt.Appendf(data, "user:%06d:session", m.rng.IntN(1e6))
+		data = append(strconv.AppendInt(append(data, "user:"...), 1e6+m.rng.Int64N(9e6), 10), ":session"...)
 		if m.rng.IntN(4) == 0 {
 			data = binary.LittleEndian.AppendUint64(data, m.rng.Uint64())
 		}

@@ -128,6 +128,8 @@ func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 		{"with a second hello", join(wire.Hello{Version: wire.Version, Attempt: 1, Migration: "m"})},
 		{"with a blob's block in a round", join(open, wire.Block{Raw: 1, Payload: []byte{1}})},
 		{"with a batch in a blob", join(blob, pagesFrame(1, 0, one))},
+		{"with copies in a blob", join(blob, wire.Copies{Runs: []wire.Copy{{PID: 1, FromPID: 1, From: page, Pages: 1}}, Sums: make([]byte, 16)})},
+		{"with copies without hashes", join(open, wire.Copies{Runs: []wire.Copy{{PID: 1, FromPID: 1, From: page, Pages: 1}}})},
 		{"with a frame over the limit", append(join(open), wire.AppendHeader(nil, wire.TypeBatch, wire.MaxBody+1)...)},
 		{"with a batch that names the kernel's half", join(open, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: 1 << 62, Pages: 1, Zero: true}}})},
 		{"with a bomb", join(open, bomb)},

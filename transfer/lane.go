@@ -35,7 +35,7 @@ type lane struct {
 
 // run sends batches until there are no more, and returns nil only when the
 // receiver has applied all of them.
-func (l *lane) run(epoch uint64) error {
+func (l *lane) run(epoch uint64, carry func(context.Context) error) error {
 	ctx := l.r.ctx
 	stream, err := l.link.conn.OpenStreamSync(ctx)
 	if err != nil {
@@ -56,7 +56,7 @@ func (l *lane) run(epoch uint64) error {
 	if err := l.write(wire.OpenRound{Epoch: epoch, Round: uint64(l.r.n)}.Append(nil)); err != nil {
 		return l.broken(err)
 	}
-	if err := l.carry(ctx); err != nil {
+	if err := carry(ctx); err != nil {
 		return l.broken(err)
 	}
 	if err := l.write(wire.EndRound{Tally: l.tally}.Append(nil)); err != nil {
@@ -69,7 +69,10 @@ func (l *lane) run(epoch uint64) error {
 	if l.err != nil {
 		return l.err
 	}
-	if l.answer.Tally != l.tally {
+	// Missed says only how many of the copies were not made.
+	applied := l.answer.Tally
+	applied.Copies, applied.Missed = applied.Copies+applied.Missed, 0
+	if applied != l.tally {
 		return &RemoteError{Code: CodeProtocol, Text: fmt.Sprintf("applied %+v of %+v", l.answer.Tally, l.tally)}
 	}
 	stop()

@@ -19,10 +19,11 @@ const chunkPages = 64
 type verdict uint8
 
 const (
-	send  verdict = iota // with its content
-	zero                 // as a zero page
-	same                 // not at all, the peer has it
-	again                // with its content, or as what changed: the peer has another version
+	send   verdict = iota // with its content
+	zero                  // as a zero page
+	same                  // not at all, the peer has it
+	again                 // with its content, or as what changed: the peer has another version
+	copyOf                // as the place of another page with its content
 )
 
 // sifted is what sift says of neighbouring pages.
@@ -48,6 +49,7 @@ type pageMemory struct {
 	known  checkpoint.Pages // in all chunks
 	// touched are the chunks with pages that wait for their acknowledgement.
 	touched []*chunk
+	index   index
 }
 
 type chunkKey struct {
@@ -173,7 +175,7 @@ func (m *pageMemory) settle(applied bool) {
 func (m *pageMemory) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.chunks, m.touched, m.known = map[chunkKey]*chunk{}, nil, 0
+	m.chunks, m.touched, m.known, m.index = map[chunkKey]*chunk{}, nil, 0, index{}
 }
 
 // pages returns how many pages the peer is known to have.

@@ -3,6 +3,7 @@ package transfer
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -182,12 +183,22 @@ func (r *receiver) pages(w *workspace) (wire.Tally, error) {
 			if err := r.apply(w, &tally); err != nil {
 				return tally, err
 			}
+		case wire.TypeCopies:
+			copies, err := wire.ParseCopies(body)
+			if err != nil {
+				return tally, err
+			}
+			if err := r.copyPages(w, copies, &tally); err != nil {
+				return tally, err
+			}
 		case wire.TypeEndRound:
 			end, err := wire.ParseEndRound(body)
 			if err != nil {
 				return tally, err
 			}
-			if end.Tally != tally {
+			done := tally
+			done.Copies, done.Missed = done.Copies+done.Missed, 0
+			if end.Tally != done {
 				return tally, &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("applied %+v of %+v", tally, end.Tally)}
 			}
 			return tally, w.end()
@@ -256,6 +267,33 @@ func (r *receiver) applyDeltas(w *workspace, s wire.Segment, deltas []byte) erro
 		}
 		if err := r.sink.PutPages(s.PID, addr-uint64(len(pages)), pages); err != nil {
 			return fmt.Errorf("pid %d %#x+%d changed pages: %w", s.PID, addr-uint64(len(pages)), len(pages)/checkpoint.PageSize, err)
+		}
+	}
+	return nil
+}
+
+// copyPages puts pages that the Sink has elsewhere. One that it has otherwise is
+// left as it is and counted: the sender then sends it.
+func (r *receiver) copyPages(w *workspace, c wire.Copies, tally *wire.Tally) error {
+	page := w.pages[:checkpoint.PageSize]
+	sums := c.Sums
+	for _, run := range c.Runs {
+		for i := range run.Pages {
+			offset := uint64(i.Bytes())
+			if err := r.sink.ReadPages(run.FromPID, run.From+offset, page); err != nil {
+				return fmt.Errorf("pid %d %#x to copy: %w", run.FromPID, run.From+offset, err)
+			}
+			sum := xxh3.Hash128Seed(page, c.Seed)
+			want := xxh3.Uint128{Hi: binary.BigEndian.Uint64(sums), Lo: binary.BigEndian.Uint64(sums[8:])}
+			sums = sums[16:]
+			if sum != want {
+				tally.Missed++
+				continue
+			}
+			if err := r.sink.PutPages(run.PID, run.Addr+offset, page); err != nil {
+				return fmt.Errorf("pid %d %#x copied: %w", run.PID, run.Addr+offset, err)
+			}
+			tally.Copies++
 		}
 	}
 	return nil

@@ -37,11 +37,18 @@ type Round struct {
 
 	claims *claims
 
+	epoch     uint64
+	links     []*link
+	readAgain func(pid checkpoint.PID, addr uint64, dst []byte) (there bool, err error)
+	copiesMu  sync.Mutex
+	copies    []copied // pages that were left out
+
 	gate   sync.RWMutex // held for reading by Pages and Zero
 	closed bool
 
 	pages, read, zeros, unchanged, sent, deltas atomic.Int64                    // pages
 	encoded                                     [encoding.Zstd + 1]atomic.Int64 // whole pages of sent, by encoding
+	copiesSent                                  atomic.Int64                    // beside sent
 	bytes                                       atomic.Int64
 }
 
@@ -51,9 +58,10 @@ type RoundStats struct {
 	// Pages came, as pages or as zero; of those Zeros were sent as zero, Unchanged
 	// not at all, and Sent with their content.
 	Pages, Zeros, Unchanged, Sent checkpoint.Pages
-	// Of those sent, Deltas went as what changed in them, the others whole, in
-	// batches of these encodings.
-	Deltas, Raw, S2, Zstd checkpoint.Pages
+	// Of those sent, Copies went as the place of a page with the same content,
+	// Deltas as what changed in them, the others whole, in batches of these
+	// encodings.
+	Copies, Deltas, Raw, S2, Zstd checkpoint.Pages
 	// BytesRaw is what came as pages, BytesSent what went into the streams.
 	BytesRaw, BytesSent checkpoint.Bytes
 	Duration            time.Duration
@@ -108,7 +116,7 @@ func (s *Session) Round(ctx context.Context, n int) (*Round, error) {
 	s.mu.Unlock()
 
 	r := &Round{
-		s: s, n: n, began: time.Now(),
+		s: s, n: n, began: time.Now(), epoch: epoch, links: links,
 		// One batch in the hands of each lane, one waiting for it, one being filled.
 		free:    make(chan *batch, 3*s.opt.Streams),
 		partial: make(chan *batch, 3*s.opt.Streams),
@@ -123,7 +131,7 @@ func (s *Session) Round(ctx context.Context, n int) (*Round, error) {
 	r.lanes, r.ctx = errgroup.WithContext(r.outer)
 	for i := range s.opt.Streams {
 		l := &lane{r: r, link: links[i%len(links)], encoder: &s.encoders[i], answered: make(chan struct{})}
-		r.lanes.Go(func() error { return l.run(epoch) })
+		r.lanes.Go(func() error { return l.run(epoch, l.carry) })
 	}
 	return r, nil
 }
@@ -143,6 +151,7 @@ func (r *Round) Pages(pid checkpoint.PID, addr uint64, data []byte) error {
 			room := chunkPages - int(addr/checkpoint.PageSize%chunkPages)
 			piece := data[:min(len(data), room*checkpoint.PageSize)]
 			count := r.s.memory.sift(pid, addr, piece, &out)
+			r.leaveOut(pid, addr, count, &out)
 			for i := 0; i < count; {
 				end := i + 1
 				for end < count && out.verdicts[end] == out.verdicts[i] {
@@ -171,6 +180,8 @@ func (r *Round) Pages(pid checkpoint.PID, addr uint64, data []byte) error {
 // it when b becomes full.
 func (r *Round) put(b *batch, run wire.Segment, v verdict, content []byte) (*batch, error) {
 	switch v {
+	case copyOf:
+		return b, nil // its turn comes in Close
 	case same:
 		r.unchanged.Add(int64(run.Pages))
 		return b, nil
@@ -334,6 +345,11 @@ func (r *Round) Close() (RoundStats, error) {
 	if err == nil {
 		err = context.Cause(r.outer)
 	}
+	if err == nil && len(r.copies) > 0 {
+		if err = r.refer(); err == nil {
+			err = context.Cause(r.outer)
+		}
+	}
 	if err == nil {
 		r.s.memory.acknowledge()
 	} else {
@@ -396,7 +412,8 @@ func (r *Round) stats() RoundStats {
 		Pages:     checkpoint.Pages(r.pages.Load()),
 		Zeros:     checkpoint.Pages(r.zeros.Load()),
 		Unchanged: checkpoint.Pages(r.unchanged.Load()),
-		Sent:      checkpoint.Pages(r.sent.Load()),
+		Sent:      checkpoint.Pages(r.sent.Load() + r.copiesSent.Load()),
+		Copies:    checkpoint.Pages(r.copiesSent.Load()),
 		Deltas:    checkpoint.Pages(r.deltas.Load()),
 		Raw:       checkpoint.Pages(r.encoded[encoding.Raw].Load()),
 		S2:        checkpoint.Pages(r.encoded[encoding.S2].Load()),

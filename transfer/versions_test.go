@@ -183,7 +183,7 @@ func TestADeltaOfAPageThatTheReceiverHasOtherwiseIsNotStored(t *testing.T) {
 }
 
 // TestWhateverBreaksTheContentIsRight plays rounds with errors, holes, lost links
-// and pages that change a little, much, or not: after each round that was
+// and pages that change a little, much, not, or into copies of others: after each round that was
 // acknowledged, the sink has the source's memory.
 func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 	const pages = 120
@@ -195,7 +195,7 @@ func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 	for i := range dirty {
 		dirty[i] = true
 	}
-	deltas, brokenRounds := checkpoint.Pages(0), 0
+	deltas, copies, brokenRounds := checkpoint.Pages(0), checkpoint.Pages(0), 0
 	for n := range 120 {
 		for i := range pages {
 			switch k := m.rng.IntN(20); {
@@ -204,6 +204,9 @@ func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 				dirty[i] = true
 			case k == 6:
 				fillNoise(m.procs[1][i*page:(i+1)*page], m.rng.Uint64())
+				dirty[i] = true
+			case k == 8:
+				copy(m.procs[1][i*page:(i+1)*page], m.procs[1][m.rng.IntN(pages)*page:])
 				dirty[i] = true
 			case k == 7:
 				clear(m.procs[1][i*page : (i+1)*page])
@@ -217,6 +220,9 @@ func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 		r, err := s.Round(t.Context(), n)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if m.rng.IntN(3) > 0 {
+			r.ReadAgain(m.readAgain)
 		}
 		for i := 0; i < pages && err == nil; i++ {
 			content := m.procs[1][i*page : (i+1)*page]
@@ -240,7 +246,7 @@ func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 			}
 			continue
 		}
-		deltas += stats.Deltas
+		deltas, copies = deltas+stats.Deltas, copies+stats.Copies
 		clear(dirty)
 		sink.equal(t, m)
 		if m.rng.IntN(10) == 0 {
@@ -249,8 +255,8 @@ func TestWhateverBreaksTheContentIsRight(t *testing.T) {
 			}
 		}
 	}
-	if deltas < 500 || brokenRounds < 5 {
-		t.Errorf("%d deltas and %d broken rounds: the test did not meet what it is about", deltas, brokenRounds)
+	if deltas < 500 || copies < 50 || brokenRounds < 5 {
+		t.Errorf("%d deltas, %d copies and %d broken rounds: the test did not meet what it is about", deltas, copies, brokenRounds)
 	}
 }
 

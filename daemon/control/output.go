@@ -237,6 +237,8 @@ type PagesAs struct {
 	Zstd      int64 `json:"zstd"`
 	// Delta pages went as what had changed in them.
 	Delta int64 `json:"delta"`
+	// Copy pages went as the place of another page with the same content.
+	Copy int64 `json:"copy"`
 }
 
 // Migration is one migration, under way or ended.
@@ -288,7 +290,7 @@ func MigrationOf(m *v1.Migration) Migration {
 }
 
 func pagesAsOf(m *v1.PagesAs) PagesAs {
-	return PagesAs{Unchanged: m.GetUnchanged(), Raw: m.GetRaw(), S2: m.GetS2(), Zstd: m.GetZstd(), Delta: m.GetDelta()}
+	return PagesAs{Unchanged: m.GetUnchanged(), Raw: m.GetRaw(), S2: m.GetS2(), Zstd: m.GetZstd(), Delta: m.GetDelta(), Copy: m.GetCopy()}
 }
 
 // Step is a part of a blackout.

@@ -211,10 +211,11 @@ func (in *incoming) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error
 		return err
 	}
 	defer in.sinks.Done()
-	if in.store == nil {
-		return errors.New("pages are asked for before prepare")
+	store, err := in.storeOf(pid)
+	if err != nil {
+		return err
 	}
-	return in.store.ReadPages(pid, addr, dst)
+	return store.ReadPages(pid, addr, dst)
 }
 
 // ZeroPages forgets what was kept for a range: it reads as zero.

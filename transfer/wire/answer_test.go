@@ -12,7 +12,7 @@ func TestAnswer(t *testing.T) {
 		name string
 		a    Answer
 	}{
-		{"that all was applied", Answer{Tally: Tally{3, 2, 1}}},
+		{"that all was applied", Answer{Tally: Tally{3, 2, 1, 5, 4}}},
 		{"that a blob was read", Answer{Bytes: math.MaxInt64}},
 		{"that it was not", Answer{Code: strings.Repeat("c", MaxCode), Text: strings.Repeat("ä", MaxText/2)}},
 	}

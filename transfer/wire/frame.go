@@ -5,7 +5,7 @@
 // shortest form, so that every frame has one encoding.
 //
 // A session's first stream carries Hello and is answered by Welcome. A stream
-// of a round carries OpenRound, Batch…, EndRound and is answered by Answer; a
+// of a round carries OpenRound, Batch… or Copies…, EndRound and is answered by Answer; a
 // stream of a blob OpenBlob, Block…, EndBlob, Answer.
 package wire
 
@@ -23,7 +23,7 @@ import (
 
 // Version is the protocol's version. Two hosts must speak the same one: both
 // run the same release while a shard moves.
-const Version = 4
+const Version = 5
 
 // Type is the first byte of a frame.
 type Type byte
@@ -39,6 +39,7 @@ const (
 	TypeBlock     Type = 0x07
 	TypeEndBlob   Type = 0x08
 	TypeAnswer    Type = 0x09
+	TypeCopies    Type = 0x0a
 )
 
 func (t Type) String() string {
@@ -90,6 +91,7 @@ var frames = map[Type]struct {
 	TypeBlock:     {"block", maxBlockHeader + MaxRaw},
 	TypeEndBlob:   {"end of blob", maxSmall},
 	TypeAnswer:    {"answer", maxSmall},
+	TypeCopies:    {"copies", 8 + 3 + MaxCopies*(2*(5+7)+3+sumLen)},
 }
 
 var (

@@ -41,6 +41,8 @@ func parse(t Type, body []byte) (frame, error) {
 		return ParseEndBlob(body)
 	case TypeAnswer:
 		return ParseAnswer(body)
+	case TypeCopies:
+		return ParseCopies(body)
 	}
 	return nil, ErrMalformed
 }
@@ -141,7 +143,7 @@ func TestAnUnknownFrameIsRefusedBeforeItsLengthArrives(t *testing.T) {
 }
 
 func TestReadFrameUsesTheBufferItIsGiven(t *testing.T) {
-	raw := EndRound{Tally{1, 2, 3}}.Append(nil)
+	raw := EndRound{Tally{1, 2, 3, 4, 5}}.Append(nil)
 	buf := make([]byte, 0, 100)
 	_, body, grown, err := ReadFrame(bufio.NewReader(bytes.NewReader(raw)), buf)
 	if err != nil {
@@ -215,10 +217,12 @@ func samples() []frame {
 			Segments: []Segment{{PID: 1, Addr: 0x1000, Pages: 2, Delta: 40}, {PID: 1, Addr: 0x9000, Pages: 1}},
 			Block:    Block{Encoding: 2, Sum: 42, Raw: 4136, Payload: []byte("short")},
 		},
-		EndRound{Tally{1, 2, 3}},
+		EndRound{Tally{1, 2, 3, 4, 5}},
 		OpenBlob{Kind: "image", Name: "core-1.img", Size: -1},
 		Block{Encoding: 0, Sum: 7, Raw: 5, Payload: []byte("bytes")},
 		EndBlob{Bytes: 5},
 		Answer{Code: "sink", Text: "no space left", Bytes: 3},
+		Answer{Tally: Tally{Copies: 4, Missed: 1}},
+		copiesOf(Copy{PID: 1, Addr: 0x1000, FromPID: 2, From: 0x9000, Pages: 2}),
 	}
 }
