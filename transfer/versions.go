@@ -23,6 +23,8 @@ const (
 	// sixteen was worth it, one page in dormantEvery goes on being watched.
 	verdictWindow = 256
 	dormantEvery  = 16
+
+	slabPages = 64
 )
 
 // versions keeps the last content of pages that were sent more than once, to
@@ -36,6 +38,9 @@ type versions struct {
 	// hand walks over keys, to find versions that nobody replaces.
 	keys []versionKey
 	hand int
+	// slab is what new versions are cut from: one by one, Go would give each a
+	// fifth more than it needs.
+	slab []byte
 	// round counts rounds that gave something.
 	round uint64
 
@@ -51,7 +56,7 @@ type versionKey struct {
 type version struct {
 	hash  xxh3.Uint128
 	round uint64 // in which it was put
-	data  [checkpoint.PageSize]byte
+	data  []byte // a page of a slab
 }
 
 // nextRound ages what is kept.
@@ -74,7 +79,7 @@ func (v *versions) delta(dst []byte, pid checkpoint.PID, addr uint64, base, hash
 	old := v.pages[key]
 	won := false
 	if old != nil && old.hash == base {
-		dst, won = encoding.AppendDelta(dst, old.data[:], now)
+		dst, won = encoding.AppendDelta(dst, old.data, now)
 		v.judge(won)
 	}
 	if old == nil {
@@ -83,7 +88,7 @@ func (v *versions) delta(dst []byte, pid checkpoint.PID, addr uint64, base, hash
 		}
 	}
 	old.hash, old.round = hash, v.round
-	copy(old.data[:], now)
+	copy(old.data, now)
 	return dst, won
 }
 
@@ -108,7 +113,11 @@ func (v *versions) room(key versionKey, known checkpoint.Pages) *version {
 		if v.pages == nil {
 			v.pages = map[versionKey]*version{}
 		}
-		p := new(version)
+		if len(v.slab) == 0 {
+			v.slab = make([]byte, slabPages*checkpoint.PageSize)
+		}
+		p := &version{data: v.slab[:checkpoint.PageSize:checkpoint.PageSize]}
+		v.slab = v.slab[checkpoint.PageSize:]
 		v.keys = append(v.keys, key)
 		v.pages[key] = p
 		return p
