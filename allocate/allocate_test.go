@@ -28,8 +28,10 @@ func known(cpu, memory float64) (d Demand) {
 }
 
 func shard(id string, priority int, d Demand) Shard {
-	return Shard{ID: ShardID(id), Workload: Workload(id), Tenant: "t", Priority: priority, Demand: d, Bytes: 1e9,
-		Usage: Amount{CPU: float64(d[0][CPU][1]), Memory: float64(d[0][Memory][1])}, SampledAt: t0}
+	return Shard{
+		ID: ShardID(id), Workload: Workload(id), Tenant: "t", Priority: priority, Demand: d, Bytes: 1e9,
+		Usage: Amount{CPU: float64(d[0][CPU][1]), Memory: float64(d[0][Memory][1])}, SampledAt: t0,
+	}
 }
 
 func testHost(id string, cpu float64) Host {

@@ -48,8 +48,10 @@ func NewPlanner(id HostID, cfg Config, seed uint64) (*Planner, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, fmt.Errorf("planner of %s: %w", id, err)
 	}
-	return &Planner{cfg: cfg, id: id, rng: rand.New(rand.NewPCG(seed, hash(string(id)))),
-		notes: map[ShardID]noted{}, out: map[ShardID]flight{}, errors: map[Workload]float64{}}, nil
+	return &Planner{
+		cfg: cfg, id: id, rng: rand.New(rand.NewPCG(seed, hash(string(id)))),
+		notes: map[ShardID]noted{}, out: map[ShardID]flight{}, errors: map[Workload]float64{},
+	}, nil
 }
 
 func hash(s string) uint64 {
@@ -269,8 +271,10 @@ func (r *turn) leave(id ShardID) {
 // move puts s into the plan and its demand out of the host's.
 func (r *turn) move(s *Shard, why Reason, benefit float64, cost MoveCost) {
 	p := r.p
-	r.plan.Moves = append(r.plan.Moves, Move{Shard: s.ID, Priority: s.Priority, From: p.id, Targets: append([]Candidate(nil), p.cands...),
-		Reason: why, Benefit: benefit, Price: p.cfg.price(cost, s.Priority), Bytes: cost.Bytes, Takes: cost.Takes, Blackout: cost.Blackout})
+	r.plan.Moves = append(r.plan.Moves, Move{
+		Shard: s.ID, Priority: s.Priority, From: p.id, Targets: append([]Candidate(nil), p.cands...),
+		Reason: why, Benefit: benefit, Price: p.cfg.price(cost, s.Priority), Bytes: cost.Bytes, Takes: cost.Takes, Blackout: cost.Blackout,
+	})
 	p.sum.add(s.Workload, &s.Demand, -1)
 	p.sumOf = 0 // it may be refused
 	r.strain = p.sum.strain(&r.v.Host.Capacity)

@@ -53,14 +53,13 @@ func (n *none) bestFit(load []float64, i int, limit float64, skip func(h int) bo
 }
 
 // shift starts a move and keeps the loads up to date.
-func (n *none) shift(load []float64, i, to int, reason string) bool {
+func (n *none) shift(load []float64, i, to int, reason string) {
 	from := n.w.state[i].host
 	if !n.w.start(i, to, reason) {
-		return false
+		return
 	}
 	load[from] -= n.w.sample(i)
 	load[to] += n.w.sample(i)
-	return true
 }
 
 // reactive is the static threshold policy of Beloglazov & Buyya 2012 (THR,
@@ -277,8 +276,8 @@ func (p *drs) improve(load []float64) bool {
 			continue
 		}
 		a, b := w.hosts[high].cpu, w.hosts[low].cpu
-		before := math.Pow(load[high]/a, 2) + math.Pow(load[low]/b, 2)
-		after := math.Pow((load[high]-p.mean[i])/a, 2) + math.Pow((load[low]+p.mean[i])/b, 2)
+		before := square(load[high]/a) + square(load[low]/b)
+		after := square((load[high]-p.mean[i])/a) + square((load[low]+p.mean[i])/b)
 		g := before - after - drsGain*w.cost(i, high, low).Takes.Seconds()
 		if g > gain {
 			best, to, gain = i, low, g
@@ -315,3 +314,5 @@ func (p *drs) spare(load []float64) {
 func (w *world) date() time.Time {
 	return origin.Add(time.Duration(w.sc.Warmup)).Add(time.Duration(w.now * 1e9))
 }
+
+func square(x float64) float64 { return x * x }

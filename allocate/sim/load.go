@@ -86,8 +86,10 @@ func (s *Scenario) loads(rng *rand.Rand) ([]spec, error) {
 
 func (g *ShardGroup) shard(i int, workload string) spec {
 	size := g.Sizes[i%len(g.Sizes)]
-	sp := spec{id: fmt.Sprintf("%s/%d", g.Name, i), workload: workload, tenant: g.Tenant,
-		priority: g.Priorities[i%len(g.Priorities)], cpu: size.CPU, mem: float64(size.Memory), dirty: g.Dirty, limit: g.Limit * size.CPU, scale: 1}
+	sp := spec{
+		id: fmt.Sprintf("%s/%d", g.Name, i), workload: workload, tenant: g.Tenant,
+		priority: g.Priorities[i%len(g.Priorities)], cpu: size.CPU, mem: float64(size.Memory), dirty: g.Dirty, limit: g.Limit * size.CPU, scale: 1,
+	}
 	if sp.tenant == "" {
 		sp.tenant = workload
 	}

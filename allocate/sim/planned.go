@@ -46,9 +46,11 @@ type node struct {
 }
 
 func newPlanned(w *world, oracle bool, clock func() time.Duration) (*planned, error) {
-	p := &planned{w: w, oracle: oracle, clock: clock, rng: rand.New(rand.NewPCG(w.sc.Seed, 3)),
+	p := &planned{
+		w: w, oracle: oracle, clock: clock, rng: rand.New(rand.NewPCG(w.sc.Seed, 3)),
 		nodes: make([]node, len(w.hosts)), peers: make([]allocate.Peer, len(w.hosts)), plans: make([]allocate.Plan, len(w.hosts)),
-		demands: make([]allocate.Demand, len(w.specs))}
+		demands: make([]allocate.Demand, len(w.specs)),
+	}
 	cfg := allocate.Config{Consolidate: w.sc.Consolidate}
 	for h := range w.hosts {
 		x, n := &w.hosts[h], &p.nodes[h]
@@ -57,8 +59,10 @@ func newPlanned(w *world, oracle bool, clock func() time.Duration) (*planned, er
 			return nil, err
 		}
 		n.planner, n.ledger = planner, allocate.NewLedger(planner.Config())
-		n.view.Host = allocate.Host{ID: allocate.HostID(x.name), Cost: x.cost, Link: x.link,
-			Capacity: allocate.Amount{allocate.CPU: w.room(h), allocate.Memory: x.mem}}
+		n.view.Host = allocate.Host{
+			ID: allocate.HostID(x.name), Cost: x.cost, Link: x.link,
+			Capacity: allocate.Amount{allocate.CPU: w.room(h), allocate.Memory: x.mem},
+		}
 		n.view.Peers = pool{p}
 		p.order = append(p.order, h)
 		n.told = allocate.Peer{Host: n.view.Host, Shards: len(x.shards)}
@@ -87,8 +91,10 @@ func newPlanned(w *world, oracle bool, clock func() time.Duration) (*planned, er
 // add puts shard i into the view of host h.
 func (p *planned) add(i, h int) {
 	s, st := &p.w.specs[i], &p.w.state[i]
-	v := allocate.Shard{ID: allocate.ShardID(s.id), Workload: allocate.Workload(s.workload), Tenant: allocate.Tenant(s.tenant), Priority: s.priority,
-		Request: allocate.Amount{allocate.CPU: s.cpu, allocate.Memory: p.w.memoryOf(i)}, Bytes: s.mem}
+	v := allocate.Shard{
+		ID: allocate.ShardID(s.id), Workload: allocate.Workload(s.workload), Tenant: allocate.Tenant(s.tenant), Priority: s.priority,
+		Request: allocate.Amount{allocate.CPU: s.cpu, allocate.Memory: p.w.memoryOf(i)}, Bytes: s.mem,
+	}
 	v.Limit[allocate.CPU] = st.limit
 	if st.movedAt > never {
 		v.MovedAt = p.w.date()
@@ -271,8 +277,10 @@ func (p *planned) ask(now time.Time, to int, req allocate.Request) *allocate.Vet
 	if wait := p.w.hosts[to].linkFree - p.w.now; wait > 0 {
 		req.Takes += time.Duration(wait * 1e9)
 	}
-	_, veto := t.ledger.Reserve(now, allocate.Own{Host: &t.view.Host, Shards: t.view.Shards,
-		Leaving: t.planner.Leaving(), Correlation: t.planner.Correlation()}, req)
+	_, veto := t.ledger.Reserve(now, allocate.Own{
+		Host: &t.view.Host, Shards: t.view.Shards,
+		Leaving: t.planner.Leaving(), Correlation: t.planner.Correlation(),
+	}, req)
 	return veto
 }
 
@@ -366,9 +374,11 @@ func (p *planned) revived([]int) { p.tell() }
 func (p *planned) revive(i int) int {
 	w := p.w
 	s := &w.specs[i]
-	req := allocate.Request{Reason: allocate.Overload, Shard: allocate.Shard{ID: allocate.ShardID(s.id), Workload: allocate.Workload(s.workload),
+	req := allocate.Request{Reason: allocate.Overload, Shard: allocate.Shard{
+		ID: allocate.ShardID(s.id), Workload: allocate.Workload(s.workload),
 		Tenant: allocate.Tenant(s.tenant), Priority: s.priority, Demand: p.demands[i], Bytes: s.mem,
-		Usage: allocate.Amount{allocate.CPU: w.sample(i), allocate.Memory: w.memoryOf(i)}}}
+		Usage: allocate.Amount{allocate.CPU: w.sample(i), allocate.Memory: w.memoryOf(i)},
+	}}
 	for _, from := range [][]int{p.busy, p.idle} {
 		for range min(len(from), 16) {
 			h := from[p.rng.IntN(len(from))]

@@ -98,15 +98,19 @@ func newWorld(sc *Scenario, specs []spec, policy string) (*world, error) {
 			curve = &c
 		}
 		for range g.Count {
-			w.hosts = append(w.hosts, host{name: fmt.Sprintf("%s-%d", g.Name, len(w.hosts)), cpu: g.CPU, mem: float64(g.Memory),
-				link: float64(g.Link) * sc.LinkShare, cost: g.Cost, curve: curve, up: true})
+			w.hosts = append(w.hosts, host{
+				name: fmt.Sprintf("%s-%d", g.Name, len(w.hosts)), cpu: g.CPU, mem: float64(g.Memory),
+				link: float64(g.Link) * sc.LinkShare, cost: g.Cost, curve: curve, up: true,
+			})
 		}
 	}
 	for i := range specs {
 		w.state = append(w.state, shardState{host: -1, target: -1, movedAt: never, last: -1, limit: specs[i].limit, downAt: never})
 	}
-	w.report = Report{Scenario: sc.Name, Policy: policy, Seed: sc.Seed, Hosts: len(w.hosts), Shards: len(specs), DurationS: time.Duration(sc.Duration).Seconds(),
-		UnderServed: map[string]float64{}, MovesByReason: map[string]int{}, VetoedBy: map[string]int{}}
+	w.report = Report{
+		Scenario: sc.Name, Policy: policy, Seed: sc.Seed, Hosts: len(w.hosts), Shards: len(specs), DurationS: time.Duration(sc.Duration).Seconds(),
+		UnderServed: map[string]float64{}, MovesByReason: map[string]int{}, VetoedBy: map[string]int{},
+	}
 	if err := w.place(); err != nil {
 		return nil, err
 	}

@@ -47,7 +47,8 @@ func TestExternalsOfMirrorsWhatRuncRestores(t *testing.T) {
 		Linux: &specs.Linux{
 			MaskedPaths: []string{"/proc/kcore", "/proc/acpi", "/proc/gone"},
 			Namespaces: []specs.LinuxNamespace{
-				{Type: specs.PIDNamespace}, {Type: specs.CgroupNamespace},
+				{Type: specs.PIDNamespace},
+				{Type: specs.CgroupNamespace},
 				{Type: specs.NetworkNamespace, Path: "/proc/self/ns/net"},
 			},
 		},

@@ -106,8 +106,10 @@ func dump(t *testing.T) string {
 		return WriteProcessTree(w, []Task{{PID: 7, Threads: []checkpoint.PID{7}}, {PID: 8, Threads: []checkpoint.PID{8}}})
 	})
 	area := func(from, to uint64, flags uint32) *vma.VmaEntry {
-		return &vma.VmaEntry{Start: proto.Uint64(from * page), End: proto.Uint64(to * page), Pgoff: proto.Uint64(0), Shmid: proto.Uint64(0),
-			Prot: proto.Uint32(3), Flags: proto.Uint32(flags), Status: proto.Uint32(uint32(Regular)), Fd: proto.Int64(-1)}
+		return &vma.VmaEntry{
+			Start: proto.Uint64(from * page), End: proto.Uint64(to * page), Pgoff: proto.Uint64(0), Shmid: proto.Uint64(0),
+			Prot: proto.Uint32(3), Flags: proto.Uint32(flags), Status: proto.Uint32(uint32(Regular)), Fd: proto.Int64(-1),
+		}
 	}
 	zero := proto.Uint64(0)
 	put("mm-7.img", message(mmMagic, &mm.MmEntry{
@@ -116,8 +118,10 @@ func dump(t *testing.T) string {
 		Vmas: []*vma.VmaEntry{area(0x10, 0x20, mapPrivate), area(0x20, 0x30, mapPrivate|mapAnonymous)},
 	}))
 	reg := core_x86.UserX86RegsEntry{}
-	for _, f := range []**uint64{&reg.R15, &reg.R14, &reg.R13, &reg.R12, &reg.Bp, &reg.Bx, &reg.R11, &reg.R10, &reg.R9, &reg.R8, &reg.Ax,
-		&reg.Cx, &reg.Dx, &reg.Si, &reg.Di, &reg.OrigAx, &reg.Ip, &reg.Cs, &reg.Flags, &reg.Ss, &reg.FsBase, &reg.GsBase, &reg.Ds, &reg.Es, &reg.Fs, &reg.Gs} {
+	for _, f := range []**uint64{
+		&reg.R15, &reg.R14, &reg.R13, &reg.R12, &reg.Bp, &reg.Bx, &reg.R11, &reg.R10, &reg.R9, &reg.R8, &reg.Ax,
+		&reg.Cx, &reg.Dx, &reg.Si, &reg.Di, &reg.OrigAx, &reg.Ip, &reg.Cs, &reg.Flags, &reg.Ss, &reg.FsBase, &reg.GsBase, &reg.Ds, &reg.Es, &reg.Fs, &reg.Gs,
+	} {
 		*f = zero
 	}
 	reg.Sp = proto.Uint64(0x21*page + 0x123)
@@ -127,7 +131,9 @@ func dump(t *testing.T) string {
 	put("core-7.img", message(coreMagic, &criucore.CoreEntry{Mtype: &march, ThreadInfo: &core_x86.ThreadInfoX86{ClearTidAddr: zero, Gpregs: &reg, Fpregs: &fp}}))
 	put("pagemap-7.img", func(w io.Writer) error {
 		return WritePagemap(w, Pagemap{PagesID: 3, Runs: []Run{
-			{Addr: 0x10 * page, Pages: 1, Flags: Parent}, {Addr: 0x11 * page, Pages: 2, Flags: Present}, {Addr: 0x13 * page, Pages: 1, Flags: Parent},
+			{Addr: 0x10 * page, Pages: 1, Flags: Parent},
+			{Addr: 0x11 * page, Pages: 2, Flags: Present},
+			{Addr: 0x13 * page, Pages: 1, Flags: Parent},
 			{Addr: 0x20 * page, Pages: 4, Flags: Parent},
 		}})
 	})

@@ -51,7 +51,7 @@ func decode(r io.Reader) ([]any, error) {
 	var out []any
 	for {
 		f, err := fr.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return out, nil
 		}
 		if err != nil {
@@ -77,12 +77,17 @@ var (
 func TestFramesRoundTrip(t *testing.T) {
 	frames := []any{
 		header{Base: passID{9}, ID: passID{1}},
-		removal{"gone"}, removal{"new\nline/\xff"},
-		entry{Mode: unix.S_IFDIR | 0o755}, aDir, aFile,
-		data{0, []byte("xyz")}, zero{3, 100}, data{1<<20 - 1, []byte{7}},
+		removal{"gone"},
+		removal{"new\nline/\xff"},
+		entry{Mode: unix.S_IFDIR | 0o755},
+		aDir, aFile,
+		data{0, []byte("xyz")},
+		zero{3, 100},
+		data{1<<20 - 1, []byte{7}},
 		entry{Path: "l", Fresh: true, Mode: unix.S_IFLNK | 0o777, Target: "../../etc/passwd"},
 		entry{Path: "w", Fresh: true, Mode: unix.S_IFCHR},
-		link{"c", "a/b"}, end{},
+		link{"c", "a/b"},
+		end{},
 	}
 	got, err := decode(bytes.NewReader(script(t, frames...)))
 	if err != nil {

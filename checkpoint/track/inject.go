@@ -267,7 +267,7 @@ func (t *tracee) close(pc uint64, fd int) error {
 // that restarts an interrupted call, with the time it had left, or returns EINTR
 // because a handler runs.
 func (t *tracee) restore(regs *registers, mask uint64) error {
-	if err := ptrace(unix.PTRACE_INTERRUPT, t.tid, 0, 0); err != nil {
+	if err := ptrace(unix.PTRACE_INTERRUPT, t.tid, 0); err != nil {
 		return fmt.Errorf("interrupt thread %d: %w", t.tid, procError(err))
 	}
 	var signal unix.Signal
@@ -288,7 +288,7 @@ func (t *tracee) restore(regs *registers, mask uint64) error {
 }
 
 func (t *tracee) resume(request int, signal unix.Signal) (unix.WaitStatus, error) {
-	if err := ptrace(request, t.tid, 0, uintptr(signal)); err != nil {
+	if err := ptrace(request, t.tid, uintptr(signal)); err != nil {
 		return 0, fmt.Errorf("resume thread %d: %w", t.tid, procError(err))
 	}
 	return t.wait(0)

@@ -65,7 +65,7 @@ func seize(tid int) (*tracee, error) {
 	// Without PTRACE_O_EXITKILL: the shard outlives the daemon. With seccomp
 	// suspended, because a filter may kill for the calls that are injected.
 	const options = unix.PTRACE_O_SUSPEND_SECCOMP | unix.PTRACE_O_TRACESYSGOOD
-	err := ptrace(unix.PTRACE_SEIZE, tid, 0, options)
+	err := ptrace(unix.PTRACE_SEIZE, tid, options)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
 		// A kernel without CONFIG_CHECKPOINT_RESTORE, or a daemon under seccomp
 		// itself, cannot suspend filters; most threads have none.
@@ -83,7 +83,7 @@ func seize(tid int) (*tracee, error) {
 		case tracer != "0":
 			return nil, ErrTraced
 		case mode == "0":
-			err = ptrace(unix.PTRACE_SEIZE, tid, 0, unix.PTRACE_O_TRACESYSGOOD)
+			err = ptrace(unix.PTRACE_SEIZE, tid, unix.PTRACE_O_TRACESYSGOOD)
 		}
 	}
 	if err != nil {
@@ -91,7 +91,7 @@ func seize(tid int) (*tracee, error) {
 	}
 	t := &tracee{tid: tid}
 	deadline := time.Now().Add(stopTimeout)
-	if err := ptrace(unix.PTRACE_INTERRUPT, tid, 0, 0); err != nil {
+	if err := ptrace(unix.PTRACE_INTERRUPT, tid, 0); err != nil {
 		return nil, fmt.Errorf("interrupt thread %d: %w", tid, procError(err))
 	}
 	for {
@@ -103,7 +103,7 @@ func seize(tid int) (*tracee, error) {
 			break
 		}
 		// A signal was about to be delivered before the interrupt was seen.
-		if err := ptrace(unix.PTRACE_CONT, tid, 0, uintptr(status.StopSignal())); err != nil {
+		if err := ptrace(unix.PTRACE_CONT, tid, uintptr(status.StopSignal())); err != nil {
 			return nil, fmt.Errorf("pass a signal to thread %d: %w", tid, procError(err))
 		}
 	}
@@ -130,7 +130,7 @@ func trapped(status unix.WaitStatus) bool {
 // detach lets the thread go. If its process is in a group stop, the kernel
 // stops it again (kernel/ptrace.c, __ptrace_unlink).
 func (t *tracee) detach() error {
-	if err := ptrace(unix.PTRACE_DETACH, t.tid, 0, 0); err != nil {
+	if err := ptrace(unix.PTRACE_DETACH, t.tid, 0); err != nil {
 		return fmt.Errorf("detach from thread %d: %w", t.tid, procError(err))
 	}
 	return nil
@@ -210,8 +210,8 @@ func (t *tracee) setRegisters(r *registers) error {
 
 const ntPRStatus = 1 // NT_PRSTATUS, include/uapi/linux/elf.h
 
-func ptrace(request, tid int, addr, data uintptr) error {
-	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), addr, data, 0, 0)
+func ptrace(request, tid int, data uintptr) error {
+	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), 0, data, 0, 0)
 	if errno != 0 {
 		return errno
 	}

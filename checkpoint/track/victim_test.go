@@ -346,7 +346,7 @@ func startStress(seed uint64) *stress {
 		for i := 0; !s.ending.Load(); i++ {
 			keep[i%16] = make([]byte, 64<<10)
 			keep[i%16][i%1000] = byte(i)
-			time.Sleep(200 * time.Microsecond)
+			time.Sleep(200 * time.Microsecond) //nolint:forbidigo // a load's pace
 		}
 	})
 	return s
@@ -422,7 +422,7 @@ func (s *stress) mutate(rng *rand.Rand) {
 			writePages(uint64(addr), uint64(length), stamp)
 		}
 		if stamp%32 == 0 {
-			time.Sleep(100 * time.Microsecond) // leave a processor to the tracker
+			time.Sleep(100 * time.Microsecond) //nolint:forbidigo // leave a processor to the tracker
 		}
 	}
 }

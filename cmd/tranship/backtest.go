@@ -262,8 +262,10 @@ func summaryRows(summary []backtest.Summary) [][]string {
 	number := func(v float64) string { return strconv.FormatFloat(v, 'f', 3, 64) }
 	rows := make([][]string, 0, len(summary))
 	for _, s := range summary {
-		rows = append(rows, []string{s.Group, s.Target, (time.Duration(s.HorizonS) * time.Second).String(), s.Model, strconv.Itoa(s.Series),
-			number(s.MASE), number(s.Pinball["0.9"]), number(s.Pinball["0.95"]), number(s.Coverage["0.9"]), number(s.Coverage["0.95"])})
+		rows = append(rows, []string{
+			s.Group, s.Target, (time.Duration(s.HorizonS) * time.Second).String(), s.Model, strconv.Itoa(s.Series),
+			number(s.MASE), number(s.Pinball["0.9"]), number(s.Pinball["0.95"]), number(s.Coverage["0.9"]), number(s.Coverage["0.95"]),
+		})
 	}
 	return rows
 }

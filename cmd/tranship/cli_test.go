@@ -45,8 +45,10 @@ func startDaemon(t *testing.T) *daemon {
 	control.Mount(mux, control.Services{
 		Node: "host-1", Runtime: &d.fakeRuntime,
 		Self: func(context.Context) *v1.Node {
-			return &v1.Node{Name: "host-1", Self: true, State: control.NodeAlive, Cpus: 2, MemoryTotalBytes: 8 << 30,
-				Versions: &v1.Versions{Tranship: "1.2.3", Protocol: 1}}
+			return &v1.Node{
+				Name: "host-1", Self: true, State: control.NodeAlive, Cpus: 2, MemoryTotalBytes: 8 << 30,
+				Versions: &v1.Versions{Tranship: "1.2.3", Protocol: 1},
+			}
 		},
 	})
 	mux.Handle(transhipv1connect.NewMigrationsHandler(d))

@@ -148,9 +148,11 @@ func printSimulation(cmd *cobra.Command, doc *simulateDocument) error {
 		for _, p := range []string{"0", "1", "2", "3", "4", "5", "6", "7", "8", "9"} { // in order: a sum must not depend on a map's
 			under += r.UnderServed[p]
 		}
-		rows = append(rows, []string{r.Policy, number(r.OverloadHostMinutes, 0) + " min", number(under, 0) + " min", strconv.Itoa(r.Moves),
+		rows = append(rows, []string{
+			r.Policy, number(r.OverloadHostMinutes, 0) + " min", number(under, 0) + " min", strconv.Itoa(r.Moves),
 			number(100*r.ThrashShare, 1) + "%", formatSize(int64(r.BytesMoved)), number(r.BlackoutS, 0) + " s", number(r.HostsUsedMean, 0), number(r.HostHours, 0),
-			number(r.Cost, 0), strconv.Itoa(r.Vetoed), strconv.Itoa(r.BeyondRoom), number(100*r.SLATAH, 2) + "%", number(100*r.PDM, 3) + "%", fmt.Sprintf("%.2g", r.SLAV), number(r.EnergyKWh, 1) + " kWh"})
+			number(r.Cost, 0), strconv.Itoa(r.Vetoed), strconv.Itoa(r.BeyondRoom), number(100*r.SLATAH, 2) + "%", number(100*r.PDM, 3) + "%", fmt.Sprintf("%.2g", r.SLAV), number(r.EnergyKWh, 1) + " kWh",
+		})
 	}
 	if err := printTable(cmd.OutOrStdout(), header, rows); err != nil {
 		return err

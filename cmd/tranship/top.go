@@ -211,8 +211,10 @@ func topRow(s control.ShardLoad, forecasts bool) []string {
 	if s.Namespace != control.DefaultNamespace {
 		name = s.Namespace + "/" + s.Name
 	}
-	row := append([]string{name, s.Node, cores(s.Rates, "cpu"), cores(s.Rates, "wait"),
-		rate(s.Rates, "working_set", func(v float64) string { return formatSize(int64(v)) })}, traffic(s.Rates)...)
+	row := append([]string{
+		name, s.Node, cores(s.Rates, "cpu"), cores(s.Rates, "wait"),
+		rate(s.Rates, "working_set", func(v float64) string { return formatSize(int64(v)) }),
+	}, traffic(s.Rates)...)
 	row = append(row,
 		rate(s.Rates, "connections", func(v float64) string { return strconv.FormatFloat(v, 'f', 0, 64) }),
 		rate(s.Rates, "round_trip", func(v float64) string { return fmt.Sprintf("%.1fms", 1000*v) }))

@@ -16,18 +16,39 @@ type unit struct {
 
 // Sizes of memory are powers of two under either spelling, as with docker run.
 var sizeUnits = []unit{
-	{"kib", 1 << 10}, {"mib", 1 << 20}, {"gib", 1 << 30}, {"tib", 1 << 40},
-	{"kb", 1 << 10}, {"mb", 1 << 20}, {"gb", 1 << 30}, {"tb", 1 << 40},
-	{"k", 1 << 10}, {"m", 1 << 20}, {"g", 1 << 30}, {"t", 1 << 40},
-	{"b", 1}, {"", 1},
+	{"kib", 1 << 10},
+	{"mib", 1 << 20},
+	{"gib", 1 << 30},
+	{"tib", 1 << 40},
+	{"kb", 1 << 10},
+	{"mb", 1 << 20},
+	{"gb", 1 << 30},
+	{"tb", 1 << 40},
+	{"k", 1 << 10},
+	{"m", 1 << 20},
+	{"g", 1 << 30},
+	{"t", 1 << 40},
+	{"b", 1},
+	{"", 1},
 }
 
 // Rates of links are powers of ten: bits as tc writes them, bytes as files do.
 var rateUnits = []unit{
-	{"kbit/s", 1e3}, {"mbit/s", 1e6}, {"gbit/s", 1e9}, {"bit/s", 1},
-	{"kbit", 1e3}, {"mbit", 1e6}, {"gbit", 1e9}, {"bit", 1},
-	{"kib/s", 8 << 10}, {"mib/s", 8 << 20}, {"gib/s", 8 << 30},
-	{"kb/s", 8e3}, {"mb/s", 8e6}, {"gb/s", 8e9}, {"b/s", 8},
+	{"kbit/s", 1e3},
+	{"mbit/s", 1e6},
+	{"gbit/s", 1e9},
+	{"bit/s", 1},
+	{"kbit", 1e3},
+	{"mbit", 1e6},
+	{"gbit", 1e9},
+	{"bit", 1},
+	{"kib/s", 8 << 10},
+	{"mib/s", 8 << 20},
+	{"gib/s", 8 << 30},
+	{"kb/s", 8e3},
+	{"mb/s", 8e6},
+	{"gb/s", 8e9},
+	{"b/s", 8},
 }
 
 // parseSize reads 512m, 1.5GiB or a number of bytes.

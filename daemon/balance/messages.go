@@ -132,8 +132,10 @@ func bookMessage(namespace, name string, r *allocate.Request) *v1.BookRequest {
 
 // requestOf is what a peer asks for, if it can be computed with.
 func requestOf(peer string, m *v1.BookRequest) (allocate.Request, error) {
-	errs := []error{runtime.CheckName("namespace", m.GetNamespace()), runtime.CheckName("shard", m.GetName()),
-		checkText("workload", m.GetWorkload()), checkText("tenant", m.GetTenant())}
+	errs := []error{
+		runtime.CheckName("namespace", m.GetNamespace()), runtime.CheckName("shard", m.GetName()),
+		checkText("workload", m.GetWorkload()), checkText("tenant", m.GetTenant()),
+	}
 	s := allocate.Shard{
 		ID: shardID(m.GetNamespace(), m.GetName()), Workload: allocate.Workload(m.GetWorkload()), Tenant: allocate.Tenant(m.GetTenant()),
 		Bytes: m.GetBytes(), Dirty: m.GetDirtyBytesPerSecond(),

@@ -320,8 +320,10 @@ func words(s string) (out []string) {
 // viewOf is what the planner sees. b.mu is held.
 func (b *Balancer) viewOf(now time.Time, shards []allocate.Shard) allocate.View {
 	f := &b.facts
-	h := allocate.Host{ID: allocate.HostID(f.Name), Zone: f.Zone, Labels: f.Labels, Cost: f.CostPerHour, Cordoned: f.Cordoned,
-		Link: b.costs.link(f.Link), Blackout: b.costs.blackout()}
+	h := allocate.Host{
+		ID: allocate.HostID(f.Name), Zone: f.Zone, Labels: f.Labels, Cost: f.CostPerHour, Cordoned: f.Cordoned,
+		Link: b.costs.link(f.Link), Blackout: b.costs.blackout(),
+	}
 	if h.Cost == 0 {
 		h.Cost = unknownCost
 	}

@@ -241,7 +241,8 @@ func (h *shards) Remove(ctx context.Context, req *connect.Request[v1.RemoveReque
 func target(m interface {
 	GetNamespace() string
 	GetName() string
-}, force bool) (namespace, name string, err error) {
+}, force bool,
+) (namespace, name string, err error) {
 	namespace, name = m.GetNamespace(), m.GetName()
 	if err := checkNamespace(&namespace, force); err != nil {
 		return "", "", err

@@ -205,7 +205,7 @@ func (d *drainer) settle(ctx context.Context, s Shard) Settled {
 			return end
 		}
 		if ctx.Err() != nil {
-			reason := end.Moved.Reason
+			reason := end.Reason
 			end.Moved = ended(ctx)
 			if reason != "" && len(reasons) > 0 {
 				end.Reason += " (" + strings.Join(reasons, "; ") + ")"

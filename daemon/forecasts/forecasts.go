@@ -356,7 +356,7 @@ func (k *Keeper) adopt(key string, raw []byte) error {
 		}
 	}
 	// All of it is saved at once; from here on cells follow it.
-	snapshot := appendShard(nil, came)
+	snapshot := encodeShard(came)
 	if err := k.store.write(map[string][]byte{key: snapshot}, nil); err != nil {
 		return fmt.Errorf("forecasts of %s: %w", key, err)
 	}
@@ -371,7 +371,7 @@ func (k *Keeper) State(key string) ([]byte, error) {
 	var pending []cell
 	if sh := k.shards[key]; sh != nil && !sh.short {
 		defer k.mu.Unlock()
-		return appendShard(nil, sh), nil
+		return encodeShard(sh), nil
 	} else if sh != nil {
 		pending = slices.Clone(sh.pending)
 	}
@@ -392,7 +392,7 @@ func (k *Keeper) State(key string) ([]byte, error) {
 	for _, c := range cells {
 		k.feed(sh, c)
 	}
-	return appendShard(nil, sh), nil
+	return encodeShard(sh), nil
 }
 
 // save writes what came since the last save, and whole states in turn, so that
@@ -412,7 +412,7 @@ func (k *Keeper) save() {
 				logs[key] = sh.pending
 			}
 		case sh.ended, len(sh.pending) > 0 && (k.saves+turn(key))%snapshotEvery == 0:
-			snapshots[key] = appendShard(nil, sh)
+			snapshots[key] = encodeShard(sh)
 		case len(sh.pending) > 0:
 			logs[key] = sh.pending
 		}

@@ -294,7 +294,7 @@ func TestTheDiskIsBounded(t *testing.T) {
 	k := open(t, filepath.Join(t.TempDir(), "f.db"))
 	states := map[string][]byte{}
 	for i := range maxEnded + 20 {
-		states[fmt.Sprintf("default/s%03d", i)] = appendShard(nil, &shard{until: begin.Add(time.Duration(i) * time.Second)})
+		states[fmt.Sprintf("default/s%03d", i)] = encodeShard(&shard{until: begin.Add(time.Duration(i) * time.Second)})
 	}
 	if err := k.store.write(states, nil); err != nil {
 		t.Fatal(err)

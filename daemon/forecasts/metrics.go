@@ -17,9 +17,12 @@ var (
 		h    time.Duration
 	}{{"5m", 5 * time.Minute}, {"1h", time.Hour}, {"24h", 24 * time.Hour}}
 	shownSignals = [signals]struct{ family, direction string }{
-		{"cpu_cores", ""}, {"working_set_bytes", ""},
-		{"network_bytes_per_second", "receive"}, {"network_bytes_per_second", "transmit"},
-		{"block_bytes_per_second", "read"}, {"block_bytes_per_second", "write"},
+		{"cpu_cores", ""},
+		{"working_set_bytes", ""},
+		{"network_bytes_per_second", "receive"},
+		{"network_bytes_per_second", "transmit"},
+		{"block_bytes_per_second", "read"},
+		{"block_bytes_per_second", "write"},
 	}
 )
 

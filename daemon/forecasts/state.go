@@ -23,8 +23,8 @@ const maxShard = signals*(predict.MaxState+4) + 4096
 
 var errState = errors.New("state of a shard's forecasters")
 
-func appendShard(b []byte, sh *shard) []byte {
-	b = append(b, stateVersion)
+func encodeShard(sh *shard) []byte {
+	b := []byte{stateVersion}
 	b = binary.LittleEndian.AppendUint64(b, uint64(sh.until.UnixMilli()))
 	for _, s := range []string{sh.labels.Tenant, sh.labels.Workload, sh.borrowed} {
 		s = s[:min(len(s), 1024)]

@@ -467,8 +467,10 @@ func (in *incoming) activate(ctx context.Context) {
 }
 
 func (in *incoming) runs() *v1.CommitResponse {
-	return &v1.CommitResponse{Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano(),
-		Whole: in.pull.whole.Load() || in.entry.State == Done && in.entry.Code != CodePagesLost}
+	return &v1.CommitResponse{
+		Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano(),
+		Whole: in.pull.whole.Load() || in.entry.State == Done && in.entry.Code != CodePagesLost,
+	}
 }
 
 // neverRuns undoes everything and journals that the shard will not run here, in

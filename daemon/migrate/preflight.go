@@ -276,7 +276,7 @@ func openDescriptors(pid int) []descriptor {
 	if err != nil {
 		return nil
 	}
-	var pidfd = -1
+	pidfd := -1
 	defer func() {
 		if pidfd >= 0 {
 			_ = unix.Close(pidfd)

@@ -63,8 +63,10 @@ func newReport(m *v1.Migration, now func() time.Time) *report {
 	at := now()
 	m.StartedAtUnixMs = at.UnixMilli()
 	m.Outcome = OutcomeRunning
-	return &report{m: m, started: at, phaseAt: at, now: now,
-		progress: &v1.Progress{Id: m.GetId(), EtaMs: -1}, waiters: map[chan struct{}]struct{}{}}
+	return &report{
+		m: m, started: at, phaseAt: at, now: now,
+		progress: &v1.Progress{Id: m.GetId(), EtaMs: -1}, waiters: map[chan struct{}]struct{}{},
+	}
 }
 
 // enter ends the running phase and begins the next.

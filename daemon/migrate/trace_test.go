@@ -21,9 +21,11 @@ func TestAMigrationBecomesATrace(t *testing.T) {
 		Phases: []*v1.Phase{{Name: "pre-copy", AtMs: 100, Ms: 590}, {Name: "stop-and-copy", AtMs: 690, Ms: 100}},
 		Rounds: []*v1.Round{{N: 1, AtMs: 110, Ms: 500}, {N: 2, AtMs: 710, Ms: 20}},
 		Blackout: []*v1.Phase{
-			{Name: "journal", Node: "host-1", AtMs: 90, Ms: 1}, {Name: "criu dump", Node: "host-1", AtMs: 1, Ms: 80},
+			{Name: "journal", Node: "host-1", AtMs: 90, Ms: 1},
+			{Name: "criu dump", Node: "host-1", AtMs: 1, Ms: 80},
 			{Name: "seize tasks", Of: "criu dump", Node: "host-1", AtMs: 1, Ms: 30},
-			{Name: "journal", Node: "host-2", AtMs: 195, Ms: 1}, {Name: "restore", Of: "criu restore", Node: "host-2", AtMs: -1, Ms: 50},
+			{Name: "journal", Node: "host-2", AtMs: 195, Ms: 1},
+			{Name: "restore", Of: "criu restore", Node: "host-2", AtMs: -1, Ms: 50},
 		},
 	})
 	traceMigration(provider.Tracer("test"), &v1.Migration{Id: "m2", Outcome: OutcomeAborted, Reason: "the link is cut", StartedAtUnixMs: started.UnixMilli(), TotalMs: 5})

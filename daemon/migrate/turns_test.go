@@ -20,7 +20,7 @@ func TestShardsStandStillOneAfterTheOther(t *testing.T) {
 				}
 				standing++
 				most = max(most, standing)
-				time.Sleep(200 * time.Millisecond) // the blackout
+				time.Sleep(200 * time.Millisecond) //nolint:forbidigo // the blackout
 				standing--
 				turns.leave(o)
 				turns.leave(o) // may run twice

@@ -34,7 +34,7 @@ func TestDirtyRatesAreMeasuredInTurn(t *testing.T) {
 			}
 			busy = true
 			mu.Unlock()
-			time.Sleep(window + 20*time.Millisecond)
+			time.Sleep(window + 20*time.Millisecond) //nolint:forbidigo // virtual time
 			mu.Lock()
 			defer mu.Unlock()
 			busy = false
@@ -46,13 +46,13 @@ func TestDirtyRatesAreMeasuredInTurn(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { p.measureDirty(ctx); close(done) }()
-		time.Sleep(9 * time.Minute)
+		time.Sleep(9 * time.Minute) //nolint:forbidigo // virtual time
 		mu.Lock()
 		if len(got) != 0 {
 			t.Errorf("%v after nine minutes", got)
 		}
 		mu.Unlock()
-		time.Sleep(22 * time.Minute) // three turns
+		time.Sleep(22 * time.Minute) //nolint:forbidigo // three turns
 		cancel()
 		<-done
 		slices.Sort(got)
@@ -70,13 +70,13 @@ func TestDirtyRatesOfLargeShardsAreMeasuredLess(t *testing.T) {
 		n := 0
 		p := measuring(t, time.Minute, func(_ context.Context, _, _ string, window time.Duration) (float64, error) {
 			n++
-			time.Sleep(window + 6*time.Second)
+			time.Sleep(window + 6*time.Second) //nolint:forbidigo // virtual time
 			return 1, nil
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { p.measureDirty(ctx); close(done) }()
-		time.Sleep(10 * time.Hour)
+		time.Sleep(10 * time.Hour) //nolint:forbidigo // virtual time
 		cancel()
 		<-done
 		// Six seconds each, a hundredth of the time.

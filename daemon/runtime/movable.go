@@ -45,7 +45,7 @@ func Movable(rec *Record) []Finding {
 
 func hooks(h *specs.Hooks) int {
 	//lint:ignore SA1019 Prestart is deprecated, and still used by those who make containers
-	n := len(h.Prestart)
+	n := len(h.Prestart) //nolint:staticcheck // the same to golangci-lint
 	return n + len(h.CreateRuntime) + len(h.CreateContainer) + len(h.StartContainer) + len(h.Poststart) + len(h.Poststop)
 }
 

@@ -52,12 +52,12 @@ const (
 // policies are the labels that anybody may set, and what they must look like.
 var policies = map[string]func(string) error{
 	LabelWorkload: nil, LabelTenant: nil, LabelZones: nil, LabelHostLabels: nil, LabelAvoid: nil, LabelNear: nil,
-	LabelPriority:    number(0, 9),
+	LabelPriority:    number(9),
 	LabelRequestCPUs: decimal, LabelLimitCPUs: decimal,
-	LabelRequestMemory: number(0, 1<<50), LabelLimitMemory: number(0, 1<<50),
+	LabelRequestMemory: number(1 << 50), LabelLimitMemory: number(1 << 50),
 	LabelPinned:     oneOf("true", "false"),
 	LabelAutopilot:  oneOf("off", "advise", "on"),
-	LabelSpreadHost: number(0, 1<<20), LabelSpreadZone: number(0, 1<<20),
+	LabelSpreadHost: number(1 << 20), LabelSpreadZone: number(1 << 20),
 	LabelWindows: func(s string) error { _, err := ParseWindows(s); return err },
 	LabelMaxBlackout: func(s string) error {
 		if d, err := time.ParseDuration(s); err != nil || d <= 0 {
@@ -67,10 +67,10 @@ var policies = map[string]func(string) error{
 	},
 }
 
-func number(least, most int64) func(string) error {
+func number(most int64) func(string) error {
 	return func(s string) error {
-		if n, err := strconv.ParseInt(s, 10, 64); err != nil || n < least || n > most {
-			return fmt.Errorf("%q is not a number from %d to %d", s, least, most)
+		if n, err := strconv.ParseInt(s, 10, 64); err != nil || n < 0 || n > most {
+			return fmt.Errorf("%q is not a number from 0 to %d", s, most)
 		}
 		return nil
 	}

@@ -50,8 +50,13 @@ func TestAWindowMayPassMidnight(t *testing.T) {
 		holds0 bool
 		holds1 bool
 	}{
-		{at(22, 29), false, true}, {at(22, 30), true, true}, {at(23, 59), true, true},
-		{at(0, 0), true, false}, {at(0, 59), true, false}, {at(1, 0), false, false}, {at(11, 59), false, false},
+		{at(22, 29), false, true},
+		{at(22, 30), true, true},
+		{at(23, 59), true, true},
+		{at(0, 0), true, false},
+		{at(0, 59), true, false},
+		{at(1, 0), false, false},
+		{at(11, 59), false, false},
 		{at(14, 0).In(time.FixedZone("far", 12*3600)), false, true},
 	} {
 		if got := windows[0].Holds(c.now); got != c.holds0 {

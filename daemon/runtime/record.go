@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -175,7 +174,7 @@ func (r *Runtime) Describe(ctx context.Context, namespace, name string) (*Record
 		return nil, fmt.Errorf("describe %s: %w", name, err)
 	}
 	rec.Image = r.describeImage(ctx, info, rec.Snapshot.Parent)
-	if err := r.describeTask(ctx, c, rec); err != nil {
+	if err := r.describeTask(ctx, rec); err != nil {
 		return nil, fmt.Errorf("describe %s: %w", name, err)
 	}
 	if rec.PID > 0 {
@@ -235,7 +234,7 @@ func (r *Runtime) describeImage(ctx context.Context, info containers.Container, 
 	return rec
 }
 
-func (r *Runtime) describeTask(ctx context.Context, c containerd.Container, rec *Record) error {
+func (r *Runtime) describeTask(ctx context.Context, rec *Record) error {
 	rec.Status = StatusCreated
 	t, err := r.client.TaskService().Get(ctx, taskRequest(rec.Name))
 	if err != nil {

@@ -44,8 +44,14 @@ func TestATmpfsFromAPeerMustBeTheSpecifications(t *testing.T) {
 		t.Error(err)
 	}
 	for _, m := range []TmpfsMount{
-		{At: "/etc"}, {At: "/dev/../etc"}, {At: ""}, {At: "/a b"}, {At: "/other"},
-		{At: "/dev", Options: "size=1k,huge=always"}, {At: "/dev", Options: "context=x"}, {At: "/dev", Options: "size=1k,,"},
+		{At: "/etc"},
+		{At: "/dev/../etc"},
+		{At: ""},
+		{At: "/a b"},
+		{At: "/other"},
+		{At: "/dev", Options: "size=1k,huge=always"},
+		{At: "/dev", Options: "context=x"},
+		{At: "/dev", Options: "size=1k,,"},
 	} {
 		if err := m.validate(spec); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v: %v", m, err)

@@ -277,7 +277,7 @@ func (p *planner) differences(s *Shard) string {
 		out = append(out, fmt.Sprintf("memory %s → %s", orNone(s.Memory), orNone(z.MemoryLimit)))
 	}
 	// The autopilot may have put a limit of its own in force, below the label's.
-	if s.CPUs != z.CPULimit && !(s.Policy["tranship.io/autopilot"] == "on" && s.Policy["tranship.io/limit-cpus"] == p.in.Policy["tranship.io/limit-cpus"]) {
+	if s.CPUs != z.CPULimit && (s.Policy["tranship.io/autopilot"] != "on" || s.Policy["tranship.io/limit-cpus"] != p.in.Policy["tranship.io/limit-cpus"]) {
 		out = append(out, fmt.Sprintf("cpus %s → %s", cpusOrNone(s.CPUs), cpusOrNone(z.CPULimit)))
 	}
 	keys := slices.Collect(maps.Keys(p.in.Policy))

@@ -52,76 +52,132 @@ func TestAPlanIsTheDifference(t *testing.T) {
 		{name: "nothing is there", want: web(), hosts: []Host{host("a"), host("b")}, steps: "+ shard web-0 on a; + shard web-1 on b"},
 		{name: "all is there", want: web(), hosts: []Host{host("a", is(0)), host("b", is(1))}, begun: []int{0, 1}},
 		{name: "it moved and all is there", want: web(), hosts: []Host{host("a"), host("b", is(0), is(1))}, begun: []int{0, 1}},
-		{name: "too many are there", want: web(), hosts: []Host{host("a", is(0), is(2)), host("b", is(1), is(3))}, begun: []int{0, 1, 2, 3},
-			steps: "- web-2 on a; - web-3 on b"},
+		{
+			name: "too many are there", want: web(), hosts: []Host{host("a", is(0), is(2)), host("b", is(1), is(3))}, begun: []int{0, 1, 2, 3},
+			steps: "- web-2 on a; - web-3 on b",
+		},
 		{name: "a gap", want: web(), hosts: []Host{host("a"), host("b", is(1))}, begun: []int{0, 1}, steps: "+ shard web-0 on a"},
 		{name: "all is to go", hosts: []Host{host("a", is(0)), host("b", is(1))}, steps: "- web-0 on a; - web-1 on b"},
-		{name: "memory grows", want: web(func(s *Spec) { s.Size.MemoryLimit = 512 << 20 }), hosts: []Host{host("a", is(0), is(1))},
-			steps: "~ web-0 memory 256M → 512M in place; ~ web-1 memory 256M → 512M in place"},
-		{name: "a limit is lifted", want: web(func(s *Spec) { s.Size.CPULimit = 0; s.Shards = 1 }), hosts: []Host{host("a", is(0))},
-			steps: "~ web-0 cpus 1 → unlimited in place"},
-		{name: "the priority changes", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", is(0))}, policy: "7",
-			steps: "~ web-0 priority 0 → 7 in place"},
-		{name: "another image", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{host("a", is(0))},
-			steps: "± web-0 on a replaced: image i → j"},
-		{name: "another image on a cordoned host", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{{Name: "a", Alive: true, Cordoned: true, CPUs: 2, Shards: []Shard{is(0)}}},
-			steps: "± web-0 on a replaced: image i → j", refused: "on a, which is cordoned: tranship uncordon it"},
-		{name: "one has stopped", want: web(two), hosts: []Host{host("a", is(0), is(1, func(s *Shard) { s.Running, s.State = false, "stopped (exit code 1)" }))},
-			steps: "± web-1 on a replaced: it is stopped (exit code 1)"},
+		{
+			name: "memory grows", want: web(func(s *Spec) { s.Size.MemoryLimit = 512 << 20 }), hosts: []Host{host("a", is(0), is(1))},
+			steps: "~ web-0 memory 256M → 512M in place; ~ web-1 memory 256M → 512M in place",
+		},
+		{
+			name: "a limit is lifted", want: web(func(s *Spec) { s.Size.CPULimit = 0; s.Shards = 1 }), hosts: []Host{host("a", is(0))},
+			steps: "~ web-0 cpus 1 → unlimited in place",
+		},
+		{
+			name: "the priority changes", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", is(0))}, policy: "7",
+			steps: "~ web-0 priority 0 → 7 in place",
+		},
+		{
+			name: "another image", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{host("a", is(0))},
+			steps: "± web-0 on a replaced: image i → j",
+		},
+		{
+			name: "another image on a cordoned host", want: web(func(s *Spec) { s.Image, s.Shards = "j", 1 }), hosts: []Host{{Name: "a", Alive: true, Cordoned: true, CPUs: 2, Shards: []Shard{is(0)}}},
+			steps: "± web-0 on a replaced: image i → j", refused: "on a, which is cordoned: tranship uncordon it",
+		},
+		{
+			name: "one has stopped", want: web(two), hosts: []Host{host("a", is(0), is(1, func(s *Shard) { s.Running, s.State = false, "stopped (exit code 1)" }))},
+			steps: "± web-1 on a replaced: it is stopped (exit code 1)",
+		},
 		{name: "containers that joined are left alone", want: web(two), hosts: []Host{host("a", is(0), is(1), is(7, func(s *Shard) { s.Index, s.Name = -1, "old" }))}},
-		{name: "the same name in another namespace is another workload", want: web(func(s *Spec) { s.Shards = 1 }),
-			hosts: []Host{host("a", is(0, func(s *Shard) { s.Namespace = "other" }))}, steps: "+ shard web-0 on a"},
+		{
+			name: "the same name in another namespace is another workload", want: web(func(s *Spec) { s.Shards = 1 }),
+			hosts: []Host{host("a", is(0, func(s *Shard) { s.Namespace = "other" }))}, steps: "+ shard web-0 on a",
+		},
 
-		{name: "a host that does not answer may have it", want: web(), hosts: []Host{host("a", is(1)), down(host("b"))}, begun: []int{0, 1},
-			steps: "+ shard web-0 on a", refused: "web-0 may be on b, which does not answer: bring it back, or"},
-		{name: "what was never begun is on no host that does not answer", want: web(), hosts: []Host{host("a", is(0)), down(host("b"))}, begun: []int{0},
-			steps: "+ shard web-1 on a"},
-		{name: "what is to go may be on a host that does not answer", hosts: []Host{host("a", is(0)), down(host("b"))}, begun: []int{0, 1},
-			steps: "- web-0 on a", refused: "web-1 may be on b"},
+		{
+			name: "a host that does not answer may have it", want: web(), hosts: []Host{host("a", is(1)), down(host("b"))}, begun: []int{0, 1},
+			steps: "+ shard web-0 on a", refused: "web-0 may be on b, which does not answer: bring it back, or",
+		},
+		{
+			name: "what was never begun is on no host that does not answer", want: web(), hosts: []Host{host("a", is(0)), down(host("b"))}, begun: []int{0},
+			steps: "+ shard web-1 on a",
+		},
+		{
+			name: "what is to go may be on a host that does not answer", hosts: []Host{host("a", is(0)), down(host("b"))}, begun: []int{0, 1},
+			steps: "- web-0 on a", refused: "web-1 may be on b",
+		},
 		{name: "two copies", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", is(0)), host("b", is(0))}, refused: "web-0 is on a and on b"},
 		{name: "one on its way shows twice", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Moving = "m1" })), host("b", is(0, func(s *Shard) { s.Incoming = true }))}},
-		{name: "one on its way that its old host does not show", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a"), host("b", is(0, func(s *Shard) { s.Incoming = true }))},
-			steps: "+ shard web-0 on a", refused: "web-0 is being moved, and its old host does not show it"},
-		{name: "one on its way is not changed", want: web(func(s *Spec) { s.Shards, s.Size.MemoryLimit = 1, 512<<20 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Moving = "m1" }))},
-			refused: "wait for migration m1"},
+		{
+			name: "one on its way that its old host does not show", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a"), host("b", is(0, func(s *Shard) { s.Incoming = true }))},
+			steps: "+ shard web-0 on a", refused: "web-0 is being moved, and its old host does not show it",
+		},
+		{
+			name: "one on its way is not changed", want: web(func(s *Spec) { s.Shards, s.Size.MemoryLimit = 1, 512<<20 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Moving = "m1" }))},
+			refused: "wait for migration m1",
+		},
 		{name: "one on its way is not removed", hosts: []Host{host("a", is(0, func(s *Shard) { s.Moving = "m1" }))}, refused: "wait for migration m1"},
 
-		{name: "less than is in use", want: web(func(s *Spec) { s.Shards, s.Size.MemoryLimit = 1, 64<<20 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Held = 65 << 20 }))},
-			steps: "~ web-0 memory 256M → 64M in place", refused: "web-0 has 65M of memory that it cannot give back, and the limit would be 64M: choose"},
-		{name: "growth beyond the room", want: web(func(s *Spec) { s.Shards, s.Size.MemoryRequest, s.Size.MemoryLimit = 1, 7<<30, 8<<30 }), hosts: []Host{host("a", is(0))},
-			steps: "~ web-0 memory 256M → 8G in place", refused: "web-0 cannot grow on a: 7104M more are needed, and 5952M are free; move it"},
-		{name: "more CPUs than there are", want: web(func(s *Spec) { s.Shards, s.Size.CPURequest, s.Size.CPULimit = 3, 1.5, 2 }), hosts: []Host{host("a"), host("b")},
-			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "web-2 fits no host: a has 0.50 of 2 CPUs free, and 1.50 are needed; b has 0.50"},
-		{name: "more memory than there is", want: web(func(s *Spec) { s.Shards, s.Size.MemoryRequest, s.Size.MemoryLimit = 1, 6<<30, 0 }), hosts: []Host{host("a")},
-			refused: "a has 6016M of memory free, and 6144M are needed; make room, add a host"},
-		{name: "spread", want: web(func(s *Spec) { s.Shards, s.Spread.PerHost = 3, 1 }), hosts: []Host{host("a"), host("b")},
-			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "a has 1 of its shards (spread.per_host = 1)"},
-		{name: "cordoned hosts take none", want: web(), hosts: []Host{{Name: "a", Alive: true, Cordoned: true, CPUs: 2, MemoryTotal: 8 << 30, MemoryAvailable: 8 << 30}, host("b")},
-			steps: "+ shard web-0 on b; + shard web-1 on b"},
+		{
+			name: "less than is in use", want: web(func(s *Spec) { s.Shards, s.Size.MemoryLimit = 1, 64<<20 }), hosts: []Host{host("a", is(0, func(s *Shard) { s.Held = 65 << 20 }))},
+			steps: "~ web-0 memory 256M → 64M in place", refused: "web-0 has 65M of memory that it cannot give back, and the limit would be 64M: choose",
+		},
+		{
+			name: "growth beyond the room", want: web(func(s *Spec) { s.Shards, s.Size.MemoryRequest, s.Size.MemoryLimit = 1, 7<<30, 8<<30 }), hosts: []Host{host("a", is(0))},
+			steps: "~ web-0 memory 256M → 8G in place", refused: "web-0 cannot grow on a: 7104M more are needed, and 5952M are free; move it",
+		},
+		{
+			name: "more CPUs than there are", want: web(func(s *Spec) { s.Shards, s.Size.CPURequest, s.Size.CPULimit = 3, 1.5, 2 }), hosts: []Host{host("a"), host("b")},
+			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "web-2 fits no host: a has 0.50 of 2 CPUs free, and 1.50 are needed; b has 0.50",
+		},
+		{
+			name: "more memory than there is", want: web(func(s *Spec) { s.Shards, s.Size.MemoryRequest, s.Size.MemoryLimit = 1, 6<<30, 0 }), hosts: []Host{host("a")},
+			refused: "a has 6016M of memory free, and 6144M are needed; make room, add a host",
+		},
+		{
+			name: "spread", want: web(func(s *Spec) { s.Shards, s.Spread.PerHost = 3, 1 }), hosts: []Host{host("a"), host("b")},
+			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "a has 1 of its shards (spread.per_host = 1)",
+		},
+		{
+			name: "cordoned hosts take none", want: web(), hosts: []Host{{Name: "a", Alive: true, Cordoned: true, CPUs: 2, MemoryTotal: 8 << 30, MemoryAvailable: 8 << 30}, host("b")},
+			steps: "+ shard web-0 on b; + shard web-1 on b",
+		},
 		{name: "zones", want: web(func(s *Spec) { s.Zones = []string{"eu"} }), hosts: []Host{host("a")}, refused: `a is in zone "", not in eu`},
 		{name: "labels of hosts", want: web(func(s *Spec) { s.Labels = map[string]string{"disk": "ssd"} }), hosts: []Host{host("a")}, refused: "a has not the labels"},
-		{name: "avoid", want: web(func(s *Spec) { s.Avoid = []string{"batch"} }), hosts: []Host{host("a", Shard{Namespace: "default", Name: "b-0", Workload: "batch"}), host("b")},
-			steps: "+ shard web-0 on b; + shard web-1 on b"},
-		{name: "to be avoided", want: web(), hosts: []Host{host("a", Shard{Namespace: "default", Name: "b-0", Workload: "batch", Avoid: []string{"web"}})},
-			refused: "a runs b-0, which avoids web"},
-		{name: "near", want: web(func(s *Spec) { s.Near = []string{"cache"} }), hosts: []Host{host("a"), host("b", Shard{Namespace: "default", Name: "cache-0", Workload: "cache"})},
-			steps: "+ shard web-0 on b; + shard web-1 on b"},
+		{
+			name: "avoid", want: web(func(s *Spec) { s.Avoid = []string{"batch"} }), hosts: []Host{host("a", Shard{Namespace: "default", Name: "b-0", Workload: "batch"}), host("b")},
+			steps: "+ shard web-0 on b; + shard web-1 on b",
+		},
+		{
+			name: "to be avoided", want: web(), hosts: []Host{host("a", Shard{Namespace: "default", Name: "b-0", Workload: "batch", Avoid: []string{"web"}})},
+			refused: "a runs b-0, which avoids web",
+		},
+		{
+			name: "near", want: web(func(s *Spec) { s.Near = []string{"cache"} }), hosts: []Host{host("a"), host("b", Shard{Namespace: "default", Name: "cache-0", Workload: "cache"})},
+			steps: "+ shard web-0 on b; + shard web-1 on b",
+		},
 		{name: "near nobody", want: web(func(s *Spec) { s.Near = []string{"cache"} }), hosts: []Host{host("a")}, refused: "a runs no shard of cache"},
-		{name: "a foreign container has the name", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", Shard{Namespace: "default", Name: "web-0", Index: -1})},
-			refused: "a has a container web-0 that is not of the workload"},
+		{
+			name: "a foreign container has the name", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", Shard{Namespace: "default", Name: "web-0", Index: -1})},
+			refused: "a has a container web-0 that is not of the workload",
+		},
 
-		{name: "a quota of CPUs", want: web(func(s *Spec) { s.Tenant, s.Shards = "shop", 4 }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 1.2},
+		{
+			name: "a quota of CPUs", want: web(func(s *Spec) { s.Tenant, s.Shards = "shop", 4 }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 1.2},
 			steps:   "+ shard web-0 on a; + shard web-1 on b; + shard web-2 on a; + shard web-3 on b",
-			refused: "tenant shop may use 1.2 CPUs and would use 1.5: lower the size"},
-		{name: "a quota that is just met", want: web(func(s *Spec) { s.Tenant = "shop" }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 1, Memory: 192 << 20, Shards: 3},
-			steps: "+ shard web-0 on a; + shard web-1 on b"},
-		{name: "a quota of memory", want: web(func(s *Spec) { s.Tenant = "shop" }), hosts: []Host{host("a"), host("b")}, quota: Tenant{Memory: 191 << 20},
-			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "may use 191M of memory and would use 192M"},
-		{name: "a quota of shards counts those that joined", want: web(func(s *Spec) { s.Tenant = "shop" }), quota: Tenant{Shards: 3},
+			refused: "tenant shop may use 1.2 CPUs and would use 1.5: lower the size",
+		},
+		{
+			name: "a quota that is just met", want: web(func(s *Spec) { s.Tenant = "shop" }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 1, Memory: 192 << 20, Shards: 3},
+			steps: "+ shard web-0 on a; + shard web-1 on b",
+		},
+		{
+			name: "a quota of memory", want: web(func(s *Spec) { s.Tenant = "shop" }), hosts: []Host{host("a"), host("b")}, quota: Tenant{Memory: 191 << 20},
+			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "may use 191M of memory and would use 192M",
+		},
+		{
+			name: "a quota of shards counts those that joined", want: web(func(s *Spec) { s.Tenant = "shop" }), quota: Tenant{Shards: 3},
 			hosts: []Host{host("a", Shard{Namespace: "default", Name: "old", Tenant: "shop", Index: -1})},
-			steps: "+ shard web-0 on a; + shard web-1 on a", refused: "may have 3 shards and would have 4"},
-		{name: "a size is needed under a quota", want: web(func(s *Spec) { s.Tenant, s.Size = "shop", Size{} }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 9},
-			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "size.cpus.request has to be said"},
+			steps: "+ shard web-0 on a; + shard web-1 on a", refused: "may have 3 shards and would have 4",
+		},
+		{
+			name: "a size is needed under a quota", want: web(func(s *Spec) { s.Tenant, s.Size = "shop", Size{} }), hosts: []Host{host("a"), host("b")}, quota: Tenant{CPUs: 9},
+			steps: "+ shard web-0 on a; + shard web-1 on b", refused: "size.cpus.request has to be said",
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			in := Input{Name: "web", Namespace: "default", Want: c.want, Hosts: c.hosts, Begun: c.begun, Policy: map[string]string{"tranship.io/priority": "0"}}
@@ -202,8 +258,10 @@ func TestTheAutopilotsLimitStays(t *testing.T) {
 		s.CPUs = 0.5
 		s.Policy = map[string]string{"tranship.io/autopilot": "on", "tranship.io/limit-cpus": "1"}
 	})
-	in := Input{Name: "web", Namespace: "default", Want: web(func(s *Spec) { s.Shards = 1 }), Hosts: []Host{host("a", s)},
-		Policy: map[string]string{"tranship.io/autopilot": "on", "tranship.io/limit-cpus": "1"}}
+	in := Input{
+		Name: "web", Namespace: "default", Want: web(func(s *Spec) { s.Shards = 1 }), Hosts: []Host{host("a", s)},
+		Policy: map[string]string{"tranship.io/autopilot": "on", "tranship.io/limit-cpus": "1"},
+	}
 	if plan := Make(in); len(plan.Steps) > 0 {
 		t.Error(plan.Steps)
 	}

@@ -133,8 +133,10 @@ func moveLine(g group, subject string) string {
 		}
 		return fmt.Sprintf("%.0f", median(v)/scale)
 	}
-	return strings.Join([]string{g.Name, subject, fmt.Sprint(blackout.N), fmt.Sprintf("%.0f", blackout.Median), fmt.Sprintf("%.0f", 100*blackout.Spread),
-		ratio, field(totalMetric, 1), field(bytesMetric, 1<<20), field(gapMetric, 1)}, "\t")
+	return strings.Join([]string{
+		g.Name, subject, fmt.Sprint(blackout.N), fmt.Sprintf("%.0f", blackout.Median), fmt.Sprintf("%.0f", 100*blackout.Spread),
+		ratio, field(totalMetric, 1), field(bytesMetric, 1<<20), field(gapMetric, 1),
+	}, "\t")
 }
 
 // number prints with three digits, without an exponent.

@@ -40,8 +40,12 @@ const (
 )
 
 var transferCases = []transferCase{
-	{tlsHeap, wayTLS, heapFile}, {quicHeap, wayQUIC, heapFile}, {roadHeap, wayRoad, heapFile},
-	{tlsNoise, wayTLS, "noise"}, {quicNoise, wayQUIC, "noise"}, {rawNoise, wayRaw, "noise"},
+	{tlsHeap, wayTLS, heapFile},
+	{quicHeap, wayQUIC, heapFile},
+	{roadHeap, wayRoad, heapFile},
+	{tlsNoise, wayTLS, "noise"},
+	{quicNoise, wayQUIC, "noise"},
+	{rawNoise, wayRaw, "noise"},
 }
 
 // measureThroughput sends the same memory in every way, one after the other,

@@ -42,7 +42,7 @@ func (f *fake) Run(ctx context.Context, args ...string) ([]byte, error) {
 	case strings.Contains(line, " load "):
 		return json.Marshal(check.Report{SchemaVersion: 1, OK: true, Final: true, Requests: 1})
 	case strings.Contains(line, " migrate "):
-		time.Sleep(2 * time.Second) // virtual: as long as a move takes
+		time.Sleep(2 * time.Second) //nolint:forbidigo // virtual: as long as a move takes
 		f.moved++
 		m := migration{
 			SchemaVersion: 1, From: args[2], To: args[len(args)-1], Outcome: "done",

@@ -197,9 +197,17 @@ func (r result) mustBeSplit(t *testing.T) {
 	}
 	last := 0.0
 	for _, want := range []struct{ name, of, node string }{
-		{"freeze", "", r.From}, {"criu dump", "", r.From}, {"seize tasks", "criu dump", r.From}, {"write images", "criu dump", r.From},
-		{"last pages", "", r.From}, {"send images", "", r.From}, {"seal", "", r.From}, {"journal", "", r.From},
-		{"criu restore", "", r.To}, {"restore", "criu restore", r.To}, {"link up", "", r.To},
+		{"freeze", "", r.From},
+		{"criu dump", "", r.From},
+		{"seize tasks", "criu dump", r.From},
+		{"write images", "criu dump", r.From},
+		{"last pages", "", r.From},
+		{"send images", "", r.From},
+		{"seal", "", r.From},
+		{"journal", "", r.From},
+		{"criu restore", "", r.To},
+		{"restore", "criu restore", r.To},
+		{"link up", "", r.To},
 	} {
 		found := false
 		for _, s := range r.Blackout {

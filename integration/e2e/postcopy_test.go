@@ -62,7 +62,8 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		if !slices.ContainsFunc(r.Phases, func(p struct {
 			Name string
 			Ms   float64
-		}) bool {
+		},
+		) bool {
 			return p.Name == "post-copy"
 		}) {
 			t.Errorf("phases %+v", r.Phases)
@@ -125,7 +126,7 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		f.cut(true)
 		t.Cleanup(func() { f.cut(false) })
 		release()
-		time.Sleep(3 * time.Second) // is how long the link is away
+		time.Sleep(3 * time.Second) //nolint:forbidigo // is how long the link is away
 		f.cut(false)
 		r, code := wait()
 		f.awaitNothingPending()

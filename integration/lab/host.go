@@ -31,7 +31,7 @@ func (h *Host) Addr() netip.Addr { return h.plan().Host.Addr() }
 
 func (h *Host) plan() nodePlan {
 	// The plan is a function of names, so it needs no options.
-	p, _ := newPlan(Options{}, h.lab.state)
+	p := newPlan(Options{}, h.lab.state)
 	for _, n := range p.nodes {
 		if n.Name == h.rec.Name {
 			return n

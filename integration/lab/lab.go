@@ -158,10 +158,7 @@ func findBinDir(dir string) (string, error) {
 
 // bringUp is Up under the lock.
 func (l *Lab) bringUp(ctx context.Context, opts Options) error {
-	plan, err := newPlan(opts, l.state)
-	if err != nil {
-		return err
-	}
+	plan := newPlan(opts, l.state)
 	if err := writePKI(plan); err != nil {
 		return err
 	}
@@ -194,7 +191,7 @@ func (l *Lab) bringUp(ctx context.Context, opts Options) error {
 
 // ensureNode makes a node's namespaces unless they are there, and its link.
 func (l *Lab) ensureNode(ctx context.Context, plan plan, node nodePlan, opts Options) error {
-	if err := writeNodeFiles(plan, node, opts); err != nil {
+	if err := writeNodeFiles(plan, node); err != nil {
 		return err
 	}
 	rec, ok := l.state.node(node.Name)

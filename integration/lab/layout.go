@@ -90,7 +90,7 @@ func checkName() error {
 }
 
 // newPlan never plans fewer hosts than are already there.
-func newPlan(opts Options, have state) (plan, error) {
+func newPlan(opts Options, have state) plan {
 	count := opts.Hosts
 	for _, rec := range have.Nodes {
 		if n, err := strconv.Atoi(strings.TrimPrefix(rec.Name, "host-")); err == nil {
@@ -113,7 +113,7 @@ func newPlan(opts Options, have state) (plan, error) {
 		Host:  netip.MustParsePrefix("10.88.0.100/24"),
 		Shard: netip.MustParsePrefix("10.89.0.100/16"),
 	})
-	return p, nil
+	return p
 }
 
 // pool is the part of the shards' subnet that a host hands out.

@@ -44,10 +44,7 @@ func TestParseBitRate(t *testing.T) {
 }
 
 func TestAPlanKeepsHostsThatAreThere(t *testing.T) {
-	p, err := newPlan(Options{Hosts: 2}, state{Nodes: []nodeRecord{{Name: "host-3"}, {Name: switchName}, {Name: clientName}}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := newPlan(Options{Hosts: 2}, state{Nodes: []nodeRecord{{Name: "host-3"}, {Name: switchName}, {Name: clientName}}})
 	var names []string
 	seen := map[string]bool{}
 	for _, n := range p.nodes {
@@ -72,10 +69,7 @@ func TestAPlanKeepsHostsThatAreThere(t *testing.T) {
 
 // That transhipd takes the configuration shows when it starts with it.
 func TestEveryHostHasPeersAndAddressesOfItsOwn(t *testing.T) {
-	p, err := newPlan(Options{Hosts: maxHosts}, state{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := newPlan(Options{Hosts: maxHosts}, state{})
 	pools := map[string]string{}
 	for _, n := range p.nodes {
 		if n.Role != roleHost {

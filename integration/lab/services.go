@@ -137,7 +137,7 @@ func peerAddress(n nodePlan) string {
 }
 
 // writeNodeFiles makes a node's directory with what its mounts come from.
-func writeNodeFiles(p plan, node nodePlan, opts Options) error {
+func writeNodeFiles(p plan, node nodePlan) error {
 	dir := nodeDir(node.Name)
 	for _, sub := range []string{"etc-tranship", "var-lib-tranship", "var-lib-containerd"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {

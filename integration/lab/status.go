@@ -51,7 +51,7 @@ func (l *Lab) Status(ctx context.Context) Status {
 	if l.state.Bandwidth > 0 {
 		st.Bandwidth = l.state.Bandwidth.String()
 	}
-	p, _ := newPlan(Options{}, l.state)
+	p := newPlan(Options{}, l.state)
 	for _, node := range p.nodes {
 		rec, ok := l.state.node(node.Name)
 		if !ok || node.Role == roleSwitch {

@@ -17,8 +17,10 @@ import (
 
 func TestBPFObjectsAreReadFromTheirDescriptors(t *testing.T) {
 	for _, c := range []struct{ fdinfo, id, what string }{
-		{"pos:\t0\nflags:\t02000002\nmap_type:\t1\nkey_size:\t8\nvalue_size:\t4\nmax_entries:\t4096\nmap_flags:\t0x0\nmap_id:\t17\nfrozen:\t0\n",
-			"map 17", "map of type 1, 8 + 4 bytes, 4096 entries"},
+		{
+			"pos:\t0\nflags:\t02000002\nmap_type:\t1\nkey_size:\t8\nvalue_size:\t4\nmax_entries:\t4096\nmap_flags:\t0x0\nmap_id:\t17\nfrozen:\t0\n",
+			"map 17", "map of type 1, 8 + 4 bytes, 4096 entries",
+		},
 		{"pos:\t0\nprog_type:\t26\nprog_jited:\t1\nprog_tag:\t0123456789abcdef\nprog_id:\t9\n", "program 9", "program of type 26, 0123456789abcdef"},
 		{"link_type:\ttracing\nlink_id:\t3\nprog_tag:\tfe01\nprog_id:\t9\nattach_type:\t23\n", "link 3", "link of type tracing to program fe01"},
 		{"pos:\t0\nflags:\t02\nmnt_id:\t13\n", "", ""},

@@ -51,7 +51,8 @@ func TestADiffSaysWhatIsMoreAndWhatIsMissing(t *testing.T) {
 		},
 		{
 			"one that may come", snapshot(nil), snapshot(map[Category][]Item{Cgroup: item("/tranship", "/tranship/default/a")}),
-			Standing, []string{"h: cgroup left behind: /tranship/default/a (pid 1)"},
+			Standing,
+			[]string{"h: cgroup left behind: /tranship/default/a (pid 1)"},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -8,7 +8,8 @@ import (
 func TestSignalsSayTheirSource(t *testing.T) {
 	m := Machine{Signals: func() []Signal {
 		return []Signal{
-			{"cpu", "bpf:sched_switch", ""}, {"wait", "bpf:sched_switch", ""},
+			{"cpu", "bpf:sched_switch", ""},
+			{"wait", "bpf:sched_switch", ""},
 			{"read_bytes", "absent", "operation not permitted"},
 			{"instructions", "absent", "this machine does not count them"},
 			{"receive_bytes", "netlink", ""},

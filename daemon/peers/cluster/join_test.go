@@ -38,7 +38,7 @@ func newRig(t *testing.T) *rig {
 	if r.Authority, err = Found(r.dir, "host-1", Seed{Name: "host-1", Address: "192.0.2.1:7443", Gossip: "192.0.2.1:7444"}); err != nil {
 		t.Fatal(err)
 	}
-	r.Authority.now = func() time.Time {
+	r.now = func() time.Time {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		return time.Now().Add(r.skew)

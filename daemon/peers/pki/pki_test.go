@@ -344,10 +344,23 @@ func TestNodeNames(t *testing.T) {
 		name string
 		good bool
 	}{
-		{"host-1", true}, {"a", true}, {"db.rack3.example", true}, {"0host", true},
-		{"", false}, {"Host-1", false}, {"host_1", false}, {"-host", false}, {"host-", false}, {"a..b", false},
-		{"10.0.0.1", false}, {"host 1", false}, {"host\n", false}, {"host/1", false}, {"*.example", false},
-		{strings.Repeat("a", 64), false}, {strings.Repeat("a.", 127) + "aa", false},
+		{"host-1", true},
+		{"a", true},
+		{"db.rack3.example", true},
+		{"0host", true},
+		{"", false},
+		{"Host-1", false},
+		{"host_1", false},
+		{"-host", false},
+		{"host-", false},
+		{"a..b", false},
+		{"10.0.0.1", false},
+		{"host 1", false},
+		{"host\n", false},
+		{"host/1", false},
+		{"*.example", false},
+		{strings.Repeat("a", 64), false},
+		{strings.Repeat("a.", 127) + "aa", false},
 	}
 	ca := newCA(t)
 	for _, test := range tests {

@@ -9,8 +9,10 @@ import (
 )
 
 func spec(name string) *workloads.Spec {
-	return &workloads.Spec{Name: name, Namespace: "default", Image: "img", Shards: 3,
-		Size: workloads.Size{CPURequest: 0.1, CPULimit: 1, MemoryRequest: 16 << 20, MemoryLimit: 64 << 20}}
+	return &workloads.Spec{
+		Name: name, Namespace: "default", Image: "img", Shards: 3,
+		Size: workloads.Size{CPURequest: 0.1, CPULimit: 1, MemoryRequest: 16 << 20, MemoryLimit: 64 << 20},
+	}
 }
 
 func rec(owner string, generation uint64, flags ...string) *Record {

@@ -180,7 +180,7 @@ func (s here) resize(ctx context.Context, r *v1.ResizeShardRequest) (string, err
 		z.Memory = &spec.Size.MemoryLimit
 	}
 	limit := strconv.FormatFloat(spec.Size.CPULimit, 'g', -1, 64)
-	if have.CPUs != spec.Size.CPULimit && !(have.Labels[runtime.LabelAutopilot] == "on" && have.Labels[runtime.LabelLimitCPUs] == limit) {
+	if have.CPUs != spec.Size.CPULimit && (have.Labels[runtime.LabelAutopilot] != "on" || have.Labels[runtime.LabelLimitCPUs] != limit) {
 		z.CPUs = &spec.Size.CPULimit
 	}
 	if refused := workloads.Grows(hostOf(s.Pool.Here(ctx)), name, spec); refused != "" {

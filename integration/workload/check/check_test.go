@@ -19,18 +19,18 @@ func TestARecorderKeepsWhatMatters(t *testing.T) {
 		if rep := r.Report(true); rep.OK {
 			t.Error("a check without one request is ok")
 		}
-		time.Sleep(time.Second) // virtual: it is what is measured here
+		time.Sleep(time.Second) //nolint:forbidigo // virtual: it is what is measured here
 		r.Begin()
 		began := time.Now()
 		for range 20 {
-			time.Sleep(time.Millisecond)
+			time.Sleep(time.Millisecond) //nolint:forbidigo // virtual time
 			r.Done(100)
 		}
 		before := time.Now()
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(300 * time.Millisecond) //nolint:forbidigo // virtual time
 		r.Done(100)
 		for range 20 {
-			time.Sleep(2 * time.Millisecond)
+			time.Sleep(2 * time.Millisecond) //nolint:forbidigo // virtual time
 			r.Done(100)
 		}
 		rep := r.Report(true)
@@ -44,12 +44,12 @@ func TestARecorderKeepsWhatMatters(t *testing.T) {
 			t.Errorf("from %s for %v ms", rep.StartedAt, rep.DurationMS)
 		}
 
-		time.Sleep(500 * time.Millisecond)
+		time.Sleep(500 * time.Millisecond) //nolint:forbidigo // virtual time
 		if rep := r.Report(true); rep.LongestGapMS != 500 {
 			t.Errorf("a silence at the end is a gap: %v ms", rep.LongestGapMS)
 		}
 		r.Stop()
-		time.Sleep(time.Hour)
+		time.Sleep(time.Hour) //nolint:forbidigo // virtual time
 		r.Done(1)
 		if rep := r.Report(true); rep.LongestGapMS != 500 || rep.Requests != 41 {
 			t.Errorf("after the stop nothing is measured: %+v", rep)
@@ -77,9 +77,9 @@ func TestTheLongestGapsAreKeptInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := NewRecorder("test")
 		for i := range 100 {
-			time.Sleep(time.Millisecond)
+			time.Sleep(time.Millisecond) //nolint:forbidigo // virtual time
 			if i == 20 || i == 70 {
-				time.Sleep(time.Duration(i) * time.Millisecond)
+				time.Sleep(time.Duration(i) * time.Millisecond) //nolint:forbidigo // virtual time
 			}
 			r.Done(0)
 		}
@@ -154,7 +154,7 @@ func TestAPacerKeepsItsRateAndForgetsPauses(t *testing.T) {
 		if n < 990 || n > 1010 {
 			t.Errorf("%d events in a second", n)
 		}
-		time.Sleep(10 * time.Second)
+		time.Sleep(10 * time.Second) //nolint:forbidigo // virtual time
 		for n = 0; p.Due(time.Now()); n++ {
 		}
 		if n > 51 {

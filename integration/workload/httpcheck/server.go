@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -114,9 +113,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("Content-Length", strconv.Itoa(len(value)))
-	if _, err := w.Write(value); err != nil {
-		slog.Debug("the client went away", "err", err)
-	}
+	_, _ = w.Write(value) // a client that went away counts that itself
 }
 
 // Stat is what GET /stat answers.
@@ -137,7 +134,5 @@ func (s *Server) stat(w http.ResponseWriter, _ *http.Request) {
 	st.UptimeMS = float64(time.Since(s.started)) / float64(time.Millisecond)
 	st.PID = os.Getpid()
 	w.Header().Set("Content-Type", "application/json")
-	if err := json.NewEncoder(w).Encode(st); err != nil {
-		slog.Debug("the client went away", "err", err)
-	}
+	_ = json.NewEncoder(w).Encode(st) // as in get
 }

@@ -126,11 +126,13 @@ func TestTransfersAndWhatIsFoundBehindThem(t *testing.T) {
 	}{
 		{"money out of nothing", `UPDATE accounts SET balance = balance + 1 WHERE id = 0`, `UPDATE accounts SET balance = balance - 1 WHERE id = 0`, "instead of"},
 		{"a line that is lost", `UPDATE transfers SET seq = -seq WHERE id = (SELECT min(id) FROM transfers)`, `UPDATE transfers SET seq = -seq WHERE seq < 0`, "lines, the last is"},
-		{"an index that misses a row", `
+		{
+			"an index that misses a row", `
 			UPDATE pg_index SET indisready = false, indislive = false WHERE indexrelid = 'transfers_src_idx'::regclass;
 			INSERT INTO transfers (run, worker, seq, src, dst, amount) VALUES (1, 1, 1, 1, 2, 0);
 			UPDATE pg_index SET indisready = true, indislive = true WHERE indexrelid = 'transfers_src_idx'::regclass`,
-			`DELETE FROM transfers WHERE run = 1; REINDEX INDEX transfers_src_idx`, "transfers_src_idx"},
+			`DELETE FROM transfers WHERE run = 1; REINDEX INDEX transfers_src_idx`, "transfers_src_idx",
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			exec1(t, o, c.damage)
