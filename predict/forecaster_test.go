@@ -214,6 +214,39 @@ func TestOneEarlyFaultDoesNotSetEveryBound(t *testing.T) {
 	}
 }
 
+func TestLoadThatTookToSteppingIsForecastAsNow(t *testing.T) {
+	var own, asNow float64
+	for seed := range uint64(20) {
+		f := mustNew(t, fiveMin)
+		rng := rand.New(rand.NewPCG(4, seed))
+		at, v, median := start, 0.0, 0.0
+		for i := range 288 {
+			before := v
+			switch {
+			case i >= 144: // a coin that is turned at times: as now is the median
+				if v != 2 && v != 0 || rng.Float64() < 0.3 {
+					v = 2 - min(v, 2)
+				}
+			case rng.Float64() < 0.1: // as now errs twice
+				v = 20
+			default:
+				v = 2 * float64(rng.IntN(3)/2)
+			}
+			if i >= 144 {
+				own += math.Abs(v - median)
+				asNow += math.Abs(v - before)
+			}
+			f.Observe(at, v)
+			f.Advance(at.Add(151 * time.Second))
+			at = at.Add(5 * time.Minute)
+			median = mustForecast(t, f, 5*time.Minute, Value).P50
+		}
+	}
+	if own > 1.25*asNow {
+		t.Errorf("absolute errors of %.0f, as now %.0f", own, asNow)
+	}
+}
+
 func TestBadInputIsIgnored(t *testing.T) {
 	clean, dirty := mustNew(t, fiveMin), mustNew(t, fiveMin)
 	for i := range 600 {

@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 3
+const stateVersion = 4
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
@@ -338,7 +338,7 @@ func (s *state) half(h *half) {
 	s.offset(&h.tails)
 	s.count(&h.n)
 	s.bool(&h.borrowed)
-	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.same, &h.cover90, &h.cover95)
+	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.regret, &h.same, &h.cover90, &h.cover95)
 	b := &h.kept
 	for i := range b.members {
 		s.float(&b.members[i])
@@ -349,7 +349,7 @@ func (s *state) half(h *half) {
 		}
 	}
 	s.int(&b.took, 0, tookCycle-1)
-	s.float(&b.errFast, &b.errSlow, &b.lossOwn, &b.lossNaive, &b.lateOwn, &b.lateNaive)
+	s.float(&b.errFast, &b.errSlow, &b.lossOwn, &b.lossNaive, &b.lateOwn, &b.lateNaive, &b.regret)
 	s.floats(h.errHour[:], false)
 	s.bytes(h.errHourN[:])
 }
