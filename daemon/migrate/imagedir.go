@@ -39,6 +39,7 @@ func sendImages(dir string, w io.Writer) (imageDigest, error) {
 	sum := xxh3.New()
 	compress := s2.NewWriter(w, s2.WriterConcurrency(1))
 	archive := tar.NewWriter(io.MultiWriter(compress, sum))
+	pages := newSentPages()
 	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
 		return 0, fmt.Errorf("send images: %w", err)
@@ -47,7 +48,7 @@ func sendImages(dir string, w io.Writer) (imageDigest, error) {
 		if !e.Type().IsRegular() {
 			continue
 		}
-		if err := addImage(root, archive, e.Name()); err != nil {
+		if err := addImage(root, archive, pages, e.Name()); err != nil {
 			return 0, fmt.Errorf("send image %s: %w", e.Name(), err)
 		}
 	}
@@ -57,7 +58,7 @@ func sendImages(dir string, w io.Writer) (imageDigest, error) {
 	return imageDigest(sum.Sum64()), nil
 }
 
-func addImage(root *os.Root, archive *tar.Writer, name string) error {
+func addImage(root *os.Root, archive *tar.Writer, pages *sentPages, name string) error {
 	f, err := root.Open(name)
 	if err != nil {
 		return err
@@ -66,6 +67,9 @@ func addImage(root *os.Root, archive *tar.Writer, name string) error {
 	fi, err := f.Stat()
 	if err != nil {
 		return err
+	}
+	if isPagesImage(name, fi.Size()) {
+		return pages.addPages(archive, name, f)
 	}
 	hdr := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: fi.Size(), Format: tar.FormatPAX}
 	if err := archive.WriteHeader(hdr); err != nil {
@@ -77,7 +81,7 @@ func addImage(root *os.Root, archive *tar.Writer, name string) error {
 
 // receiveImages writes what sendImages sent into dir. Only plain file names are
 // accepted, each once.
-func receiveImages(dir string, r io.Reader) (imageDigest, error) {
+func receiveImages(dir string, r io.Reader) (_ imageDigest, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return 0, fmt.Errorf("receive images: %w", err)
@@ -86,6 +90,8 @@ func receiveImages(dir string, r io.Reader) (imageDigest, error) {
 	sum := xxh3.New()
 	plain := io.TeeReader(s2.NewReader(r), sum)
 	archive := tar.NewReader(plain)
+	var pages gotPages
+	defer func() { err = errors.Join(err, pages.close()) }()
 	var total int64
 	for n := 0; ; n++ {
 		hdr, err := archive.Next()
@@ -95,18 +101,19 @@ func receiveImages(dir string, r io.Reader) (imageDigest, error) {
 		if err != nil {
 			return 0, fmt.Errorf("receive images: %w", err)
 		}
-		total += hdr.Size
 		switch {
 		case hdr.Typeflag != tar.TypeReg:
 			return 0, fmt.Errorf("receive images: %q is not a regular file", hdr.Name)
 		case !fs.ValidPath(hdr.Name) || hdr.Name == "." || hasSlash(hdr.Name):
 			return 0, fmt.Errorf("receive images: %q is not a plain file name", hdr.Name)
-		case n >= maxImageFiles || hdr.Size < 0 || total > maxImageBytes:
+		case n >= maxImageFiles || hdr.Size < 0 || hdr.Size > maxImageBytes-total:
 			return 0, fmt.Errorf("receive images: more than %d files or %d bytes", maxImageFiles, int64(maxImageBytes))
 		}
-		if err := takeImage(root, archive, hdr); err != nil {
+		length, err := takeImage(root, archive, hdr, &pages, maxImageBytes-total)
+		if err != nil {
 			return 0, fmt.Errorf("receive image %s: %w", hdr.Name, err)
 		}
+		total += length
 	}
 	// tar stops reading at its end marker; the digest and the stream's own
 	// checksums cover the padding behind it too.
@@ -125,16 +132,20 @@ func hasSlash(name string) bool {
 	return false
 }
 
-func takeImage(root *os.Root, r io.Reader, hdr *tar.Header) error {
-	f, err := root.OpenFile(hdr.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// takeImage writes one file and returns its length.
+func takeImage(root *os.Root, r io.Reader, hdr *tar.Header, pages *gotPages, room int64) (int64, error) {
+	f, err := root.OpenFile(hdr.Name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return err
+		return 0, err
+	}
+	if hdr.PAXRecords[pagesRecord] != "" {
+		return pages.takePages(f, r, room)
 	}
 	n, err := io.Copy(f, r)
 	if err == nil && n != hdr.Size {
 		err = io.ErrUnexpectedEOF
 	}
-	return errors.Join(err, f.Close())
+	return n, errors.Join(err, f.Close())
 }
 
 // parentDir holds the images that a dump is built on, beside its own.

@@ -3,11 +3,16 @@ package migrate
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/klauspost/compress/s2"
+
+	"github.com/tranship/tranship/checkpoint"
 )
 
 func TestAnImageDirectoryArrivesAsItWasSent(t *testing.T) {
@@ -45,6 +50,78 @@ func TestAnImageDirectoryArrivesAsItWasSent(t *testing.T) {
 		b, err := os.ReadFile(filepath.Join(to, name))
 		if err != nil || !bytes.Equal(b, content) {
 			t.Errorf("%s: %d bytes, %v", name, len(b), err)
+		}
+	}
+}
+
+// pagesOf makes pages, each full of one byte.
+func pagesOf(fill ...byte) []byte {
+	var out []byte
+	for _, b := range fill {
+		out = append(out, bytes.Repeat([]byte{b}, checkpoint.PageSize)...)
+	}
+	return out
+}
+
+func TestAPageOfManyImagesIsSentOnce(t *testing.T) {
+	from, to := t.TempDir(), t.TempDir()
+	library := make([]byte, 300*checkpoint.PageSize)
+	rand.NewChaCha8([32]byte{1}).Read(library)
+	files := map[string][]byte{
+		"pages-1.img":   library,
+		"pages-2.img":   slices.Concat(library[:100*checkpoint.PageSize], pagesOf(1, 2), library[90*checkpoint.PageSize:]),
+		"pages-3.img":   slices.Concat(pagesOf(2, 0, 0, 3, 3, 1, 2), library),
+		"pages-4.img":   {},
+		"pages-odd.img": library[:checkpoint.PageSize+1],
+	}
+	for name, content := range files {
+		if err := os.WriteFile(filepath.Join(from, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var wire bytes.Buffer
+	sent, err := sendImages(from, &wire)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if most := len(library) + len(library)/10; wire.Len() > most {
+		t.Errorf("%d bytes were sent, more than %d", wire.Len(), most)
+	}
+	got, err := receiveImages(to, &wire)
+	if err != nil || got != sent {
+		t.Fatalf("received %x, sent %x, %v", got, sent, err)
+	}
+	for name, content := range files {
+		if b, err := os.ReadFile(filepath.Join(to, name)); err != nil || !bytes.Equal(b, content) {
+			t.Errorf("%s: %d bytes of %d, %v", name, len(b), len(content), err)
+		}
+	}
+}
+
+func TestAListOfPagesThatIsWrongIsRefused(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		body []byte
+	}{
+		{"a page that did not come before", []byte{1, 1<<1 | 1, 0}},
+		{"pages beyond those that came", append([]byte{2, 1 << 1, 2<<1 | 1, 0}, pagesOf(1)...)},
+		{"a run of none", []byte{1, 0}},
+		{"fewer pages than the list says", append([]byte{1, 2 << 1}, pagesOf(1)...)},
+		{"more pages than the list says", append([]byte{1, 1 << 1}, pagesOf(1, 2)...)},
+		{"more runs than there are", []byte{200, 1}},
+		{"more than fits", append(binary.AppendUvarint([]byte{1}, 1<<60), pagesOf(1)...)},
+		{"nothing", nil},
+	} {
+		f, err := os.Create(filepath.Join(t.TempDir(), "pages-1.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var g gotPages
+		if _, err := g.takePages(f, bytes.NewReader(c.body), 1<<30); err == nil {
+			t.Errorf("%s: accepted", c.name)
+		}
+		if err := g.close(); err != nil {
+			t.Error(err)
 		}
 	}
 }
@@ -100,7 +177,17 @@ func FuzzReceiveImages(f *testing.F) {
 	if _, err := sendImages(dir, &wire); err != nil {
 		f.Fatal(err)
 	}
-	f.Add(wire.Bytes())
+	f.Add(bytes.Clone(wire.Bytes()))
+	for name, content := range map[string][]byte{"pages-1.img": pagesOf(1, 2), "pages-2.img": pagesOf(2, 1, 3)} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			f.Fatal(err)
+		}
+	}
+	wire.Reset()
+	if _, err := sendImages(dir, &wire); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(bytes.Clone(wire.Bytes()))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		_, _ = receiveImages(t.TempDir(), bytes.NewReader(b))
 	})
