@@ -193,11 +193,16 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 	if err != nil {
 		return RoundResult{}, err
 	}
-	r.ReadAgain(func(pid checkpoint.PID, addr uint64, dst []byte) (there bool, err error) {
-		there = true
-		err = track.ReadMemory(host[pid], addr, dst, func(uint64, checkpoint.Pages) { there = false })
-		return there, err
-	})
+	// What forked processes share comes in the first round. Later, when the shard
+	// may stand still, a round trip more is worth more than the few pages that
+	// happen to be alike.
+	if n == 1 {
+		r.ReadAgain(func(pid checkpoint.PID, addr uint64, dst []byte) (there bool, err error) {
+			there = true
+			err = track.ReadMemory(host[pid], addr, dst, func(uint64, checkpoint.Pages) { there = false })
+			return there, err
+		})
+	}
 	buf := make([]byte, readChunk)
 	for _, e := range extents {
 		switch {
