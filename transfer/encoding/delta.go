@@ -15,7 +15,7 @@ import (
 // many unchanged ones stand before them, the words as they are now; both numbers
 // are uvarints. A run of no words ends it.
 //
-// QEMU's XBZRLE (docs/devel/migration/features.rst) counts bytes; words compare
+// QEMU's XBZRLE (docs/devel/migration/xbzrle.rst) counts bytes; words compare
 // eight times as fast, and what a program changes, it mostly changes by words.
 const (
 	pageSize = checkpoint.PageSize
