@@ -13,6 +13,7 @@ type blend struct {
 	tier   [tiers]float64   // loss of each power
 	n      float64
 	due    int
+	count  int  // of the members there are
 	far    bool // too few independent outcomes to learn a power from
 }
 
@@ -38,7 +39,7 @@ func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 			b.tier[k] += rate * (math.Abs(z-b.of(k, m))*scale - b.tier[k])
 		}
 	}
-	for i, v := range m {
+	for i, v := range m[:b.count] {
 		b.loss[i] += rate * (math.Abs(z-v)*scale - b.loss[i])
 	}
 	if b.due--; b.due <= 0 {
@@ -48,7 +49,8 @@ func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 }
 
 func (b *blend) weigh() {
-	weigh(b.loss[:], &[tiers][]float32{b.weight[0][:], b.weight[1][:], b.weight[2][:]})
+	n := b.count
+	weigh(b.loss[:n], &[tiers][]float32{b.weight[0][:n], b.weight[1][:n], b.weight[2][:n]})
 	share := [tiers]float32{0.5, 0.5, 0}
 	if !b.far {
 		var other [2][tiers]float32

@@ -7,7 +7,7 @@ const (
 	// by anyway.
 	digestSize = 48
 	// digestFew, where a fifth lane has to fit into MaxState.
-	digestFew = 32
+	digestFew = 31
 	// digestGrain: a centroid at quantile q may hold 4·digestGrain·q(1-q)/size
 	// of everything, and 2/size at most: about size/2 of them lie in the middle
 	// and size/24·ln n on each side, the outermost holding single values.

@@ -36,7 +36,7 @@ type Weight struct {
 }
 
 // seasonalMembers know the time of day.
-var seasonalMembers = [2][]int{{7, 8, 10, 11, 12, 13}, {7, 10, 11, 12, 13}}
+var seasonalMembers = [2][]int{{7, 8, 10, 11, 12, 13, 15}, {7, 10, 11, 12, 13}}
 
 var wayNames = [ways]string{"residuals", "scaled-residuals", "outcomes", "level"}
 
@@ -75,7 +75,7 @@ func (f *Forecaster) Explain() Explanation {
 			he := HorizonExplanation{Horizon: l.h, Target: t, Settled: int64(h.n), Error: h.errSlow,
 				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t)}
 			if h.n > 0 {
-				for i, w := range h.members.mix {
+				for i, w := range h.members.mix[:h.members.count] {
 					he.Members = append(he.Members, Weight{memberNames[t][i], float64(w)})
 				}
 				for j, w := range h.tails.weight[2] {

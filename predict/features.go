@@ -52,8 +52,11 @@ const (
 )
 
 // members are the forecasts that blend weighs. The first is "as now" (for
-// peaks "as over the last h").
-const members = 15
+// peaks "as over the last h"), the last is known of values alone.
+const (
+	members     = 16
+	peakMembers = members - 1
+)
 
 // zMax bounds a feature and an outcome, in mean deviations: what is further
 // away is a different regime, from which a linear model cannot be learnt.
@@ -233,6 +236,12 @@ func (e *entry) membersOf(t Target, m *[members]float64) {
 		m[12] = float64(x[fExactProfile] - x[fExactProfileNow])
 		m[13] = float64(x[fExactProfile]-x[fProfileNow]) + level
 		m[14] = float64(x[fShort])
+		m[15] = float64(x[fWeek])
+		if x[fWeek] == 0 {
+			// Until a week is known it is a usual day: as-now would be believed
+			// for what it is, and last week then instead of it.
+			m[15] = m[10]
+		}
 		return
 	}
 	m[0] = float64(x[fPastPeak])
@@ -249,6 +258,6 @@ func (e *entry) membersOf(t Target, m *[members]float64) {
 
 // memberNames are for Explain.
 var memberNames = [2][members]string{
-	{"as-now", "level-1", "level-2", "level-3", "level-4", "level-5", "median", "yesterday", "profile-swing-level", "stack", "profile", "profile-swing", "exact-profile-swing", "exact-profile-swing-level", "short-median"},
+	{"as-now", "level-1", "level-2", "level-3", "level-4", "level-5", "median", "yesterday", "profile-swing-level", "stack", "profile", "profile-swing", "exact-profile-swing", "exact-profile-swing-level", "short-median", "last-week"},
 	{"as-past", "level-1", "level-2", "level-3", "level-4", "level-5", "median-peak", "yesterday", "as-now", "stack", "profile", "profile-swing", "exact-profile-swing", "profile-swing-level", "recent-median"},
 }

@@ -119,6 +119,33 @@ func TestDailyRhythmIsLearnt(t *testing.T) {
 	}
 }
 
+func TestWeeklyRhythmIsLearnt(t *testing.T) {
+	f := mustNew(t, fiveMin)
+	rng := rand.New(rand.NewPCG(6, 6))
+	const days = 5 * 7
+	off, n := 0.0, 0.0
+	load := func(i int) float64 {
+		swing := -math.Cos(2 * math.Pi * float64(i) / 288)
+		if d := i / 288 % 7; d == 5 || d == 6 { // start is a Monday
+			return 30 + 10*swing
+		}
+		return 60 + 40*swing
+	}
+	for i := range 288 * days {
+		if i >= 288*28 && i+288 < 288*days {
+			off += math.Abs(load(i+287) - mustForecast(t, f, 24*time.Hour, Value).P50)
+			n++
+		}
+		at := start.Add(time.Duration(i) * 5 * time.Minute)
+		f.Observe(at, load(i)+4*rng.Float64()-2)
+		f.Advance(at.Add(151 * time.Second))
+	}
+	// The regression alone, which knows last week too, is off by 1.1.
+	if off/n > 0.95 {
+		t.Errorf("a day ahead the median is off by %.1f", off/n)
+	}
+}
+
 func TestBoundsHoldTheirShareOfOutcomes(t *testing.T) {
 	// Skewed noise whose width follows the level: what a Gaussian formula gets wrong.
 	f := mustNew(t, fiveMin)

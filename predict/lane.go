@@ -81,6 +81,10 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 			l.of[k].doubt = float64(steps) / float64(l.stride)
 		}
 		l.of[k].members.far = l.h > shiftHorizon
+		l.of[k].members.count = members
+		if Target(k) == Peak {
+			l.of[k].members.count = peakMembers
+		}
 		l.of[k].tails = newOffset(l, Target(k), step, lanes)
 	}
 	return l

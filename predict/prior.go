@@ -62,10 +62,11 @@ func (f *Forecaster) Prior() Prior {
 			q.stack, q.stackB = perSample(&h.stack, stackMemory)
 			q.width, q.widthB = perSample(&h.width, widthMemory)
 			best := math.Inf(1)
-			for _, v := range h.members.loss {
+			known := h.members.loss[:h.members.count]
+			for _, v := range known {
 				best = math.Min(best, v)
 			}
-			for j, v := range h.members.loss {
+			for j, v := range known {
 				q.loss[j] = 1
 				if best > 0 {
 					q.loss[j] = math.Min(v/best, 100)

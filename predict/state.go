@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 4
+const stateVersion = 5
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
