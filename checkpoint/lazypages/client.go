@@ -14,9 +14,9 @@ import (
 // ErrRefused says that the server lives and does not do what was asked.
 var ErrRefused = errors.New("page server refused")
 
-// ErrServerGone says that the server's process ended without a last word. If
-// CRIU had handed over tasks, their missing pages are zeros: they must be
-// stopped.
+// ErrServerGone says that the server's process ended without a last word. Look
+// tells whether another can take over; if nobody can and CRIU had handed over
+// tasks, their missing pages are zeros: they must be stopped.
 var ErrServerGone = errors.New("page server is gone")
 
 // FailedError is a server's own report that it has failed.

@@ -102,8 +102,8 @@ type family struct {
 // of its images and that the store has. The store may have more (pages that the
 // process dropped or unmapped between two rounds) and less (zero pages).
 //
-// A store that has given pages back has lost a server in the middle of filling,
-// and with it the userfaultfds and the memory of the tasks.
+// A store that has given pages back has lost a server in the middle of filling:
+// that is for TakeOver, not for another restore.
 func (f *family) load(images string) error {
 	if placing, err := f.store.Placing(f.task.PID); placing || err != nil {
 		return errors.Join(errUsed, err)
@@ -270,43 +270,6 @@ func (f *family) readEvents() error {
 		}
 	}
 	return nil
-}
-
-// noteApplied notes that what was read has been applied, and what was found out
-// with it.
-func (f *family) noteApplied(s *space) error {
-	for _, m := range f.recent.shifted {
-		if !f.events.append(slotShift, m.space.id, m.from, m.to, m.size) {
-			return f.beginLog()
-		}
-	}
-	f.recent.shifted = f.recent.shifted[:0]
-	return f.note(slotApplied, s)
-}
-
-// note adds to the log what has become of a space. The family is as if it were
-// noted: a log without room begins anew with what it is.
-func (f *family) note(kind byte, s *space, args ...uint64) error {
-	if f.events.append(kind, s.id, args...) {
-		return nil
-	}
-	return f.beginLog()
-}
-
-// beginLog replaces the log by one that begins with the family as it is.
-func (f *family) beginLog() error {
-	f.recent.shifted = f.recent.shifted[:0]
-	slots := minSlots
-	if f.events != nil {
-		slots = min(2*f.events.slots(), maxSlots)
-	}
-	next, err := createLog(f.logPath, f.snapshot().append(nil), slots)
-	if err != nil {
-		return err
-	}
-	err = f.events.close()
-	f.events = next
-	return err
 }
 
 // apply follows an event. A fork's child has the userfaultfd fd.
