@@ -20,8 +20,8 @@ import (
 )
 
 var (
-	// ErrLost says that nobody holds the userfaultfds any more: the tasks run on
-	// zeros where pages were missing, and must be stopped.
+	// ErrLost says that nobody holds the userfaultfds any more: tasks that run would
+	// find zeros where pages were missing. Those that could be found were killed.
 	ErrLost = errors.New("nobody holds the userfaultfds")
 	// errAmbiguous says that a server died where its log and the kernel leave open
 	// what is where.
@@ -85,27 +85,22 @@ func (s *server) takeOver(ctx context.Context) (*net.UnixListener, error) {
 		}
 	}
 	state.Strays = nil
-	former := state.Holder
-	holder, err := former.open()
-	if errors.Is(err, unix.ESRCH) {
-		return nil, fmt.Errorf("%w: %w", ErrLost, err)
-	}
+	logs, err := logsOf(dir, state.Epoch)
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(holder)
+	former := state.Holder
+	if err := s.takeFrom(former, logs); err != nil {
+		if !former.alive() {
+			err = errors.Join(fmt.Errorf("%w: %w", ErrLost, err), strike(logs))
+		}
+		return nil, err
+	}
 	control, err := listen(s.cfg.Control)
 	if err != nil {
 		return nil, err
 	}
-	logs, err := logsOf(dir, state.Epoch)
-	if err == nil {
-		err = s.follow(logs, holder)
-	}
-	if err == nil {
-		err = s.succeed(ctx, state)
-	}
-	if err == nil {
+	if err = s.succeed(ctx, state); err == nil {
 		err = former.kill(ctx)
 	}
 	if err != nil {
@@ -124,23 +119,59 @@ func (s *server) takeOver(ctx context.Context) (*net.UnixListener, error) {
 	return control, nil
 }
 
-// follow makes the families of an epoch's logs.
-func (s *server) follow(logs map[checkpoint.PID]string, holder int) error {
+// readLog reads the log of a pid.
+func readLog(path string, pid checkpoint.PID) (snapshot, []record, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return snapshot{}, nil, err
+	}
+	head, records, err := parseLog(raw)
+	if err != nil {
+		return snapshot{}, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	snap, err := parseSnapshot(head)
+	if err == nil && snap.pid != pid {
+		err = fmt.Errorf("%w: it is of pid %d", errLog, snap.pid)
+	}
+	if err != nil {
+		return snapshot{}, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return snap, records, nil
+}
+
+// strike kills the tasks that logs tell of, at once: their pages are zeros now.
+// The daemon sees to it that none is left.
+func strike(logs map[checkpoint.PID]string) error {
+	var tasks []Task
+	var errs []error
 	for pid, path := range logs {
-		raw, err := os.ReadFile(path)
+		snap, _, err := readLog(path, pid)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		pidfd, err := (proc{snap.hostPID, snap.start}).open()
+		if err != nil {
+			continue // dead
+		}
+		defer unix.Close(pidfd)
+		tasks = append(tasks, Task{PID: pid, HostPID: snap.hostPID, PIDFD: pidfd})
+	}
+	hunt, err := newHunt(tasks)
+	return errors.Join(append(errs, err, hunt.kill())...)
+}
+
+// takeFrom makes the families of an epoch's logs, with what the holder has.
+func (s *server) takeFrom(former proc, logs map[checkpoint.PID]string) error {
+	holder, err := former.open()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(holder)
+	for pid, path := range logs {
+		snap, records, err := readLog(path, pid)
 		if err != nil {
 			return err
-		}
-		head, records, err := parseLog(raw)
-		if err != nil {
-			return fmt.Errorf("%s: %w", path, err)
-		}
-		snap, err := parseSnapshot(head)
-		if err == nil && snap.pid != pid {
-			err = fmt.Errorf("%w: it is of pid %d", errLog, snap.pid)
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", path, err)
 		}
 		task := Task{PID: pid, HostPID: snap.hostPID, PIDFD: -1, UFFD: -1}
 		if task.PIDFD, err = (proc{snap.hostPID, snap.start}).open(); err != nil && !errors.Is(err, unix.ESRCH) {

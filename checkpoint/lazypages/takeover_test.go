@@ -292,7 +292,7 @@ func TestNobodyGoesOnWhenBothAreKilled(t *testing.T) {
 	if err := r.takeOver(); err == nil || !strings.Contains(err.Error(), ErrLost.Error()) {
 		t.Fatalf("took over: %v", err)
 	}
-	task.kill()
+	task.mustBeKilled() // by the one who saw it first
 }
 
 func TestARestoreThatHadNotFinishedIsNotTakenOver(t *testing.T) {
