@@ -197,6 +197,9 @@ func (p proc) open() (int, error) {
 		return -1, unix.ESRCH
 	}
 	pidfd, err := unix.PidfdOpen(p.PID, 0)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		err = unix.ESRCH // the number is that of a thread now
+	}
 	if err != nil {
 		return -1, fmt.Errorf("process %d: %w", p.PID, err)
 	}

@@ -194,6 +194,8 @@ func (s *server) serveTasks(ctx context.Context, take func(context.Context, *err
 		return s.release()
 	}
 	s.setError(err)
+	// At once: whoever takes over if this process is killed now finds them dead.
+	s.cfg.Log.Error("pages cannot be served; the tasks are killed", "err", err)
 	// The context may be the reason, and this must be done all the same.
 	if stopErr := s.stopTasks(context.WithoutCancel(ctx)); stopErr != nil {
 		err = errors.Join(err, stopErr)
