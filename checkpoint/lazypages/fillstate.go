@@ -50,6 +50,9 @@ type fillState struct {
 	Epoch  int  `json:"epoch"`
 	Server proc `json:"server"`
 	Holder proc `json:"holder"`
+	// Heir is about to be Holder, with the same table, and does not outlive the
+	// server until it is told to: then Holder says so.
+	Heir proc `json:"heir,omitzero"`
 	// Strays hold the same, and must be gone before anything is served: a
 	// userfaultfd that is open somewhere is not closed.
 	Strays []proc `json:"strays,omitempty"`
@@ -60,13 +63,21 @@ type fillState struct {
 	next bool
 }
 
-// holderIs notes a holder that was started.
-func (s *fillState) holderIs(h proc) {
+// holderStarts notes a holder that was started.
+func (s *fillState) holderStarts(h proc) {
 	if s.next {
 		s.Strays = append(s.Strays, h)
 		return
 	}
-	s.Holder = h
+	s.Heir = h
+}
+
+// heldBy is the holder, or the heir that was not yet noted as such.
+func (s *fillState) heldBy() proc {
+	if !s.Holder.alive() && s.Heir.alive() {
+		return s.Heir
+	}
+	return s.Holder
 }
 
 // nextEpoch makes the last stray the holder, and the holder a stray.
@@ -122,7 +133,7 @@ func Look(store string) Holding {
 	if err != nil {
 		return Holding{}
 	}
-	return Holding{s.FinishedAt, s.Server.alive(), s.Holder.alive()}
+	return Holding{s.FinishedAt, s.Server.alive(), s.heldBy().alive()}
 }
 
 // LetGo ends the server of a store, if it lives, and all that hold its
@@ -143,7 +154,7 @@ func LetGo(ctx context.Context, store string) error {
 	if s, err = readFillState(store); err != nil {
 		return err
 	}
-	for _, p := range append(s.Strays, s.Holder) {
+	for _, p := range append(s.Strays, s.Holder, s.Heir) {
 		err = errors.Join(err, p.kill(ctx))
 	}
 	return err

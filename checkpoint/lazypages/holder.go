@@ -160,12 +160,15 @@ func (k *keeper) start() error {
 	if err != nil {
 		return err
 	}
-	k.state.holderIs(holder)
+	k.state.holderStarts(holder)
 	if err := k.state.write(k.dir); err != nil {
 		return err
 	}
-	_, err = unix.Write(k.gate, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	return err
+	if _, err := unix.Write(k.gate, []byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil || k.state.next {
+		return err
+	}
+	k.state.Holder, k.state.Heir = holder, proc{}
+	return k.state.write(k.dir)
 }
 
 // update changes the state on file.

@@ -89,7 +89,8 @@ func (s *server) takeOver(ctx context.Context) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, err
 	}
-	former := state.Holder
+	former := state.heldBy()
+	state.Holder, state.Heir = former, proc{}
 	if err := s.takeFrom(former, logs); err != nil {
 		if !former.alive() {
 			err = errors.Join(fmt.Errorf("%w: %w", ErrLost, err), strike(logs))
