@@ -120,18 +120,6 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		})
 	}
 
-	t.Run("the page server is killed", func(t *testing.T) {
-		f.t = t
-		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
-		server, holder := pageServer(t, "host-2")
-		must(t, "host-2", "kill", "-KILL", strconv.Itoa(server))
-		awaitPageServer(t, "host-2", server, holder)
-		release()
-		r, code := wait()
-		moved(t, r, code, "host-2")
-		back(t)
-	})
-
 	t.Run("the link is cut", func(t *testing.T) {
 		f.t = t
 		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
