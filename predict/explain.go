@@ -72,8 +72,10 @@ func (f *Forecaster) Explain() Explanation {
 	for _, l := range f.lanes {
 		for t := Value; t <= Peak; t++ {
 			h := l.half(t)
-			he := HorizonExplanation{Horizon: l.h, Target: t, Settled: int64(h.n), Error: h.errSlow,
-				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t)}
+			he := HorizonExplanation{
+				Horizon: l.h, Target: t, Settled: int64(h.n), Error: h.errSlow,
+				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t),
+			}
 			if h.n > 0 {
 				for i, w := range h.members.mix[:h.members.count] {
 					he.Members = append(he.Members, Weight{memberNames[t][i], float64(w)})

@@ -7,8 +7,10 @@ var levels = [...]float64{0.1, 0.5, 0.9, 0.95, 0.99}
 
 // judged are the levels whose ways compete; the outer two borrow the weights
 // of their neighbours, because what is seen once in a hundred settles nothing.
-var judged = [...]int{1, 2, 3}
-var judgeOf = [len(levels)]int{1, 0, 1, 2, 2}
+var (
+	judged  = [...]int{1, 2, 3}
+	judgeOf = [len(levels)]int{1, 0, 1, 2, 2}
+)
 
 // Ways from settled forecasts to a quantile.
 const (

@@ -124,7 +124,7 @@ func cut(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.Er
 
 // unexpected is err for a reader that was promised more.
 func unexpected(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

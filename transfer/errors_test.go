@@ -40,7 +40,7 @@ func TestErrorsOfQUICAreSorted(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			got := linkError(test.err)
 			for _, sentinel := range []error{ErrLinkLost, ErrUntrusted, ErrClosed} {
-				if errors.Is(got, sentinel) != (test.is == sentinel) {
+				if errors.Is(got, sentinel) != errors.Is(test.is, sentinel) {
 					t.Errorf("%v is %v: %v", got, sentinel, errors.Is(got, sentinel))
 				}
 			}

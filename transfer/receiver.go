@@ -310,7 +310,7 @@ func (r *receiver) blob(w *workspace, open wire.OpenBlob) (uint64, error) {
 		reader.rest, reader.err = reader.block()
 	}
 	switch {
-	case reader.err != nil && reader.err != io.EOF:
+	case reader.err != nil && !errors.Is(reader.err, io.EOF):
 		// Whatever the Sink made of it, this is why.
 		return reader.n, fmt.Errorf("blob %s %q: %w", open.Kind, open.Name, reader.err)
 	case err != nil:
@@ -390,10 +390,10 @@ func readOne(r io.Reader) (wire.Type, []byte, error) {
 	if err != nil {
 		return 0, nil, unexpected(err)
 	}
-	switch _, err := br.ReadByte(); err {
-	case io.EOF:
+	switch _, err := br.ReadByte(); {
+	case errors.Is(err, io.EOF):
 		return t, body, nil
-	case nil:
+	case err == nil:
 		return 0, nil, fmt.Errorf("bytes after %v: %w", t, wire.ErrMalformed)
 	default:
 		return 0, nil, err

@@ -19,8 +19,10 @@ func someSnapshot() snapshot {
 	return snapshot{
 		pid: 7, hostPID: 4242, start: 1 << 40, children: 3,
 		spaces: []savedSpace{
-			{id: 0, fd: 12, windows: []window{{span{0x1000, 0x5000}, 0x9000}, {span{0x8000, 0x9000}, 0x1000}},
-				echoes: []span{{0x9000, 0xa000}, {0x1000, 0x2000}}, pending: []span{{1, 5}, {9, 10}}},
+			{
+				id: 0, fd: 12, windows: []window{{span{0x1000, 0x5000}, 0x9000}, {span{0x8000, 0x9000}, 0x1000}},
+				echoes: []span{{0x9000, 0xa000}, {0x1000, 0x2000}}, pending: []span{{1, 5}, {9, 10}},
+			},
 			{id: 3, fd: 40, leaving: []window{{span{0x1000, 0x2000}, 0x1000}}},
 		},
 		forks: []savedFork{{0, 3}},
@@ -33,7 +35,7 @@ func TestASnapshotComesBackAsItWas(t *testing.T) {
 		{pid: 1, fresh: true, spaces: []savedSpace{{fd: 5}}},
 		someSnapshot(),
 	} {
-		raw := want.append(nil)
+		raw := want.encode()
 		got, err := parseSnapshot(raw)
 		if err != nil {
 			t.Fatal(err)
@@ -55,7 +57,7 @@ func TestASnapshotComesBackAsItWas(t *testing.T) {
 // someLog is a log in which the kernel, played by a pipe, has written.
 func someLog(t testing.TB) (*eventLog, []record) {
 	t.Helper()
-	l, err := createLog(filepath.Join(t.TempDir(), "log"), someSnapshot().append(nil), 2*eventBatch)
+	l, err := createLog(filepath.Join(t.TempDir(), "log"), someSnapshot().encode(), 2*eventBatch)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +145,7 @@ func TestALogIsReadAsItWasWritten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(head, someSnapshot().append(nil)) {
+	if !bytes.Equal(head, someSnapshot().encode()) {
 		t.Error("another snapshot")
 	}
 	if !reflect.DeepEqual(got, want) {
@@ -209,7 +211,7 @@ func FuzzParseLog(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(raw, someSnapshot().append(nil))
+	f.Add(raw, someSnapshot().encode())
 	f.Fuzz(func(_ *testing.T, raw, head []byte) {
 		_, _, _ = parseLog(raw)
 		_, _ = parseSnapshot(head)
@@ -222,7 +224,7 @@ func FuzzParseLog(f *testing.F) {
 // descriptors.
 func FuzzReplay(f *testing.F) {
 	l, _ := someLog(f)
-	f.Add(append([]byte{}, l.mem...), someSnapshot().append(nil))
+	f.Add(append([]byte{}, l.mem...), someSnapshot().encode())
 	f.Fuzz(func(t *testing.T, slots, head []byte) {
 		records, err := parseSlots(slots)
 		if err != nil || len(records) > 1000 {
@@ -260,7 +262,7 @@ func TestARunAfterRunOfPagesSurvivesASnapshot(t *testing.T) {
 		sp.pending.clear(from, from+rng.Uint64N(300))
 	}
 	f.spaces = []*space{sp}
-	got, err := parseSnapshot(f.snapshot().append(nil))
+	got, err := parseSnapshot(f.snapshot().encode())
 	if err != nil {
 		t.Fatal(err)
 	}

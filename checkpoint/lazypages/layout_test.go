@@ -28,17 +28,20 @@ func TestALayoutFollowsItsMappings(t *testing.T) {
 	}{
 		{
 			"nothing has happened", nil,
-			where{a: a, a + 0x3000: a + 0x3000, c: c, b: 0}, nil,
+			where{a: a, a + 0x3000: a + 0x3000, c: c, b: 0},
+			nil,
 		},
 		{
 			"a whole mapping moves",
 			[]func(*layout, func(span)){remap(a, b, size), unmap(a, size)},
-			where{a: b, a + 0x3000: b + 0x3000, c: c}, nil,
+			where{a: b, a + 0x3000: b + 0x3000, c: c},
+			nil,
 		},
 		{
 			"the middle of a mapping moves",
 			[]func(*layout, func(span)){remap(a+0x1000, b, 0x1000), unmap(a+0x1000, 0x1000)},
-			where{a: a, a + 0x1000: b, a + 0x2000: a + 0x2000}, nil,
+			where{a: a, a + 0x1000: b, a + 0x2000: a + 0x2000},
+			nil,
 		},
 		{
 			"a mapping moves twice and back",
@@ -47,12 +50,14 @@ func TestALayoutFollowsItsMappings(t *testing.T) {
 				remap(b, d, size), unmap(b, size),
 				remap(d, a, size), unmap(d, size),
 			},
-			where{a: a, c: c}, nil,
+			where{a: a, c: c},
+			nil,
 		},
 		{
 			"the middle is unmapped",
 			[]func(*layout, func(span)){unmap(a+0x1000, 0x1000)},
-			where{a: a, a + 0x1000: 0, a + 0x2000: a + 0x2000}, []span{{a + 0x1000, a + 0x2000}},
+			where{a: a, a + 0x1000: 0, a + 0x2000: a + 0x2000},
+			[]span{{a + 0x1000, a + 0x2000}},
 		},
 		{
 			"unmapping spans two mappings and what lies between",
@@ -63,32 +68,38 @@ func TestALayoutFollowsItsMappings(t *testing.T) {
 		{
 			"a mapping moves over another, which is announced before",
 			[]func(*layout, func(span)){unmap(c, size), remap(a, c, size), unmap(a, size)},
-			where{a: c, c: 0}, []span{{c, c + size}},
+			where{a: c, c: 0},
+			[]span{{c, c + size}},
 		},
 		{
 			"an arrival is heard before the unmapping that made room for it",
 			[]func(*layout, func(span)){remap(a, c, size), unmap(c, size), unmap(a, size)},
-			where{a: c, c: 0}, []span{{c, c + size}},
+			where{a: c, c: 0},
+			[]span{{c, c + size}},
 		},
 		{
 			"an arrival is heard before the move that made room for it",
 			[]func(*layout, func(span)){remap(a, c, size), unmap(a, size), remap(c, d, size), unmap(c, size)},
-			where{a: c, c: d}, nil,
+			where{a: c, c: d},
+			nil,
 		},
 		{
 			"the echo of a move is heard after the next arrival",
 			[]func(*layout, func(span)){remap(a, b, size), remap(c, a, size), unmap(a, size), unmap(c, size)},
-			where{a: b, c: a}, nil,
+			where{a: b, c: a},
+			nil,
 		},
 		{
 			"a move without unmapping, then a true unmapping once that is settled",
 			[]func(*layout, func(span)){remap(a, b, size), settle, remap(c, a, size), unmap(c, size), settle, unmap(a, size)},
-			where{a: b, c: 0}, []span{{c, c + size}},
+			where{a: b, c: 0},
+			[]span{{c, c + size}},
 		},
 		{
 			"what is pushed aside and never announced is gone when all is quiet",
 			[]func(*layout, func(span)){remap(a, c, size), unmap(a, size), settle},
-			where{a: c, c: 0}, []span{{c, c + size}},
+			where{a: c, c: 0},
+			[]span{{c, c + size}},
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

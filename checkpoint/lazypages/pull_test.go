@@ -176,7 +176,7 @@ func TestMemoryThatChangesWhileItsPagesArriveStaysRight(t *testing.T) {
 					limit := checkpoint.Pages(1 + rng.IntN(40))
 					err := src.pull(r, lane == 0, limit, func() bool {
 						// A link takes its time, and not the same for all.
-						time.Sleep(time.Duration(rng.IntN(1+lane)) * time.Millisecond)
+						time.Sleep(time.Duration(rng.IntN(1+lane)) * time.Millisecond) //nolint:forbidigo // is the link
 						return rng.IntN(8) > 0
 					})
 					if err != nil {

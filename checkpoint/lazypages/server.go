@@ -280,7 +280,7 @@ func (s *server) adopt(task Task) (*family, error) {
 	f.start = host.Start
 	f.logPath = logPath(s.cfg.Store, task.PID, s.epoch)
 	fresh := snapshot{pid: task.PID, hostPID: task.HostPID, start: f.start, fresh: true, spaces: []savedSpace{{fd: task.UFFD}}}
-	if f.events, err = createLog(f.logPath, fresh.append(nil), minSlots); err != nil {
+	if f.events, err = createLog(f.logPath, fresh.encode(), minSlots); err != nil {
 		return nil, fmt.Errorf("serve pid %d: %w", task.PID, err)
 	}
 	return f, nil

@@ -40,8 +40,9 @@ type savedMove struct {
 	from, to, size uint64
 }
 
-// append encodes the snapshot, in unsigned varints.
-func (s snapshot) append(b []byte) []byte {
+// encode encodes the snapshot, in unsigned varints.
+func (s snapshot) encode() []byte {
+	var b []byte
 	num := func(v uint64) { b = binary.AppendUvarint(b, v) }
 	list := func(n int, each func(i int)) {
 		num(uint64(n))
@@ -212,7 +213,7 @@ func (f *family) beginLog() error {
 	if f.events != nil {
 		slots = min(2*f.events.slots(), maxSlots)
 	}
-	next, err := createLog(f.logPath, f.snapshot().append(nil), slots)
+	next, err := createLog(f.logPath, f.snapshot().encode(), slots)
 	if err != nil {
 		return err
 	}

@@ -290,8 +290,10 @@ func (f *family) resume(snap snapshot, dump dumped, fds map[int]int) (map[int]*s
 	for _, saved := range snap.spaces {
 		sp := root
 		if !snap.fresh {
-			sp = &space{name: root.name, id: saved.id, dump: dump, owed: &f.owed, pending: f.live.empty(),
-				layout: layout{saved.windows, saved.leaving, saved.echoes}}
+			sp = &space{
+				name: root.name, id: saved.id, dump: dump, owed: &f.owed, pending: f.live.empty(),
+				layout: layout{saved.windows, saved.leaving, saved.echoes},
+			}
 			if saved.id != 0 {
 				sp.name = fmt.Sprintf("%s, child %d", root.name, saved.id)
 			}

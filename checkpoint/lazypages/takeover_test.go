@@ -64,7 +64,7 @@ func (r *rig) torment(seed uint64, times int, longest time.Duration) (takeovers,
 	rng := rand.New(rand.NewPCG(seed, 99))
 	for range times {
 		// A random moment of a server's life is what the test is about.
-		time.Sleep(time.Duration(rng.Int64N(int64(longest))))
+		time.Sleep(time.Duration(rng.Int64N(int64(longest)))) //nolint:forbidigo // as it says
 		if rng.IntN(3) == 0 {
 			if r.isOver() {
 				return
@@ -109,7 +109,7 @@ func (r *rig) killTakeOver(after time.Duration) {
 	if err := cmd.Start(); err != nil {
 		r.t.Fatal(err)
 	}
-	time.Sleep(after)
+	time.Sleep(after) //nolint:forbidigo // the moment is what is tried
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 }
@@ -170,7 +170,7 @@ func (s *source) pullThrough(r *rig, urgent bool) {
 	for !r.isOver() && r.ctx.Err() == nil {
 		p, err := r.client.Pull(r.ctx)
 		if err != nil {
-			time.Sleep(time.Millisecond) // nobody serves just now
+			time.Sleep(time.Millisecond) //nolint:forbidigo // nobody serves just now
 			continue
 		}
 		again, err := s.work(p, urgent, 30, always)

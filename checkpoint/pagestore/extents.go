@@ -159,14 +159,14 @@ func (s *Store) Seal() error {
 			continue
 		}
 		path := filepath.Join(s.dir, strconv.Itoa(int(pid))+extentsSuffix)
-		if err := os.WriteFile(path, appendRuns(nil, f.index.runs()), 0o600); err != nil {
+		if err := os.WriteFile(path, encodeRuns(f.index.runs()), 0o600); err != nil {
 			return fmt.Errorf("seal the pages of pid %d: %w", pid, full(err))
 		}
 	}
 	return nil
 }
 
-func appendRuns(b []byte, runs []pageRun) []byte { return appendList(b, extentsMagic, runs) }
+func encodeRuns(runs []pageRun) []byte { return appendList(nil, extentsMagic, runs) }
 
 // appendList is magic, the number of runs, each run's distance from the last and
 // its length, and the xxh3 of all that.

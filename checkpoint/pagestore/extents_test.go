@@ -70,7 +70,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 	for name, damage := range map[string]func([]byte) []byte{
 		"cut":            func(b []byte) []byte { return b[:len(b)-1] },
 		"empty":          func([]byte) []byte { return nil },
-		"another number": func([]byte) []byte { return appendRuns(nil, []pageRun{{1, 2}}) },
+		"another number": func([]byte) []byte { return encodeRuns([]pageRun{{1, 2}}) },
 	} {
 		raw, err := os.ReadFile(path)
 		if err != nil {
@@ -96,7 +96,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 
 func TestAListOfExtentsThatIsCutIsRefused(t *testing.T) {
 	want := []pageRun{{1, 3}, {7, 8}, {1 << 40, 1<<40 + 1<<20}}
-	raw := appendRuns(nil, want)
+	raw := encodeRuns(want)
 	if got, err := parseRuns(raw); err != nil || !reflect.DeepEqual(got, want) {
 		t.Fatalf("%v, %v", got, err)
 	}
@@ -108,13 +108,13 @@ func TestAListOfExtentsThatIsCutIsRefused(t *testing.T) {
 }
 
 func FuzzParseRuns(f *testing.F) {
-	f.Add(appendRuns(nil, []pageRun{{1, 3}, {7, 8}}))
+	f.Add(encodeRuns([]pageRun{{1, 3}, {7, 8}}))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		runs, err := parseRuns(raw)
 		if err != nil {
 			return
 		}
-		if again, err := parseRuns(appendRuns(nil, runs)); err != nil || len(again) != len(runs) {
+		if again, err := parseRuns(encodeRuns(runs)); err != nil || len(again) != len(runs) {
 			t.Errorf("%v, %v", again, err)
 		}
 	})

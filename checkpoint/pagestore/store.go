@@ -146,8 +146,10 @@ func openTask(dir string, pid checkpoint.PID, flags int) (*taskFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("page store of pid %d: %w", pid, full(err))
 	}
-	f := &taskFile{pid: pid, pages: pages,
-		placed: placedRecord{path: base + placedSuffix}, came: placedRecord{path: base + cameSuffix}}
+	f := &taskFile{
+		pid: pid, pages: pages,
+		placed: placedRecord{path: base + placedSuffix}, came: placedRecord{path: base + cameSuffix},
+	}
 	if err := errors.Join(f.placed.find(), f.came.find()); err != nil {
 		return nil, errors.Join(fmt.Errorf("page store of pid %d: %w", pid, err), pages.Close())
 	}

@@ -206,7 +206,7 @@ type onlyWriter struct{ io.Writer }
 // dropped is a Sink that costs nothing.
 type dropped struct{}
 
-func (*dropped) PutPages(checkpoint.PID, uint64, []byte) error            { return nil }
+func (*dropped) PutPages(checkpoint.PID, uint64, []byte) error { return nil }
 func (*dropped) ReadPages(checkpoint.PID, uint64, []byte) error {
 	return errors.New("nothing is kept")
 }

@@ -263,8 +263,10 @@ func (s *score) add(y float64, f quantiles) {
 }
 
 func (s *score) result(model string, target predict.Target, h time.Duration, scale float64) Result {
-	r := Result{Target: target.String(), HorizonS: h.Seconds(), Model: model, Origins: int(s.n),
-		MAE: s.abs / s.n, MASE: s.abs / s.n / scale, Pinball: map[string]float64{}, Coverage: map[string]float64{}}
+	r := Result{
+		Target: target.String(), HorizonS: h.Seconds(), Model: model, Origins: int(s.n),
+		MAE: s.abs / s.n, MASE: s.abs / s.n / scale, Pinball: map[string]float64{}, Coverage: map[string]float64{},
+	}
 	for i, name := range []string{"0.5", "0.9", "0.95"} {
 		r.Pinball[name] = s.pinball[i] / s.n / scale
 		if i > 0 {

@@ -63,9 +63,11 @@ func Summarise(reports []SeriesReport, group func(*SeriesReport) string) []Summa
 			}
 			return median(v)
 		}
-		s := Summary{Group: groups[k.group], Target: rs[0].Target, HorizonS: k.horizon, Model: rs[0].Model, Series: len(rs),
+		s := Summary{
+			Group: groups[k.group], Target: rs[0].Target, HorizonS: k.horizon, Model: rs[0].Model, Series: len(rs),
 			MAE: of(func(r *Result) float64 { return r.MAE }), MASE: of(func(r *Result) float64 { return r.MASE }),
-			Pinball: map[string]float64{}, Coverage: map[string]float64{}}
+			Pinball: map[string]float64{}, Coverage: map[string]float64{},
+		}
 		for _, q := range []string{"0.5", "0.9", "0.95"} {
 			s.Pinball[q] = of(func(r *Result) float64 { return r.Pinball[q] })
 			if q != "0.5" {

@@ -18,7 +18,7 @@ type Answer struct {
 }
 
 func (a Answer) body() int {
-	return stringLen(a.Code) + stringLen(a.Text) + a.Tally.len() + uvarintLen(a.Bytes)
+	return stringLen(a.Code) + stringLen(a.Text) + a.len() + uvarintLen(a.Bytes)
 }
 
 // Len is the length of the whole frame.
@@ -29,7 +29,7 @@ func (a Answer) Append(b []byte) []byte {
 	b = AppendHeader(b, TypeAnswer, a.body())
 	b = appendString(b, a.Code)
 	b = appendString(b, a.Text)
-	b = a.Tally.append(b)
+	b = a.append(b)
 	return binary.AppendUvarint(b, a.Bytes)
 }
 

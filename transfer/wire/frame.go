@@ -168,7 +168,7 @@ func ReadFrame(r Reader, buf []byte) (t Type, body, grown []byte, err error) {
 }
 
 func unexpected(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

@@ -93,7 +93,7 @@ func conforms(t *testing.T, want Type, f frame) {
 	}
 	for cut := 0; cut < len(raw); cut += stride {
 		_, _, _, err := ReadFrame(bufio.NewReader(bytes.NewReader(raw[:cut])), nil)
-		if cut == 0 && err != io.EOF || cut > 0 && !errors.Is(err, io.ErrUnexpectedEOF) {
+		if cut == 0 && !errors.Is(err, io.EOF) || cut > 0 && !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("stream cut at %d of %d: %v", cut, len(raw), err)
 		}
 	}
