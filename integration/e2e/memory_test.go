@@ -112,10 +112,13 @@ func watchMemory(t *testing.T, hosts ...string) (peaks func() map[string]int64) 
 	sampler.Go(func() {
 		tick := time.NewTicker(10 * time.Millisecond)
 		defer tick.Stop()
+		seen := map[string]bool{}
 		for {
+			now := map[string]bool{}
 			for host, root := range roots {
-				most[host] = max(most[host], daemonBytes(root))
+				most[host] = max(most[host], daemonBytes(root, seen, now))
 			}
+			seen = now
 			select {
 			case <-stop:
 				return
@@ -132,15 +135,18 @@ func watchMemory(t *testing.T, hosts ...string) (peaks func() map[string]int64) 
 }
 
 // daemonBytes sums what the transhipd processes below a host's root have in
-// memory, apart from tmpfs.
-func daemonBytes(root string) int64 {
+// memory, apart from tmpfs. Only those count that were there before: a child that
+// is about to execute something else has its parent's name and memory.
+func daemonBytes(root string, before, now map[string]bool) int64 {
 	var sum int64
 	statuses, _ := filepath.Glob(root + "/proc/[0-9]*/status")
 	for _, path := range statuses {
 		raw, err := os.ReadFile(path)
-		ours := bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) || bytes.HasPrefix(raw, []byte("Name:\ttranship-hold\n"))
-		if err != nil || !ours {
+		if err != nil || !bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) {
 			continue // it ended meanwhile, or is another program
+		}
+		if now[path] = true; !before[path] {
+			continue
 		}
 		for line := range strings.Lines(string(raw)) {
 			f := strings.Fields(line)
