@@ -570,10 +570,8 @@ func (in *incoming) fill(ctx context.Context) {
 			log.Error("address lease", "err", err)
 		}
 	}
-	if err := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
-		log.Error("adopt", "err", err)
-		return // the next start of the daemon tries again
-	}
+	// Whatever becomes of this, the memory has to be watched.
+	adopted := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID)
 	if err := failpoint.Hit(ctx, "destination.fill"); err != nil {
 		log.Error("fill", "err", err)
 		return
@@ -587,9 +585,8 @@ func (in *incoming) fill(ctx context.Context) {
 			// Its missing pages may read as zeros from now on: a shard that runs on
 			// wrong memory is worse than none.
 			log.Error("pages of a shard are lost; it is stopped", "err", err)
-			if err := in.stopForGood(ctx, err); err != nil {
-				log.Error("stop the shard; the next start of the daemon tries again", "err", err)
-				return
+			if !in.stopForGood(ctx, err) {
+				return // the next daemon tries again
 			}
 		}
 		if err := in.pages.kill(ctx); err != nil {
@@ -600,6 +597,12 @@ func (in *incoming) fill(ctx context.Context) {
 		}
 		if in.entry.Mode == ModePostCopy && err == nil {
 			in.isWhole() // or needs no page any more
+		}
+	}
+	if adopted != nil {
+		if err := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
+			log.Error("adopt; the next start of the daemon tries again", "err", err)
+			return
 		}
 	}
 	in.mu.Lock()
@@ -626,18 +629,30 @@ func (in *incoming) fill(ctx context.Context) {
 	log.Info("shard arrived", "peer", in.entry.Peer)
 }
 
-// stopForGood kills a shard whose pages can no longer be served. As long as it
-// cannot, whoever holds the shard's memory must not let go.
-func (in *incoming) stopForGood(ctx context.Context, cause error) error {
-	cg, err := in.m.rt.Cgroup(ctx, in.entry.Namespace, in.entry.Shard)
-	if err == nil {
-		err = cg.Kill(ctx)
-	}
-	if err != nil && !errors.Is(err, runtime.ErrNotRunning) {
-		return err
+const (
+	stopPause    = 20 * time.Millisecond
+	maxStopPause = 5 * time.Second
+)
+
+// stopForGood kills a shard whose pages can no longer be served, and notes why. As
+// long as it cannot, it tries again: a shard that dies by itself just then is
+// neither there nor gone. False says that ctx ended before.
+func (in *incoming) stopForGood(ctx context.Context, cause error) bool {
+	for wait := stopPause; ; wait = min(2*wait, maxStopPause) {
+		cg, err := in.m.rt.Cgroup(ctx, in.entry.Namespace, in.entry.Shard)
+		if err == nil {
+			err = cg.Kill(ctx)
+		}
+		if err == nil || errors.Is(err, runtime.ErrNotRunning) || errors.Is(err, runtime.ErrNotFound) {
+			break
+		}
+		in.m.log.Error("stop a shard", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+		if !pause(ctx, wait) {
+			return false
+		}
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.entry.Code, in.entry.Reason = CodePagesLost, "stopped after the move: "+cause.Error()
-	return nil
+	return true
 }
