@@ -571,7 +571,7 @@ func (in *incoming) fill(ctx context.Context) {
 		}
 	}
 	// Whatever becomes of this, the memory has to be watched.
-	adopted := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID)
+	adoptErr := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID)
 	if err := failpoint.Hit(ctx, "destination.fill"); err != nil {
 		log.Error("fill", "err", err)
 		return
@@ -599,11 +599,12 @@ func (in *incoming) fill(ctx context.Context) {
 			in.isWhole() // or needs no page any more
 		}
 	}
-	if adopted != nil {
-		if err := in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID); err != nil {
-			log.Error("adopt; the next start of the daemon tries again", "err", err)
-			return
-		}
+	if adoptErr != nil {
+		adoptErr = in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID)
+	}
+	if adoptErr != nil {
+		log.Error("adopt; the next start of the daemon tries again", "err", adoptErr)
+		return
 	}
 	in.mu.Lock()
 	defer in.mu.Unlock()
