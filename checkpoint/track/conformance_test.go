@@ -394,7 +394,7 @@ var lifetimes = []struct {
 		a := r.mmap(64)
 		r.write(a, 64)
 		r.collect()
-		r.do("munmap %d %d", a, 64*page)
+		r.do("cover %d %d", a, 64*page)
 		r.collect()
 		r.do("mmap %d %d 3 %d", a, 64*page, unix.MAP_FIXED)
 		r.collect()
@@ -532,7 +532,7 @@ var lifetimes = []struct {
 	}},
 	{"a new mapping beside a tracked one", func(r *rig) {
 		a := r.mmap(128)
-		r.do("munmap %d %d", a+64*page, 64*page)
+		r.do("cover %d %d", a+64*page, 64*page)
 		r.write(a, 64)
 		r.collect()
 		r.do("mmap %d %d 3 %d", a+64*page, 64*page, unix.MAP_FIXED)
