@@ -55,8 +55,9 @@ func TestEveryWayCarriesEveryByte(t *testing.T) {
 			if p.Bytes == 0 || p.Bytes%int64(len(data)) != 0 || p.Seconds < 0.02 {
 				t.Errorf("%+v of passes of %d bytes", p, len(data))
 			}
-			// Only the raw road says what it sends, and it sends all of it.
-			if way == wayRaw && p.OnWire < p.Bytes || way == wayRoad && (p.OnWire == 0 || p.OnWire > p.Bytes/2) {
+			// Only the roads say what they send: the raw one all of it, the other what its
+			// session finds worth encoding, which on a fast link may be nothing.
+			if way == wayRaw && p.OnWire < p.Bytes || way == wayRoad && (p.OnWire == 0 || p.OnWire > p.Bytes+p.Bytes/16) {
 				t.Errorf("%+v on the wire", p)
 			}
 			in.Close()
