@@ -194,52 +194,33 @@ func (in *incoming) enter() error {
 
 // PutPages keeps pages of one process.
 func (in *incoming) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
-	if err := in.enter(); err != nil {
-		return err
-	}
-	defer in.sinks.Done()
-	store, err := in.storeOf(pid)
-	if err != nil {
-		return err
-	}
-	return store.PutPages(pid, addr, data)
+	return in.withStore(pid, func(s *pagestore.Store) error { return s.PutPages(pid, addr, data) })
 }
 
 // ReadPages reads what is kept of one process, for what changed in it.
 func (in *incoming) ReadPages(pid checkpoint.PID, addr uint64, dst []byte) error {
-	if err := in.enter(); err != nil {
-		return err
-	}
-	defer in.sinks.Done()
-	store, err := in.storeOf(pid)
-	if err != nil {
-		return err
-	}
-	return store.ReadPages(pid, addr, dst)
+	return in.withStore(pid, func(s *pagestore.Store) error { return s.ReadPages(pid, addr, dst) })
 }
 
 // ZeroPages forgets what was kept for a range: it reads as zero.
 func (in *incoming) ZeroPages(pid checkpoint.PID, addr uint64, n checkpoint.Pages) error {
+	return in.withStore(pid, func(s *pagestore.Store) error { return s.ZeroPages(pid, addr, n) })
+}
+
+// withStore gives use the store that a pid's pages are in.
+func (in *incoming) withStore(pid checkpoint.PID, use func(*pagestore.Store) error) error {
 	if err := in.enter(); err != nil {
 		return err
 	}
 	defer in.sinks.Done()
-	store, err := in.storeOf(pid)
-	if err != nil {
-		return err
-	}
-	return store.ZeroPages(pid, addr, n)
-}
-
-func (in *incoming) storeOf(pid checkpoint.PID) (*pagestore.Store, error) {
 	store := in.store
 	if pid.Shared() {
 		store = in.shared
 	}
 	if store == nil {
-		return nil, errors.New("pages came before prepare")
+		return errors.New("pages came before prepare")
 	}
-	return store, nil
+	return use(store)
 }
 
 // Blob takes one of the byte streams that accompany the pages.
