@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/tranship/tranship/integration/lab"
 	"github.com/tranship/tranship/integration/leak"
 )
 
@@ -92,6 +93,10 @@ func main() {
 		case heapVerb:
 			os.Exit(heapMain(os.Args[2:]))
 		}
+	}
+	if err := nameLab(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(exitWrong)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
@@ -179,14 +184,23 @@ type bench struct {
 
 func (b *bench) say(format string, args ...any) { fmt.Fprintf(b.stderr, format+"\n", args...) }
 
+// nameLab gives the lab a name of its own, unless it has one. Package lab takes the
+// name from the environment when the program begins, so it begins once more.
+func nameLab() error {
+	if os.Getenv(lab.NameVariable) != "" {
+		return nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return syscall.Exec(self, os.Args, append(os.Environ(), lab.NameVariable+"=bench"))
+}
+
 // measure is the benchmark in order; the lab is down again when it returns.
 func measure(ctx context.Context, opt options, stderr io.Writer) (r *results, err error) {
-	labName := os.Getenv("TRANSHIP_LAB")
-	if labName == "" {
-		labName = "bench"
-	}
 	b := &bench{opt: opt, images: map[string]bool{}, stderr: stderr}
-	if b.tool, err = findTool(opt.bin, labName); err != nil {
+	if b.tool, err = findTool(opt.bin, os.Getenv(lab.NameVariable)); err != nil {
 		return nil, err
 	}
 	if b.self, err = os.Executable(); err != nil {

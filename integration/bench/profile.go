@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/tranship/tranship/integration/bench/profile"
@@ -14,10 +13,6 @@ import (
 const profileGroup = "profile"
 
 func measureProfile(ctx context.Context, b *bench, g *group) error {
-	// The lab that is up belongs to the tool, which has its name.
-	if err := os.Setenv("TRANSHIP_LAB", b.tool.lab); err != nil {
-		return err
-	}
 	l, err := lab.Open()
 	if err != nil {
 		return err
