@@ -187,9 +187,6 @@ func (s *victimState) command(words []string) (uint64, error) {
 		return sys(unix.SYS_MMAP, 0, arg[0], unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE, uint64(f.Fd()), 0)
 	case "munmap":
 		return sys(unix.SYS_MUNMAP, arg[0], arg[1])
-	case "cover": // addr length: unmap, for as long as something else is to come there
-		// What is not tracked keeps the victim's own runtime from mapping there.
-		return sys(unix.SYS_MMAP, arg[0], arg[1], unix.PROT_NONE, unix.MAP_SHARED|unix.MAP_ANONYMOUS|unix.MAP_FIXED, ^uint64(0), 0)
 	case "mremap": // old oldLength newLength flags new
 		return sys(unix.SYS_MREMAP, arg[0], arg[1], arg[2], arg[3], arg[4])
 	case "mprotect":
