@@ -257,6 +257,9 @@ func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) e
 		if net, ok := shardNet(rec); ok {
 			step("network", m.rt.Network().Restore(ctx, net))
 		}
+		if rec.Network.Own() {
+			step("loopback", runtime.FreeLoopback(rec.PID))
+		}
 	}
 	step("link remaps", m.removeLinkRemaps(ctx, e))
 	if cg.Dir != "" && !e.FrozenBefore {

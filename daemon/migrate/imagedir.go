@@ -193,19 +193,8 @@ func settleImages(images string, procs []checkpoint.Process) error {
 // mendImages changes, in a dump, what CRIU would restore wrong or not at all.
 func mendImages(dir string) error {
 	files := filepath.Join(dir, "files.img")
-	raw, err := os.ReadFile(files)
-	if err != nil {
+	if _, err := image.SettleLoopback(dir); err != nil {
 		return fmt.Errorf("mend images: %w", err)
-	}
-	streams, err := image.LoopbackStreams(bytes.NewReader(raw))
-	if err != nil {
-		return fmt.Errorf("mend %s: %w", files, err)
-	}
-	for _, ino := range streams {
-		path := filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", ino))
-		if err := mend(path, image.MarkSent); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
 	}
 	return mend(files, func(w io.Writer, r io.Reader) (bool, error) {
 		n, err := image.RearmTimers(w, r)

@@ -110,6 +110,7 @@ func (o *outgoing) openHold() error {
 }
 
 // isolate takes the shard's link down; what comes for it from now on is kept.
+// Its loopback drops what comes.
 func (o *outgoing) isolate(ctx context.Context) error {
 	if o.hold != nil {
 		if err := o.hold.Take(); err != nil {
@@ -117,7 +118,12 @@ func (o *outgoing) isolate(ctx context.Context) error {
 		}
 	}
 	if net, ok := o.shardNet(); ok {
-		return o.m.rt.Network().Isolate(ctx, net)
+		if err := o.m.rt.Network().Isolate(ctx, net); err != nil {
+			return err
+		}
+	}
+	if o.rec.Network.Own() {
+		return runtime.QuietLoopback(o.rec.PID)
 	}
 	return nil
 }

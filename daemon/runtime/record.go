@@ -114,6 +114,11 @@ type NetworkRecord struct {
 	MAC  string       `json:"mac,omitempty"`
 }
 
+// Own says whether the network namespace is the shard's alone.
+func (n NetworkRecord) Own() bool {
+	return n.Kind == NetworkShard || n.Kind == NetworkNone || n.Kind == NetworkPrivate
+}
+
 // IORecord is where the task's standard streams go, as containerd knows it.
 type IORecord struct {
 	Terminal bool   `json:"terminal,omitempty"`

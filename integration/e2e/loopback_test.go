@@ -4,15 +4,17 @@ package e2e
 
 import (
 	"encoding/json"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/tranship/tranship/integration/workload/check"
 )
 
-// A connection within the shard that is as full as it can be: its ends are
-// restored one after the other, and what was not sent yet must not go out while
-// nobody is there to take it.
+// A connection within the shard that is as full as it can be: its ends are dumped
+// and restored one after the other, nothing may be lost between the two, and
+// what was on its way must not wait for TCP to send it again.
 func TestAFullConnectionWithinAShardMoves(t *testing.T) {
 	needChecks(t)
 	const name = "loop"
@@ -28,7 +30,31 @@ func TestAFullConnectionWithinAShardMoves(t *testing.T) {
 			t.Fatalf("%+v", r)
 		}
 		frames = r.Requests
+		// The network namespace is new, so these are counts since the restore.
+		counts := must(t, at, "cat", "/proc/"+pidString(t, at, name)+"/net/netstat")
+		if n := counterOf(t, counts, "TCPTimeouts"); n != 0 {
+			t.Errorf("%d times TCP waited for what had not come", n)
+		}
 	})
+}
+
+// counterOf finds a counter in what /proc/PID/net/netstat says: lines in pairs,
+// names and then values.
+func counterOf(t *testing.T, netstat, name string) int {
+	t.Helper()
+	lines := strings.Split(netstat, "\n")
+	for i := 0; i+1 < len(lines); i += 2 {
+		names, values := strings.Fields(lines[i]), strings.Fields(lines[i+1])
+		if at := slices.Index(names, name); at > 0 && at < len(values) {
+			n, err := strconv.Atoi(values[at])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("no %s in %q", name, netstat)
+	return 0
 }
 
 // reportOf has a checker in a shard say how it is, and returns what it said last.
