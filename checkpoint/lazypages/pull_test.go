@@ -347,7 +347,7 @@ func TestFaultsComeFirstThenTheirNeighbours(t *testing.T) {
 	needed.clear(5050, 5060)
 	var w wanted
 	w.begin(&owed, &needed)
-	take := func(urgent bool, limit checkpoint.Pages, want ...span) []span {
+	take := func(urgent bool, limit checkpoint.Pages, want ...span) {
 		t.Helper()
 		got := w.take(urgent, limit)
 		for i := range got {
@@ -356,7 +356,6 @@ func TestFaultsComeFirstThenTheirNeighbours(t *testing.T) {
 		if fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Fatalf("got %v, want %v", got, want)
 		}
-		return got
 	}
 	take(true, 10)
 	take(false, 10, span{1000, 1010})

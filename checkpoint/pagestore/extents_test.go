@@ -11,8 +11,8 @@ import (
 	"github.com/tranship/tranship/checkpoint"
 )
 
-// extentsOf are what a store, opened anew, says it has.
-func extentsOf(t *testing.T, dir string, pid checkpoint.PID) []pageRun {
+// extentsOf are what a store, opened anew, says it has of process 1.
+func extentsOf(t *testing.T, dir string) []pageRun {
 	t.Helper()
 	s, err := Open(dir)
 	if err != nil {
@@ -20,7 +20,7 @@ func extentsOf(t *testing.T, dir string, pid checkpoint.PID) []pageRun {
 	}
 	defer s.Close()
 	var out []pageRun
-	err = s.Extents(pid, 0, AddressLimit, func(addr uint64, n checkpoint.Pages) error {
+	err = s.Extents(1, 0, AddressLimit, func(addr uint64, n checkpoint.Pages) error {
 		out = append(out, pageRun{addr / checkpoint.PageSize, addr/checkpoint.PageSize + uint64(n)})
 		return nil
 	})
@@ -50,7 +50,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 	if err := s.ZeroPages(1, base+2000*checkpoint.PageSize, AddressLimit/checkpoint.PageSize/4); err != nil {
 		t.Fatal(err)
 	}
-	unsealed := extentsOf(t, s.dir, 1)
+	unsealed := extentsOf(t, s.dir)
 	if err := s.Seal(); err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 	if runs, ok := s.sealed(f); !ok || !reflect.DeepEqual(runs, unsealed) || len(runs) < 2 {
 		t.Fatalf("sealed %v %v, found %v", runs, ok, unsealed)
 	}
-	if got := extentsOf(t, s.dir, 1); !reflect.DeepEqual(got, unsealed) {
+	if got := extentsOf(t, s.dir); !reflect.DeepEqual(got, unsealed) {
 		t.Errorf("%v, want %v", got, unsealed)
 	}
 
@@ -79,7 +79,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 		if err := os.WriteFile(path, damage(raw), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got := extentsOf(t, s.dir, 1); !reflect.DeepEqual(got, unsealed) {
+		if got := extentsOf(t, s.dir); !reflect.DeepEqual(got, unsealed) {
 			t.Errorf("%s: %v, want %v", name, got, unsealed)
 		}
 		if err := os.WriteFile(path, raw, 0o600); err != nil {
@@ -89,7 +89,7 @@ func TestWhatIsSealedIsWhatTheKernelFinds(t *testing.T) {
 	if err := s.Release(1, unsealed[0].from*checkpoint.PageSize, 1); err != nil {
 		t.Fatal(err)
 	}
-	if got := extentsOf(t, s.dir, 1); reflect.DeepEqual(got, unsealed) {
+	if got := extentsOf(t, s.dir); reflect.DeepEqual(got, unsealed) {
 		t.Error("a page that was released is still listed")
 	}
 }

@@ -66,8 +66,9 @@ func alone(t *testing.T, to, gapFrom, gapTo int) *predict.Forecaster {
 	return f
 }
 
-// same checks that a shard's forecasts are exactly those of a forecaster.
-func same(t *testing.T, k *Keeper, name string, f *predict.Forecaster) {
+// same checks that the forecasts of the shard web are exactly those of a
+// forecaster.
+func same(t *testing.T, k *Keeper, f *predict.Forecaster) {
 	t.Helper()
 	for _, h := range horizons()[:4] {
 		for _, target := range []predict.Target{predict.Value, predict.Peak} {
@@ -75,7 +76,7 @@ func same(t *testing.T, k *Keeper, name string, f *predict.Forecaster) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if have, err := k.Forecast("default", name, profile.CPU, h, target); err != nil || have != want {
+			if have, err := k.Forecast("default", "web", profile.CPU, h, target); err != nil || have != want {
 				t.Errorf("%v %v: %v %v, want %v", h, target, have, err, want)
 			}
 		}
@@ -92,13 +93,13 @@ func TestForecastsSurviveAKill(t *testing.T) {
 		k.save()
 	}
 	feedAll(k, key, l, 450, 455) // the last minute, never saved
-	same(t, k, "web", alone(t, 455, 0, 0))
+	same(t, k, alone(t, 455, 0, 0))
 	if err := k.Close(); err != nil {
 		t.Fatal(err)
 	}
 	k = open(t, path)
 	feedAll(k, key, l, 460, 480)
-	same(t, k, "web", alone(t, 480, 450, 460))
+	same(t, k, alone(t, 480, 450, 460))
 	// An orderly stop loses nothing.
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -107,7 +108,7 @@ func TestForecastsSurviveAKill(t *testing.T) {
 	}
 	k = open(t, path)
 	feedAll(k, key, l, 480, 481)
-	same(t, k, "web", alone(t, 481, 450, 460))
+	same(t, k, alone(t, 481, 450, 460))
 }
 
 func TestForecastsTravelWithAShard(t *testing.T) {
@@ -130,7 +131,7 @@ func TestForecastsTravelWithAShard(t *testing.T) {
 	if err := target.Adopt(ctx, key, state); err != nil {
 		t.Fatal(err)
 	}
-	same(t, target, "web", alone(t, 423, 400, 402))
+	same(t, target, alone(t, 423, 400, 402))
 	// Asked again, as after a restart of the destination: nothing gets worse.
 	if err := target.Adopt(ctx, key, state); err != nil {
 		t.Fatal(err)
@@ -142,7 +143,7 @@ func TestForecastsTravelWithAShard(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	same(t, target, "web", alone(t, 423, 400, 402))
+	same(t, target, alone(t, 423, 400, 402))
 	// From the source's disk too, after it was saved and has left the memory.
 	source.save()
 	if _, err := source.Forecast("default", "web", profile.CPU, time.Hour, predict.Peak); !errors.Is(err, ErrUnknown) {
@@ -178,13 +179,13 @@ func TestAShortLifeTravelsToo(t *testing.T) {
 	if err := target.adopt(key, late); err != nil {
 		t.Fatal(err)
 	}
-	same(t, target, "web", alone(t, 10, 7, 9))
+	same(t, target, alone(t, 10, 7, 9))
 	// Back where it was, before and after that host has saved.
 	feedAll(source, key, l, 9, 10)
-	same(t, source, "web", alone(t, 10, 7, 9))
+	same(t, source, alone(t, 10, 7, 9))
 	source.take(gone{key})
 	feedAll(source, key, l, 10, 11)
-	same(t, source, "web", alone(t, 11, 7, 9))
+	same(t, source, alone(t, 11, 7, 9))
 }
 
 func TestAColdShardBorrows(t *testing.T) {
@@ -229,7 +230,7 @@ func TestAColdShardBorrows(t *testing.T) {
 		}
 		name := fmt.Sprint("sibling-", i)
 		feedAll(k, "default/"+name, Labels{"acme", "web"}, i, i+4)
-		q, err := k.Forecast("default", name, profile.CPU, time.Hour, predict.Peak)
+		q, err := k.Forecast("default", "web", profile.CPU, time.Hour, predict.Peak)
 		if err != nil {
 			t.Fatal(err)
 		}

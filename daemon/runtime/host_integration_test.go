@@ -262,12 +262,12 @@ func (h *host) run(t *testing.T, s runtime.RunSpec) *runtime.Shard {
 	return shard
 }
 
-// listen gives this side of the bridge an address.
-func (h *host) listen(t *testing.T, cidr string) {
+// listen gives this side of the bridge the address 10.89.255.1.
+func (h *host) listen(t *testing.T) {
 	t.Helper()
 	link, err := netlink.LinkByName(h.bridge)
 	must(t, err)
-	addr, err := netlink.ParseAddr(cidr)
+	addr, err := netlink.ParseAddr("10.89.255.1/16")
 	must(t, err)
 	if err := netlink.AddrReplace(link, addr); err != nil {
 		t.Fatal(err)

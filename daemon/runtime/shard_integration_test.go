@@ -59,7 +59,7 @@ func TestAShardRunsAnswersAndGoes(t *testing.T) {
 		s.MemoryLimit != 64<<20 || s.CPUs != 0.5 || s.Labels["tier"] != "front" {
 		t.Fatalf("%+v", s)
 	}
-	h.listen(t, "10.89.255.1/16")
+	h.listen(t)
 	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
 
 	var log []byte
@@ -201,7 +201,7 @@ func TestARunAfterAnInterruptedOneStartsAnew(t *testing.T) {
 		t.Errorf("a network with another address was taken for its own: %v", err)
 	}
 	s := h.run(t, runtime.RunSpec{Name: "web"})
-	h.listen(t, "10.89.255.1/16")
+	h.listen(t)
 	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
 	must(t, h.Remove(ctx, namespace, "web", true))
 	h.empty(t)
@@ -228,7 +228,7 @@ func TestAFrozenShardIsSilentUntilItIsThawed(t *testing.T) {
 	h.addImage(t)
 	ctx := t.Context()
 	s := h.run(t, runtime.RunSpec{Name: "web"})
-	h.listen(t, "10.89.255.1/16")
+	h.listen(t)
 	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
 	cg, err := h.Cgroup(ctx, namespace, "web")
 	must(t, err)
@@ -271,7 +271,7 @@ func TestAnIsolatedNetworkIsSilentUntilItIsRestored(t *testing.T) {
 	h.addImage(t)
 	ctx := t.Context()
 	s := h.run(t, runtime.RunSpec{Name: "web"})
-	h.listen(t, "10.89.255.1/16")
+	h.listen(t)
 	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
 	for range 2 {
 		for range 2 {
@@ -424,7 +424,7 @@ func TestAShardMovesByCheckpointAndRestore(t *testing.T) {
 	src.addImage(t)
 	ctx := t.Context()
 	s := src.run(t, runtime.RunSpec{Name: "web"})
-	src.listen(t, "10.89.255.1/16")
+	src.listen(t)
 	await(t, ctx, "an answer", func() bool { _, err := ask(s.Network.IP, time.Second); return err == nil })
 	rec, sn := incoming(t, src, dst, "web", "m1")
 	t.Cleanup(func() { dst.Network().Delete(context.Background(), sn) })
@@ -478,7 +478,7 @@ func TestAShardMovesByCheckpointAndRestore(t *testing.T) {
 	addr, err := netlink.ParseAddr("10.89.255.1/16")
 	must(t, err)
 	must(t, netlink.AddrDel(link, addr))
-	dst.listen(t, "10.89.255.1/16")
+	dst.listen(t)
 	var answer string
 	await(t, ctx, "an answer at the destination", func() bool { answer, err = ask(s.Network.IP, time.Second); return err == nil })
 	var count int

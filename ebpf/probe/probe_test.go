@@ -67,7 +67,7 @@ func TestWaitIsWhatSchedstatSays(t *testing.T) {
 	}
 	var pids []int
 	for _, load := range []string{"threads", "threads", "spin", "spin", "spin"} {
-		pid, _ := cg.start(load)
+		pid := cg.start(load)
 		pids = append(pids, pid)
 	}
 	account := func() float64 { return waited(t, pids...) }

@@ -132,9 +132,9 @@ func (c cgroup) run(args ...string) {
 	}
 }
 
-// start starts this test binary as a load and waits until it says that it is
-// there. stop ends it.
-func (c cgroup) start(load string) (pid int, stop func()) {
+// start starts this test binary as a load, which ends with the test, and waits
+// until it says that it is there.
+func (c cgroup) start(load string) (pid int) {
 	c.r.t.Helper()
 	cmd := c.command(os.Args[0])
 	cmd.Env = append(os.Environ(), loadVariable+"="+load)
@@ -148,16 +148,11 @@ func (c cgroup) start(load string) (pid int, stop func()) {
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
 		c.r.t.Fatalf("load %s says %q, %v", load, line, err)
 	}
-	stopped := false
-	stop = func() {
-		if !stopped {
-			stopped = true
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-		}
-	}
-	c.r.t.Cleanup(stop)
-	return cmd.Process.Pid, stop
+	c.r.t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd.Process.Pid
 }
 
 func inode(t *testing.T, path string) uint64 {

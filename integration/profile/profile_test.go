@@ -115,15 +115,15 @@ func points(t *testing.T, host, shard string) (starts []time.Time, cpu []float64
 	return starts, cpu
 }
 
-// samples is how many ten seconds of a shard's CPU its host's forecast rests on;
-// 0 if it does not forecast it yet.
-func samples(t *testing.T, host, shard string) int {
+// samples is how many ten seconds of CPU of the shard moves its host's forecast
+// rests on; 0 if it does not forecast it yet.
+func samples(t *testing.T, host string) int {
 	t.Helper()
 	h, err := theLab.Host(host)
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := h.Exec(t.Context(), "tranship", "forecast", shard, "-o", "json")
+	out, err := h.Exec(t.Context(), "tranship", "forecast", "moves", "-o", "json")
 	if err != nil {
 		return 0
 	}
@@ -142,7 +142,7 @@ func TestHistoryFollowsAShardThatMoves(t *testing.T) {
 		return len(starts) > 0
 	})
 	before, _ := points(t, "host-1", "moves")
-	learnt := samples(t, "host-1", "moves")
+	learnt := samples(t, "host-1")
 	if learnt < 1 {
 		t.Errorf("%d samples once a minute has ended", learnt)
 	}
@@ -176,19 +176,19 @@ func TestHistoryFollowsAShardThatMoves(t *testing.T) {
 	})
 	// So do its forecasts: more is known than can have been seen here.
 	eventually(t, "host-2 goes on forecasting where host-1 stopped", func() bool {
-		return samples(t, "host-2", "moves") >= learnt+int(time.Since(begun)/(10*time.Second))-2
+		return samples(t, "host-2") >= learnt+int(time.Since(begun)/(10*time.Second))-2
 	})
 	// And they survive the daemon's death, but for the last minute.
 	h2 := host(t, "host-2")
-	learnt = samples(t, "host-2", "moves")
+	learnt = samples(t, "host-2")
 	if err := h2.KillDaemon(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := h2.StartDaemon(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the daemon forecasts again", func() bool { return samples(t, "host-2", "moves") > 0 })
-	if n := samples(t, "host-2", "moves"); n < learnt-6 {
+	eventually(t, "the daemon forecasts again", func() bool { return samples(t, "host-2") > 0 })
+	if n := samples(t, "host-2"); n < learnt-6 {
 		t.Errorf("%d samples, %d before the daemon was killed", n, learnt)
 	}
 	out := must(t, host(t, "host-2"), "tranship", "top", "--dirty", "moves", "-o", "json")
