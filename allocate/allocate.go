@@ -186,6 +186,7 @@ type Reason string
 const (
 	Overload    Reason = "overload"    // the expected loss is worth the move
 	Consolidate Reason = "consolidate" // its host can be spared
+	Threshold   Reason = "threshold"   // its host used more than Config.Threshold in the last sample
 	Grow        Reason = "grow"        // its limit is below its demand
 	Yield       Reason = "yield"       // it makes room for higher priorities in place
 

@@ -36,6 +36,10 @@ type Config struct {
 	// Hold is how long a reservation lasts beyond the move's expected time.
 	Hold time.Duration
 
+	// Threshold, a share of the CPU, turns a Planner into the reactive policy, which
+	// nothing but the last sample counts for (reactive.go). 0: it plans by forecasts.
+	Threshold float64
+
 	// Consolidate allows hosts to be emptied. CalmRounds in a row without a
 	// chance of overload come first; Calm bounds what an emptying host's shards
 	// may do to targets; HostHour is what an hour of a host of cost 1 is worth, in
@@ -97,6 +101,10 @@ func (c Config) Check() error {
 		return fmt.Errorf("margin %v: want at least 1", c.Margin)
 	case !(c.Accept > 0 && c.Accept < 1) || !(c.Calm > 0 && c.Calm < 1) || !(c.Urgent > 0 && c.Urgent <= 1):
 		return fmt.Errorf("accept %v, calm %v, urgent %v: want probabilities", c.Accept, c.Calm, c.Urgent)
+	case !(c.Threshold >= 0 && c.Threshold <= 1):
+		return fmt.Errorf("threshold %v: want a share of the CPU, or 0", c.Threshold)
+	case c.Threshold > 0 && c.Consolidate:
+		return fmt.Errorf("threshold %v: hosts are spared by forecasts alone", c.Threshold)
 	case c.CoolDown < 0 || c.NoReturn < 0 || c.Risk < 0 || c.Hold < 0:
 		return fmt.Errorf("cool-down %v, no return %v, risk %v, hold %v: want none below zero", c.CoolDown, c.NoReturn, c.Risk, c.Hold)
 	}

@@ -122,6 +122,10 @@ func (p *Planner) Round(now time.Time, v *View) (Plan, error) {
 	} else {
 		p.calm = 0
 	}
+	if p.cfg.Threshold > 0 {
+		r.react()
+		return r.plan, nil
+	}
 	r.grow()
 	r.relieve()
 	if p.cfg.Consolidate {

@@ -170,6 +170,10 @@ func (p *Planner) Refusals(now time.Time, s *Shard, reason Reason) (out []Refusa
 			if why = unfitWords[unfit]; why == "" {
 				why = "has no " + unfit + " to spare"
 			}
+		} else if c := peer.Capacity[CPU]; p.cfg.Threshold > 0 {
+			if peer.Usage[CPU]+s.Usage[CPU] > p.cfg.Threshold*c {
+				why = fmt.Sprintf("would use more than %.0f %% of its CPU", 100*p.cfg.Threshold)
+			}
 		} else {
 			chance, _ := peer.after(s, p.Correlation())
 			if worst := p.cfg.worst(chance, reason); worst > p.cfg.limit(reason) {

@@ -40,7 +40,7 @@ func (h *host) startBalance() {
 	_, _ = seed.Write([]byte(h.cfg.Node)) // never fails
 	conf := balance.Config{
 		Autopilot: balance.Mode(h.cfg.Autopilot), Every: time.Duration(h.cfg.Balance.EverySeconds) * time.Second,
-		Consolidate: h.cfg.Balance.Consolidate, StorePath: filepath.Join(h.cfg.StateDir, "balance.db"),
+		Consolidate: h.cfg.Balance.Consolidate, Reactive: h.cfg.Balance.Policy == policyReactive, StorePath: filepath.Join(h.cfg.StateDir, "balance.db"),
 		Host: &balanced{h: h}, Forecasts: h.forecasts, Log: h.log, Seed: seed.Sum64(),
 	}
 	if h.peers != nil {

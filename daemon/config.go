@@ -108,7 +108,16 @@ type BalanceConfig struct {
 	EverySeconds int `toml:"every_seconds"`
 	// Consolidate lets hosts be emptied to spare them.
 	Consolidate bool `toml:"consolidate"`
+	// Policy is forecast, or reactive: a threshold on the last sample and best fit,
+	// to compare with. All hosts of a pool should have the same.
+	Policy string `toml:"policy"`
 }
+
+// The policies.
+const (
+	policyForecast = "forecast"
+	policyReactive = "reactive"
+)
 
 // maxLabels is far beyond use.
 const maxLabels = 32
@@ -173,7 +182,7 @@ func DefaultConfig() Config {
 		StateDir:   "/var/lib/tranship",
 		RunDir:     "/run/tranship",
 		Autopilot:  string(balance.Advise),
-		Balance:    BalanceConfig{EverySeconds: 5},
+		Balance:    BalanceConfig{EverySeconds: 5, Policy: policyForecast},
 		API:        APIConfig{Socket: "/run/tranship/tranship.sock", Group: "tranship"},
 		Containerd: ContainerdConfig{Address: "/run/containerd/containerd.sock", Snapshotter: "overlayfs"},
 		PKI: PKIConfig{
@@ -293,6 +302,12 @@ func (c Config) validateBalance(bad func(format string, args ...any)) {
 	}
 	if every := time.Duration(c.Balance.EverySeconds) * time.Second; every < balance.MinEvery || every > balance.MaxEvery {
 		bad("balance.every_seconds: %d is not between %v and %v", c.Balance.EverySeconds, balance.MinEvery.Seconds(), balance.MaxEvery.Seconds())
+	}
+	switch p := c.Balance.Policy; {
+	case p != policyForecast && p != policyReactive:
+		bad("balance.policy: %.40q is neither %s nor %s", p, policyForecast, policyReactive)
+	case p == policyReactive && c.Balance.Consolidate:
+		bad("balance.consolidate: hosts are spared by forecasts alone, and balance.policy is %s", p)
 	}
 	if v := c.Host.CPUs; !(v == 0 || v >= 0.01 && v <= 1<<16) { // NaN too
 		bad("host.cpus: %v is not 0 (all there are) or between 0.01 and %d", v, 1<<16)

@@ -48,6 +48,8 @@ func TestABadConfigurationIsNamed(t *testing.T) {
 		{"an address without a port", "node='a'\n[peer]\nadvertise='192.0.2.1'", "peer.advertise"},
 		{"membership at a name", "node='a'\n[cluster]\ngossip='host:7444'", "cluster.gossip"},
 		{"an autopilot that flies elsewhere", "node='a'\nautopilot='yes'", "autopilot"},
+		{"a policy that nobody knows", "node='a'\n[balance]\npolicy='drs'", "balance.policy"},
+		{"hosts spared without forecasts", "node='a'\n[balance]\npolicy='reactive'\nconsolidate=true", "balance.consolidate"},
 		{"rounds without a pause", "node='a'\n[balance]\nevery_seconds=0", "balance.every_seconds"},
 		{"no processor", "node='a'\n[host]\ncpus=-1.0", "host.cpus"},
 		{"processors that are no number", "node='a'\n[host]\ncpus=nan", "host.cpus"},

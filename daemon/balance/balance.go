@@ -129,6 +129,9 @@ type Config struct {
 	Every time.Duration
 	// Consolidate allows hosts to be emptied to spare them.
 	Consolidate bool
+	// Reactive plans by a threshold on the last sample instead of forecasts, to
+	// compare with.
+	Reactive bool
 	// StorePath is the file of decisions and costs.
 	StorePath string
 	Host      Host
@@ -193,6 +196,9 @@ func New(cfg Config) (*Balancer, error) {
 	// of those that it does.
 	n := min(mostRounds, max(1, int(window/cfg.Every)))
 	conf := allocate.Config{Consolidate: cfg.Consolidate, SustainK: max(1, int(sustained*time.Duration(n)/window)), SustainN: n}
+	if cfg.Reactive {
+		conf.Threshold = allocate.ReactiveThreshold
+	}
 	facts := cfg.Host.Facts()
 	id := allocate.HostID(facts.Name)
 	b := &Balancer{

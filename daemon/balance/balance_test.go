@@ -30,6 +30,7 @@ type rig struct {
 	pool  *fakePool
 	b     *Balancer
 	spare bool         // it may be emptied
+	react bool         // by a threshold on the last sample
 	at    atomic.Int64 // unix nanoseconds
 
 	mu      sync.Mutex
@@ -114,12 +115,22 @@ func (r *rig) open(mode Mode, path string) {
 	r.t.Helper()
 	var err error
 	r.b, err = New(Config{
-		Autopilot: mode, Every: 5 * time.Second, Consolidate: r.spare, StorePath: path, Host: r, Forecasts: r, Peers: &link{r.name, r.pool},
+		Autopilot: mode, Every: 5 * time.Second, Consolidate: r.spare, Reactive: r.react, StorePath: path, Host: r, Forecasts: r, Peers: &link{r.name, r.pool},
 		Log: slog.New(slog.DiscardHandler), Now: r.clock,
 	})
 	if err != nil {
 		r.t.Fatal(err)
 	}
+}
+
+// reopen begins anew with what the rig says now.
+func (r *rig) reopen() {
+	r.t.Helper()
+	cfg := r.b.cfg
+	if err := r.b.Close(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.open(cfg.Autopilot, cfg.StorePath)
 }
 
 // run puts a shard on the host that uses and will use so many CPUs.
@@ -539,12 +550,8 @@ func TestAHostThatCanBeSparedIsEmptiedOnceAndStaysSo(t *testing.T) {
 			p := newPool()
 			a, b := p.add(t, "host-1", mode), p.add(t, "host-2", mode)
 			for _, r := range []*rig{a, b} {
-				path := r.b.cfg.StorePath
-				if err := r.b.Close(); err != nil {
-					t.Fatal(err)
-				}
 				r.spare = true
-				r.open(mode, path)
+				r.reopen()
 			}
 			a.run("small", 0.2)
 			b.run("large", 0.6)
@@ -567,6 +574,41 @@ func TestAHostThatCanBeSparedIsEmptiedOnceAndStaysSo(t *testing.T) {
 				t.Errorf("moved %v and %v", a.moved, b.moved)
 			}
 		})
+	}
+}
+
+func TestTheReactivePolicyHeedsTheLastSampleAlone(t *testing.T) {
+	p := newPool()
+	a, b := p.add(t, "host-1", On), p.add(t, "host-2", On)
+	for _, r := range []*rig{a, b} {
+		r.react = true
+		r.reopen()
+	}
+	web := []*Shard{a.run("web-0", 0.9), a.run("web-1", 0.9), a.run("web-2", 0.9)}
+	use := func(cpus float64) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		for _, s := range web {
+			s.Rates = map[string]float64{"cpu": cpus, "working_set": 64 << 20}
+		}
+	}
+	use(0.3)
+	for range 40 {
+		p.round(t, b, a)
+		a.settle()
+	}
+	if len(a.moved) > 0 {
+		t.Fatalf("moved because of a forecast: %v", a.moved)
+	}
+	use(0.6)
+	p.round(t, b, a)
+	a.settle()
+	if len(a.moved) != 1 {
+		t.Fatalf("moved: %v; %v", a.moved, a.history())
+	}
+	d := a.history()[0]
+	if d.GetOutcome() != outcomeDone || d.GetReason() != string(allocate.Threshold) || !strings.Contains(d.GetWords(), "host-1 used more than 80 % of its CPU in the last sample") {
+		t.Errorf("%v", d)
 	}
 }
 

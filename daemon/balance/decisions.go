@@ -151,13 +151,20 @@ func overloadWords(p *allocate.Plan) string {
 	return fmt.Sprintf("%s is overloaded within %s with probability %.2f", p.Host, within(worst), p.Overload[worst])
 }
 
+func thresholdWords(p *allocate.Plan) string {
+	return fmt.Sprintf("%s used more than %.0f %% of its CPU in the last sample", p.Host, 100*allocate.ReactiveThreshold)
+}
+
 func moveWords(p *allocate.Plan, m *allocate.Move, to string) string {
 	head := "move " + shown(m.Shard)
 	if to != "" {
 		head += " to " + to
 	}
 	cost := fmt.Sprintf("%.0f MiB to send in %v, blackout %v", m.Bytes/(1<<20), roughly(m.Takes), roughly(m.Blackout))
-	if m.Reason == allocate.Consolidate {
+	switch m.Reason {
+	case allocate.Threshold:
+		return fmt.Sprintf("%s: %s; %s", head, thresholdWords(p), cost)
+	case allocate.Consolidate:
 		return fmt.Sprintf("%s: %s can be spared; costs %.0f s: %s", head, m.From, m.Price, cost)
 	}
 	return fmt.Sprintf("%s: %s; saves %.0f s of overload weighted by priority, costs %.0f s: %s", head, overloadWords(p), m.Benefit, m.Price, cost)
@@ -186,6 +193,9 @@ func resizeWords(id allocate.ShardID, from, to float64, why allocate.Reason) str
 func (b *Balancer) stayWords(t *turn, p *allocate.Plan, planner *allocate.Planner, n allocate.Decision) string {
 	cfg := planner.Config()
 	over := overloadWords(p)
+	if cfg.Threshold > 0 {
+		over = thresholdWords(p)
+	}
 	switch n.Reason {
 	case allocate.NotSustained:
 		return fmt.Sprintf("%s; moving %s would be worth it, but not yet: %d of the last %d rounds must say so", over, shown(n.Shard), cfg.SustainK, cfg.SustainN)

@@ -161,7 +161,7 @@ func requestOf(peer string, m *v1.BookRequest) (allocate.Request, error) {
 	s.Demand, err = demandOf("forecast", m.GetDemand())
 	errs = append(errs, err)
 	reason := allocate.Reason(m.GetReason())
-	if reason != allocate.Overload && reason != allocate.Consolidate {
+	if reason != allocate.Overload && reason != allocate.Consolidate && reason != allocate.Threshold {
 		errs = append(errs, fmt.Errorf("reason %.40q", m.GetReason()))
 	}
 	takes := time.Duration(m.GetTakesMs()) * time.Millisecond

@@ -174,6 +174,15 @@ var forecastOf = [allocate.Resources][]profile.Signal{
 
 // foresee fills in a shard's demand. It changes only with the newest sample.
 func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard) {
+	if b.cfg.Reactive {
+		k.at = now
+		for i := range k.demand {
+			for r := range allocate.Resources {
+				k.demand[i][r] = allocate.Certain(a.Usage[r])
+			}
+		}
+		return
+	}
 	_, at, err := b.cfg.Forecasts.Curves(s.Namespace, s.Name, profile.CPU, nil)
 	booked := b.booked[a.ID]
 	switch {
