@@ -128,13 +128,7 @@ func (k *Keeper) Close() error { return k.store.Close() }
 // Offer hands over ten seconds of a shard. It does not block: if Run is behind,
 // they are lost and counted.
 func (k *Keeper) Offer(key string, labels Labels, pt *profile.Point) {
-	c := cell{start: pt.Start}
-	for i, s := range Signals {
-		if pt.Has.Has(s) {
-			c.has |= 1 << i
-			c.mean[i] = pt.Mean[s]
-		}
-	}
+	c := cellOf(pt)
 	select {
 	case k.queue <- observation{key, labels, c}:
 	default:
@@ -142,6 +136,17 @@ func (k *Keeper) Offer(key string, labels Labels, pt *profile.Point) {
 		k.counts.dropped++
 		k.mu.Unlock()
 	}
+}
+
+func cellOf(pt *profile.Point) cell {
+	c := cell{start: pt.Start}
+	for i, s := range Signals {
+		if pt.Has.Has(s) {
+			c.has |= 1 << i
+			c.mean[i] = pt.Mean[s]
+		}
+	}
+	return c
 }
 
 // End says that a shard is gone. If the word is lost, silence says it later.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"math"
 	"path/filepath"
@@ -155,6 +156,43 @@ func TestForecastsTravelWithAShard(t *testing.T) {
 }
 
 // TestAShortLifeTravelsToo: of one that moves in its first minutes the samples do.
+func TestAShardThatWasTaughtKnowsItsPast(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f.db")
+	key, l := "default/web", Labels{"acme", "web"}
+	past := func(order ...int) iter.Seq[*profile.Point] {
+		return func(yield func(*profile.Point) bool) {
+			for _, i := range order {
+				if !yield(used(i)) {
+					return
+				}
+			}
+		}
+	}
+	var all []int
+	for i := range 480 {
+		all = append(all, i)
+	}
+	if err := Teach(path, key, l, past(all...)); err != nil {
+		t.Fatal(err)
+	}
+	k := open(t, path)
+	feedAll(k, key, l, 480, 481)
+	same(t, k, alone(t, 481, 0, 0))
+	if err := k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Teach(path, key, l, past(2, 1)); err == nil {
+		t.Error("a past that runs backwards")
+	}
+	if err := Teach(path, key, l, past()); err == nil {
+		t.Error("no past at all")
+	}
+	// What was refused has changed nothing.
+	k = open(t, path)
+	feedAll(k, key, l, 480, 481)
+	same(t, k, alone(t, 481, 0, 0))
+}
+
 func TestAShortLifeTravelsToo(t *testing.T) {
 	source := open(t, filepath.Join(t.TempDir(), "f.db"))
 	key, l := "default/web", Labels{"acme", "web"}
