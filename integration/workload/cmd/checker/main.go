@@ -23,6 +23,7 @@ import (
 	"github.com/tranship/tranship/integration/workload/pgcheck"
 	"github.com/tranship/tranship/integration/workload/redischeck"
 	"github.com/tranship/tranship/integration/workload/tcpcheck"
+	"github.com/tranship/tranship/integration/workload/workcheck"
 )
 
 const (
@@ -38,7 +39,7 @@ func main() {
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.AddCommand(redisCommand(), httpCommand(), tcpCommand(), pgCommand(), memcheckCommand(), holdCommand())
+	root.AddCommand(redisCommand(), httpCommand(), tcpCommand(), pgCommand(), memcheckCommand(), workCommand(), holdCommand())
 	err := root.ExecuteContext(context.Background())
 	switch {
 	case errors.Is(err, check.ErrNotOK):
@@ -294,6 +295,28 @@ func memcheckCommand() *cobra.Command {
 			return map[string]bool{"ok": true}, c.Reset(ctx)
 		}),
 	)
+}
+
+func workCommand() *cobra.Command {
+	var addr string
+	var cost time.Duration
+	serve := &cobra.Command{
+		Use:   "serve",
+		Short: "Serve requests that cost CPU, inside a shard",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			l, err := listen(addr)
+			if err != nil {
+				return err
+			}
+			return workcheck.Serve(ctx, l, cost)
+		},
+	}
+	serve.Flags().StringVar(&addr, "listen", "0.0.0.0:7000", "address")
+	serve.Flags().DurationVar(&cost, "cost", 5*time.Millisecond, "CPU time of a request")
+	return group("work", "A server whose requests cost CPU", serve)
 }
 
 func holdCommand() *cobra.Command {
