@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -48,6 +49,8 @@ type options struct {
 	bin   string
 	list  bool
 	fresh bool
+	add   bool          // to what an earlier run measured of the same group
+	limit time.Duration // nothing is begun after it; 0: none
 }
 
 // task is a group that can be measured.
@@ -55,6 +58,7 @@ type task struct {
 	name, about string
 	// bandwidth of the hosts' links, as `lab up` takes it; "" is without limit.
 	bandwidth string
+	hosts     int // 0: two
 	run       func(ctx context.Context, b *bench, g *group) error
 }
 
@@ -73,7 +77,10 @@ func tasks() []task {
 	for _, l := range links {
 		all = append(all, task{name: l.group, about: "bytes over " + l.about, bandwidth: l.bandwidth, run: measureThroughput(l)})
 	}
-	return append(all, task{name: profileGroup, about: "what profiling costs, with and without in turns", run: measureProfile})
+	return append(all,
+		task{name: profileGroup, about: "what profiling costs, with and without in turns", run: measureProfile},
+		task{name: closedLoopGroup, about: "a day of six shards on three hosts of 0.3 CPUs, under each policy in turns", hosts: 3, run: measureClosedLoop},
+	)
 }
 
 func main() {
@@ -148,6 +155,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.StringVar(&o.bin, "bin", "", "directory of tranship and transhipd (default: bin of the repository)")
 	flags.BoolVar(&o.list, "list", false, "name the groups")
 	flags.BoolVar(&o.fresh, "fresh", false, "forget what an earlier run measured of other groups")
+	flags.BoolVar(&o.add, "add", false, "closed-loop: go on where an earlier run ended, until there are --runs of each")
+	flags.DurationVar(&o.limit, "for", 0, "closed-loop: begin nothing after this time (default: no limit)")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -180,6 +189,7 @@ type bench struct {
 	scratch string // seen by every host under the same path
 	images  map[string]bool
 	stderr  io.Writer
+	begun   time.Time
 }
 
 func (b *bench) say(format string, args ...any) { fmt.Fprintf(b.stderr, format+"\n", args...) }
@@ -199,7 +209,7 @@ func nameLab() error {
 
 // measure is the benchmark in order; the lab is down again when it returns.
 func measure(ctx context.Context, opt options, stderr io.Writer) (r *results, err error) {
-	b := &bench{opt: opt, images: map[string]bool{}, stderr: stderr}
+	b := &bench{opt: opt, images: map[string]bool{}, stderr: stderr, begun: time.Now()}
 	if b.tool, err = findTool(opt.bin, os.Getenv(lab.NameVariable)); err != nil {
 		return nil, err
 	}
@@ -243,6 +253,9 @@ func (b *bench) measureTasks(ctx context.Context, r *results) error {
 		}
 		b.say("%s: %s", t.name, t.about)
 		g := group{Name: t.name, About: t.about, MeasuredAt: time.Now().UTC().Truncate(time.Second), Load: load1()}
+		if old, ok := r.group(t.name); ok && b.opt.add && t.name == closedLoopGroup {
+			g.Samples, g.Recording = old.Samples, old.Recording
+		}
 		err := b.inLab(ctx, t, &g)
 		if err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", t.name, err))
@@ -266,7 +279,7 @@ func (b *bench) measureTasks(ctx context.Context, r *results) error {
 
 // inLab measures one group in a lab that is up, with the links that it wants.
 func (b *bench) inLab(ctx context.Context, t task, g *group) error {
-	up := []string{"lab", "up", "--hosts", "2"}
+	up := []string{"lab", "up", "--hosts", strconv.Itoa(max(2, t.hosts))}
 	if t.bandwidth != "" {
 		up = append(up, "--bandwidth", t.bandwidth)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tranship/tranship/integration/bench/closedloop"
 	"github.com/tranship/tranship/integration/bench/profile"
 )
 
@@ -54,6 +55,8 @@ type group struct {
 	Absent    []absent `json:"absent,omitempty"`
 	// Found is what a package of its own has measured and judged.
 	Found []profile.Row `json:"found,omitempty"`
+	// Recording is the load that a past was made of.
+	Recording *closedloop.Recording `json:"recording,omitempty"`
 }
 
 // sample is one measurement of one subject.

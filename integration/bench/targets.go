@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math"
+	"slices"
 )
 
 // method says how each number of the table is measured.
@@ -12,6 +13,7 @@ var method = []string{
 	"runc's blackout goes from the start of `runc checkpoint --tcp-established` on a tmpfs, over `cp -a` to another directory of it, to the return of `runc restore -d`, less the time that starting runc twice takes, measured beside it. Its images do not cross a link, tranship's pages do.",
 	"The client's longest gap is the longest time between two answers over its one connection, from before the move to after it, measured in the same way for both.",
 	"Throughput is memory a second: the same bytes again and again for at least two seconds, each pass acknowledged; the receiver drops what arrives. The heap is the private memory of a running redis without its pages of zeros; it is sent raw by TLS and quic-go, and as a migration sends it by the page road.",
+	"The closed loop runs the same load, of the same seed, under each policy in turns; late is a request that was answered more than 250 ms after it was due, or not at all. A host's shards together may use 0.3 CPUs. The week that the forecasts know of is made of a recording of the same load, whose day begins at the same time; the day that is measured is real. The reactive policy looks at a new sample every second.",
 	"CRIU alone is the last time in its dump's log plus that in its restore's log, of the idle container without a connection.",
 }
 
@@ -30,7 +32,7 @@ func targets(r *results) []row {
 		ratioRow(r, "blackout, redis 64 MiB, of runc's", "redis-64MiB", 0.60),
 		criuRow(r),
 	}
-	return append(append(append(rows, lineupRows(r)...), throughputRows(r)...), profileRows(r)...)
+	return slices.Concat(rows, lineupRows(r), throughputRows(r), profileRows(r), closedLoopRows(r))
 }
 
 // atMost makes a row and compares; NaN is "not measured".

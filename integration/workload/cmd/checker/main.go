@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -316,7 +317,26 @@ func workCommand() *cobra.Command {
 	}
 	serve.Flags().StringVar(&addr, "listen", "0.0.0.0:7000", "address")
 	serve.Flags().DurationVar(&cost, "cost", 5*time.Millisecond, "CPU time of a request")
-	return group("work", "A server whose requests cost CPU", serve)
+	load := &cobra.Command{
+		Use:   "load OPTIONS",
+		Short: "Put a load of a pattern on servers, and count the requests that are late",
+		Long:  "Put a load of a pattern on servers, and count the requests that are late.\nOPTIONS is workcheck.LoadOptions as JSON.",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			var o workcheck.LoadOptions
+			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
+				return fmt.Errorf("options: %w", err)
+			}
+			counts, err := workcheck.Load(ctx, o)
+			if err != nil {
+				return err
+			}
+			return check.Print(os.Stdout, counts)
+		},
+	}
+	return group("work", "A server whose requests cost CPU, and a load for it", serve, load)
 }
 
 func holdCommand() *cobra.Command {
