@@ -577,6 +577,31 @@ func TestAHostThatCanBeSparedIsEmptiedOnceAndStaysSo(t *testing.T) {
 	}
 }
 
+func TestAHostThatIsFullIsTakenToBeWantedMore(t *testing.T) {
+	p := newPool()
+	a, b := p.add(t, "host-1", On), p.add(t, "host-2", On)
+	// Together 1.98 of 2 CPUs, which is what there was, and what comes is as it is.
+	for i := range 4 {
+		a.run(fmt.Sprintf("web-%d", i), 0.495, runtime.LabelWorkload, "web")
+	}
+	for _, curves := range a.curves {
+		curves[profile.CPU] = predict.Quantiles{P10: 0.495, P50: 0.495, P90: 0.495, P95: 0.495, P99: 0.495}
+	}
+	p.round(t, b, a)
+	a.settle()
+	if len(a.moved) != 1 {
+		t.Fatalf("moved: %v; %v", a.moved, a.history())
+	}
+	// With three it is not full, and they are what they are.
+	for range 3 {
+		p.round(t, b, a)
+		a.settle()
+	}
+	if len(a.moved) != 1 {
+		t.Errorf("moved: %v", a.moved)
+	}
+}
+
 func TestTheReactivePolicyHeedsTheLastSampleAlone(t *testing.T) {
 	p := newPool()
 	a, b := p.add(t, "host-1", On), p.add(t, "host-2", On)

@@ -33,7 +33,10 @@ const (
 	// cell is how often a shard of which nothing is forecast yet is looked at.
 	cell = 10 * time.Second
 	// heldBack: a shard that its quota held back for more than a twentieth of the
-	// time would use more; how much more nothing says, so limits grow in steps.
+	// time would use more; how much more nothing says, so limits grow in steps. So
+	// would those of a host that has less than a twentieth left: of what was wanted
+	// beyond it nothing is seen, and a host that is full would look as if it was
+	// just enough.
 	heldBack, heldBackMore = 0.05, 1.25
 	// settling: so long after an arrival the source's forecasts, which it was
 	// booked with, are better than what was seen here.
@@ -53,6 +56,7 @@ const (
 // see turns what runs here into what is planned with. b.mu is held.
 func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID]Mode) []allocate.Shard {
 	out := make([]allocate.Shard, 0, len(shards))
+	b.full = b.isFull(shards)
 	for i := range shards {
 		s := &shards[i]
 		id := s.ID()
@@ -85,6 +89,15 @@ func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID
 	}
 	slices.SortFunc(out, func(a, b allocate.Shard) int { return strings.Compare(string(a.ID), string(b.ID)) })
 	return out
+}
+
+// isFull says that the host's shards together use all its CPUs.
+func (b *Balancer) isFull(shards []Shard) bool {
+	used := 0.0
+	for i := range shards {
+		used += usageOf(shards[i].Rates)[allocate.CPU]
+	}
+	return b.facts.CPUs > 0 && used > (1-heldBack)*b.facts.CPUs
 }
 
 // shardOf is a shard's numbers.
@@ -223,7 +236,7 @@ func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard)
 			}
 		}
 	}
-	if s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
+	if b.full || s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
 		for i := range k.demand {
 			for q := range k.demand[i][allocate.CPU] {
 				k.demand[i][allocate.CPU][q] *= heldBackMore
