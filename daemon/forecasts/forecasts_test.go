@@ -155,7 +155,6 @@ func TestForecastsTravelWithAShard(t *testing.T) {
 	}
 }
 
-// TestAShortLifeTravelsToo: of one that moves in its first minutes the samples do.
 func TestAShardThatWasTaughtKnowsItsPast(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "f.db")
 	key, l := "default/web", Labels{"acme", "web"}
@@ -193,6 +192,7 @@ func TestAShardThatWasTaughtKnowsItsPast(t *testing.T) {
 	same(t, k, alone(t, 481, 0, 0))
 }
 
+// TestAShortLifeTravelsToo: of one that moves in its first minutes the samples do.
 func TestAShortLifeTravelsToo(t *testing.T) {
 	source := open(t, filepath.Join(t.TempDir(), "f.db"))
 	key, l := "default/web", Labels{"acme", "web"}
@@ -268,7 +268,7 @@ func TestAColdShardBorrows(t *testing.T) {
 		}
 		name := fmt.Sprint("sibling-", i)
 		feedAll(k, "default/"+name, Labels{"acme", "web"}, i, i+4)
-		q, err := k.Forecast("default", "web", profile.CPU, time.Hour, predict.Peak)
+		q, err := k.Forecast("default", name, profile.CPU, time.Hour, predict.Peak)
 		if err != nil {
 			t.Fatal(err)
 		}
