@@ -3,17 +3,14 @@ package balance
 import (
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/daemon/history"
 )
 
 // store keeps decisions and costs over restarts. A write is synced before it
@@ -30,43 +27,14 @@ const (
 	// keepDecisions bounds the disk at some 10 MB; a busy host makes a few hundred
 	// a day.
 	keepDecisions = 10000
-	// openTimeout is how long another process may hold the store.
-	openTimeout = 2 * time.Second
 )
 
 // openStore opens or makes the store. A file that is no store is put aside:
 // history is no reason for a daemon not to start.
 func openStore(path string) (*store, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		return nil, fmt.Errorf("store of decisions: %w", err)
-	}
-	open := func() (*bbolt.DB, error) {
-		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: openTimeout})
-		if err != nil {
-			return nil, err
-		}
-		err = db.Update(func(tx *bbolt.Tx) error {
-			for _, name := range [][]byte{decisionsBucket, costsBucket} {
-				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, errors.Join(err, db.Close())
-		}
-		return db, nil
-	}
-	db, err := open()
-	if errors.Is(err, berrors.ErrInvalid) || errors.Is(err, berrors.ErrChecksum) || errors.Is(err, berrors.ErrVersionMismatch) {
-		if rerr := os.Rename(path, path+".broken"); rerr != nil {
-			return nil, fmt.Errorf("store of decisions: %w", errors.Join(err, rerr))
-		}
-		db, err = open()
-	}
+	db, err := history.Open(path, decisionsBucket, costsBucket)
 	if err != nil {
-		return nil, fmt.Errorf("store of decisions %s: %w", path, err)
+		return nil, fmt.Errorf("store of decisions: %w", err)
 	}
 	return &store{db}, nil
 }

@@ -6,13 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/tranship/tranship/daemon/history"
 )
 
 // store keeps states, and the cells that came after each: a state is large and
@@ -32,44 +31,15 @@ const (
 	// those that are samples only.
 	maxEnded = 256
 	maxShort = 4096
-	// openTimeout is how long another process may hold the store.
-	openTimeout = 2 * time.Second
-	cellSize    = 8 + 1 + 4*signals
+	cellSize = 8 + 1 + 4*signals
 )
 
 // openStore opens or makes the store. A file that is no store is put aside: a
 // cold forecast is no reason for a daemon not to start.
 func openStore(path string) (*store, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		return nil, fmt.Errorf("store of forecasts: %w", err)
-	}
-	open := func() (*bbolt.DB, error) {
-		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: openTimeout, FreelistType: bbolt.FreelistMapType})
-		if err != nil {
-			return nil, err
-		}
-		err = db.Update(func(tx *bbolt.Tx) error {
-			for _, name := range [][]byte{statesBucket, cellsBucket} {
-				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, errors.Join(err, db.Close())
-		}
-		return db, nil
-	}
-	db, err := open()
-	if errors.Is(err, berrors.ErrInvalid) || errors.Is(err, berrors.ErrChecksum) || errors.Is(err, berrors.ErrVersionMismatch) {
-		if rerr := os.Rename(path, path+".broken"); rerr != nil {
-			return nil, fmt.Errorf("store of forecasts: %w", errors.Join(err, rerr))
-		}
-		db, err = open()
-	}
+	db, err := history.Open(path, statesBucket, cellsBucket)
 	if err != nil {
-		return nil, fmt.Errorf("store of forecasts %s: %w", path, err)
+		return nil, fmt.Errorf("store of forecasts: %w", err)
 	}
 	return &store{db}, nil
 }

@@ -4,15 +4,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/tranship/tranship/daemon/history"
 	"github.com/tranship/tranship/ebpf/profile"
 )
 
@@ -35,44 +33,14 @@ const (
 	// maxSubjects bounds the disk: shards that come and go by the hundred leave
 	// a scrap each. Those with the oldest last minute go first.
 	maxSubjects = 4096
-	// openTimeout is how long another process may hold the store: two daemons on
-	// one state directory are an error, not a wait.
-	openTimeout = 2 * time.Second
 )
 
 // OpenStore opens or makes the store. A file that is no store is put aside, not
 // deleted: old measurements are not worth a daemon that does not start.
 func OpenStore(path string, retention time.Duration) (*Store, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		return nil, fmt.Errorf("store of profiles: %w", err)
-	}
-	open := func() (*bbolt.DB, error) {
-		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: openTimeout, FreelistType: bbolt.FreelistMapType})
-		if err != nil {
-			return nil, err
-		}
-		err = db.Update(func(tx *bbolt.Tx) error {
-			for _, name := range [][]byte{blocksBucket, pulledBucket} {
-				if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, errors.Join(err, db.Close())
-		}
-		return db, nil
-	}
-	db, err := open()
-	if errors.Is(err, berrors.ErrInvalid) || errors.Is(err, berrors.ErrChecksum) || errors.Is(err, berrors.ErrVersionMismatch) {
-		if rerr := os.Rename(path, path+".broken"); rerr != nil {
-			return nil, fmt.Errorf("store of profiles: %w", errors.Join(err, rerr))
-		}
-		db, err = open()
-	}
+	db, err := history.Open(path, blocksBucket, pulledBucket)
 	if err != nil {
-		return nil, fmt.Errorf("store of profiles %s: %w", path, err)
+		return nil, fmt.Errorf("store of profiles: %w", err)
 	}
 	return &Store{db: db, retention: retention}, nil
 }
