@@ -228,7 +228,7 @@ func sendMain(args []string) int {
 		fmt.Fprintln(os.Stderr, "send:", err)
 		return 2
 	}
-	p, err := send(context.Background(), args[0], args[1], args[2], data, while)
+	p, err := send(context.Background(), args[0], args[1], args[2], transfer.Options{}, data, while)
 	if err == nil {
 		err = json.NewEncoder(os.Stdout).Encode(p)
 	}
@@ -258,8 +258,9 @@ func memoryOf(source string) ([]byte, error) {
 	return unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
 }
 
-// send connects, and then measures whole passes until the time is over.
-func send(ctx context.Context, dir, addr, way string, data []byte, while time.Duration) (pumped, error) {
+// send connects, and then measures whole passes until the time is over. opt is for
+// the ways of package transfer.
+func send(ctx context.Context, dir, addr, way string, opt transfer.Options, data []byte, while time.Duration) (pumped, error) {
 	_, conf, err := hostTLS(dir, "source")
 	if err != nil {
 		return pumped{}, err
@@ -288,7 +289,6 @@ func send(ctx context.Context, dir, addr, way string, data []byte, while time.Du
 		}
 		pass = func() error { return framed(stream, data) }
 	default:
-		opt := transfer.Options{}
 		if way == wayRaw {
 			opt.Compression = transfer.CompressOff
 		}

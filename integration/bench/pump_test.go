@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/tranship/tranship/transfer"
 )
 
 // The test's own binary is the receiver, as the benchmark's is.
@@ -25,6 +27,12 @@ func TestEveryWayCarriesEveryByte(t *testing.T) {
 	}
 	data := bytes.Repeat([]byte("0123456789abcdef"), 2<<20/16+256) // no whole number of chunks, but of pages
 	for _, way := range []string{wayTLS, wayQUIC, wayRoad, wayRaw} {
+		var opt transfer.Options
+		if way == wayRoad {
+			// On a fast link a session may find nothing worth encoding, and what s2 costs
+			// depends on what else runs here. At 80 ns a byte it is always worth it.
+			opt.Bandwidth = 100_000_000
+		}
 		t.Run(way, func(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), os.Args[0], receiveVerb, dir, "127.0.0.1:0", way)
 			cmd.Stderr = os.Stderr
@@ -48,16 +56,16 @@ func TestEveryWayCarriesEveryByte(t *testing.T) {
 			if err := document(line, &at); err != nil {
 				t.Fatal(err)
 			}
-			p, err := send(t.Context(), dir, at.Addr, way, data, 20*time.Millisecond)
+			p, err := send(t.Context(), dir, at.Addr, way, opt, data, 20*time.Millisecond)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if p.Bytes == 0 || p.Bytes%int64(len(data)) != 0 || p.Seconds < 0.02 {
 				t.Errorf("%+v of passes of %d bytes", p, len(data))
 			}
-			// Only the roads say what they send: the raw one all of it, the other what its
-			// session finds worth encoding, which on a fast link may be nothing.
-			if way == wayRaw && p.OnWire < p.Bytes || way == wayRoad && (p.OnWire == 0 || p.OnWire > p.Bytes+p.Bytes/16) {
+			// Only the roads say what they send: the raw one all of it, the other what is
+			// left of sixteen bytes said again and again.
+			if way == wayRaw && p.OnWire < p.Bytes || way == wayRoad && (p.OnWire == 0 || p.OnWire > p.Bytes/2) {
 				t.Errorf("%+v on the wire", p)
 			}
 			in.Close()
