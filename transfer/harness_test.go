@@ -169,9 +169,9 @@ func (f *faultyConn) SetWriteDeadline(t time.Time) error { return f.conn.SetWrit
 func (f *faultyConn) SetReadBuffer(n int) error          { return f.conn.SetReadBuffer(n) }
 func (f *faultyConn) SetWriteBuffer(n int) error         { return f.conn.SetWriteBuffer(n) }
 
-// over makes a session's connections run over f, once.
+// over makes a session's one connection run over f, once.
 func over(f *faultyConn) Options {
-	return Options{socket: func(*net.UDPAddr) (net.PacketConn, error) { return f, nil }}
+	return Options{Connections: 1, socket: func(*net.UDPAddr) (net.PacketConn, error) { return f, nil }}
 }
 
 // store is a Sink that keeps what arrives, checks that rounds do not overlap,

@@ -97,6 +97,24 @@ func TestDialToNobodyIsALostLinkOrTheCallersEnd(t *testing.T) {
 	}
 }
 
+func TestAStreamHasAConnectionOfItsOwn(t *testing.T) {
+	for _, test := range []struct {
+		opt  Options
+		want int
+	}{
+		{Options{}, DefaultStreams},
+		{Options{Streams: 1}, 1},
+		{Options{Streams: DefaultConnections + 2}, DefaultConnections},
+		{Options{Connections: 3}, 3},
+	} {
+		h := newHost(t, hostOptions{accept: newStore().accept})
+		s := h.dial(t, test.opt)
+		if n := len(s.links); n != test.want {
+			t.Errorf("%+v: %d connections, want %d", test.opt, n, test.want)
+		}
+	}
+}
+
 func TestImpossibleOptionsAreRefused(t *testing.T) {
 	for _, opt := range []Options{{Bandwidth: -1}, {Streams: 1000}, {Streams: -1}, {Connections: 17}, {Compression: "lz4"}} {
 		if _, err := Dial(t.Context(), "127.0.0.1:1", "n", nil, "m", opt); err == nil {
@@ -119,7 +137,7 @@ func TestACutLinkBreaksTheRoundAndRedialMendsIt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			opt := quick(Options{})
+			opt := quick(Options{Connections: 1}) // all of a round goes over the link that is cut
 			sockets := []*faultyConn{faulty}
 			opt.socket = func(*net.UDPAddr) (net.PacketConn, error) {
 				if len(sockets) == 0 {

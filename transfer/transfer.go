@@ -60,11 +60,12 @@ type Sink interface {
 }
 
 const (
-	// streamWindow and connWindow let a stream, and a connection, be that far
-	// ahead of the Sink: at 10 Gbit/s 64 MiB cover a round trip of 50 ms. They
-	// are also the most that a peer can make this host hold in a connection.
+	// streamWindow lets a stream be that far ahead of the Sink: at 10 Gbit/s the
+	// 64 MiB of a round's four cover a round trip of 50 ms. A connection carries one
+	// of them, and blobs, which must not stop it when their Sink does. connWindow is
+	// also the most that a peer can make this host hold in a connection.
 	streamWindow = 16 << 20
-	connWindow   = 64 << 20
+	connWindow   = 2 * streamWindow
 	// A quarter from the start: the window grows only with round trips, and the
 	// last round, the one that the shard stands still for, is short.
 	initialStreamWindow = streamWindow / 4
@@ -76,7 +77,7 @@ const (
 	// maxUniStreams: HTTP/3 has three (control and two of QPACK), pages none.
 	maxUniStreams = 8
 	// maxPeerConns bounds the connections of one peer.
-	maxPeerConns = 64
+	maxPeerConns = 128
 	// maxPeerSessions bounds the migrations that one peer may have on their way here.
 	maxPeerSessions = 256
 
