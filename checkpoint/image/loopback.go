@@ -80,8 +80,11 @@ func SettleLoopback(dir string) (int, error) {
 	return delivered, nil
 }
 
-// between names an end of a connection.
-type between struct{ src, dst netip.AddrPort }
+// between names an end of a connection, in one network namespace.
+type between struct {
+	ns       uint32
+	src, dst netip.AddrPort
+}
 
 // tcpEnd is one end of a connection, from files.img and its tcp-stream image.
 type tcpEnd struct {
@@ -95,7 +98,7 @@ type tcpEnd struct {
 	in, out []byte
 }
 
-func (e *tcpEnd) peer() between { return between{e.dst, e.src} }
+func (e *tcpEnd) peer() between { return between{e.ns, e.dst, e.src} }
 
 func (e *tcpEnd) seq(num protowire.Number) uint32 { return uint32(e.values[num]) }
 
@@ -138,8 +141,9 @@ func (e *tcpEnd) flush(peer *tcpEnd) (int, error) {
 // left is how far edge lies behind at, in sequence numbers; 0 if it does not.
 func left(edge, at uint32) uint32 { return uint32(max(0, int32(edge-at))) }
 
-// loopbackEnds reads the TCP connections whose other end has an address of the
-// same namespace: 127.0.0.0/8, ::1, or their own.
+// loopbackEnds reads the TCP connections whose other end is, or was, in the same
+// namespace: it is in the dump as well, or it has an address of 127.0.0.0/8, ::1,
+// or their own.
 func loopbackEnds(dir string) (map[between]*tcpEnd, error) {
 	file, err := os.Open(filepath.Join(dir, "files.img"))
 	if err != nil {
@@ -152,26 +156,33 @@ func loopbackEnds(dir string) (map[between]*tcpEnd, error) {
 	}
 	ends := map[between]*tcpEnd{}
 	err = img.each(func(raw []byte) error {
-		e, err := loopbackEnd(raw, dir)
-		if e == nil || err != nil {
-			return err
-		}
-		// A connection that was never made, or is over, has no image.
-		if err := e.load(); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("TCP stream %s: %w", e.file, err)
-		} else if err == nil {
+		e, err := connectedEnd(raw, dir)
+		if e != nil {
 			ends[e.between] = e
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("files: %w", err)
 	}
+	for name, e := range ends {
+		if ends[e.peer()] == nil && !e.dst.Addr().IsLoopback() && e.dst.Addr() != e.src.Addr() {
+			delete(ends, name)
+		}
+	}
+	for name, e := range ends {
+		// A connection that was never made, or is over, has no image.
+		if err := e.load(); errors.Is(err, os.ErrNotExist) {
+			delete(ends, name)
+		} else if err != nil {
+			return nil, fmt.Errorf("TCP stream %s: %w", e.file, err)
+		}
+	}
 	return ends, nil
 }
 
-// loopbackEnd reads an entry of files.img, and returns nil for most.
-func loopbackEnd(raw []byte, dir string) (*tcpEnd, error) {
+// connectedEnd reads an entry of files.img, and returns nil for most.
+func connectedEnd(raw []byte, dir string) (*tcpEnd, error) {
 	var kind uint64
 	var inet []byte
 	err := fields(raw, func(f field) error {
@@ -191,11 +202,11 @@ func loopbackEnd(raw []byte, dir string) (*tcpEnd, error) {
 		return nil, err
 	}
 	src, dst := address(m.GetSrcAddr()), address(m.GetDstAddr())
-	if m.GetProto() != unix.IPPROTO_TCP || !dst.IsValid() || dst.IsUnspecified() || !dst.IsLoopback() && dst != src {
+	if m.GetProto() != unix.IPPROTO_TCP || !dst.IsValid() || dst.IsUnspecified() {
 		return nil, nil
 	}
 	return &tcpEnd{
-		between:     between{netip.AddrPortFrom(src, uint16(m.GetSrcPort())), netip.AddrPortFrom(dst, uint16(m.GetDstPort()))},
+		between:     between{m.GetNsId(), netip.AddrPortFrom(src, uint16(m.GetSrcPort())), netip.AddrPortFrom(dst, uint16(m.GetDstPort()))},
 		established: m.GetState() == tcpEstablished,
 		file:        filepath.Join(dir, fmt.Sprintf("tcp-stream-%x.img", m.GetIno())),
 	}, nil

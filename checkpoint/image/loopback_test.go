@@ -173,6 +173,13 @@ func TestWhatIsOnItsWayWithinTheShardArrives(t *testing.T) {
 			map[string]stream{"a": {outEnd: 102, inEnd: 50}, "b": {in: "up", inEnd: 102, outEnd: 50, at: 102}},
 		},
 		{
+			"by two addresses of the shard",
+			[]socket{loop(0xa, "10.89.0.5:4000", "10.89.0.6:80"), loop(0xb, "10.89.0.6:80", "10.89.0.5:4000")},
+			map[string]stream{"a": {out: "up", outEnd: 102, inEnd: 50}, "b": {inEnd: 100, outEnd: 50}},
+			2,
+			map[string]stream{"a": {outEnd: 102, inEnd: 50}, "b": {in: "up", inEnd: 102, outEnd: 50, at: 102}},
+		},
+		{
 			"a socket connected to itself",
 			[]socket{loop(0xa, "[::1]:80", "[::1]:80")},
 			map[string]stream{"a": {in: "1", out: "up", outEnd: 102, inEnd: 100}},
@@ -305,7 +312,7 @@ func FuzzFlush(f *testing.F) {
 	})
 }
 
-func FuzzLoopbackEnd(f *testing.F) {
+func FuzzConnectedEnd(f *testing.F) {
 	img, err := openImage(bytes.NewReader(socketImage(f, loop(0xa, "127.0.0.1:4000", "127.0.0.1:80"))), filesMagic)
 	if err == nil {
 		err = img.each(func(raw []byte) error { f.Add(bytes.Clone(raw)); return nil })
@@ -314,7 +321,7 @@ func FuzzLoopbackEnd(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if e, err := loopbackEnd(b, "dir"); err == nil && e != nil && filepath.Dir(e.file) != "dir" {
+		if e, err := connectedEnd(b, "dir"); err == nil && e != nil && filepath.Dir(e.file) != "dir" {
 			t.Error(e.file)
 		}
 	})
