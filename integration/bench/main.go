@@ -79,7 +79,7 @@ func tasks() []task {
 	}
 	return append(all,
 		task{name: profileGroup, about: "what profiling costs, with and without in turns", run: measureProfile},
-		task{name: closedLoopGroup, about: "a day of six shards on three hosts of 0.3 CPUs, under each policy in turns", hosts: 3, run: measureClosedLoop},
+		task{name: closedLoopGroup, about: "a day of six shards on three hosts of 0.3 CPUs, with forecasts and without in turns", hosts: 3, run: measureClosedLoop},
 	)
 }
 

@@ -35,9 +35,6 @@ const (
 	Tranship Policy = "tranship"
 )
 
-// Policies in the order in which they take turns.
-func Policies() []Policy { return []Policy{Tranship, Reactive, None} }
-
 const (
 	shards   = 6
 	workload = "work"
