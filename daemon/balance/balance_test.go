@@ -25,7 +25,7 @@ import (
 
 // rig is one host by hand: what runs, what is forecast, and what is done to it.
 type rig struct {
-	t     *testing.T
+	t     testing.TB
 	name  string
 	pool  *fakePool
 	b     *Balancer
@@ -92,7 +92,7 @@ func newPool() *fakePool {
 }
 
 // add makes a host of 2 CPUs and 8 GiB.
-func (p *fakePool) add(t *testing.T, name string, mode Mode) *rig {
+func (p *fakePool) add(t testing.TB, name string, mode Mode) *rig {
 	t.Helper()
 	r := &rig{
 		t: t, name: name, pool: p, shards: map[string]*Shard{},
@@ -150,7 +150,7 @@ func (r *rig) run(name string, cpus float64, labels ...string) *Shard {
 }
 
 // round lets time pass and every host plan once.
-func (p *fakePool) round(t *testing.T, rigs ...*rig) {
+func (p *fakePool) round(t testing.TB, rigs ...*rig) {
 	t.Helper()
 	for _, r := range rigs {
 		r.pass(5 * time.Second)
@@ -513,6 +513,37 @@ func TestAMoveThatFailsIsNotTriedAgainAtOnce(t *testing.T) {
 	h := a.history()
 	if d := h[len(h)-1]; d.GetOutcome() != outcomeFailed || d.GetDetail() != "the link was cut" {
 		t.Errorf("%v", d)
+	}
+}
+
+// BenchmarkRound is a round whose samples are all new, on a host that should shed
+// shards, as `tranship_balance_plan_seconds_total` counts it: 10 shards are a
+// host's share of 50,000 on 5,000.
+func BenchmarkRound(b *testing.B) {
+	for _, shards := range []int{10, 100} {
+		b.Run(fmt.Sprint(shards), func(b *testing.B) {
+			p := newPool()
+			a := p.add(b, "host-0", Advise)
+			for i := range 12 { // more than are asked
+				r := p.add(b, fmt.Sprintf("host-%d", i+1), Advise)
+				r.run(fmt.Sprintf("there-%d", i), 1.5)
+				p.round(b, r)
+			}
+			for i := range shards {
+				a.run(fmt.Sprintf("web-%d", i), 3/float64(shards), runtime.LabelWorkload, fmt.Sprintf("w-%d", i%7))
+			}
+			var planned time.Duration
+			for b.Loop() {
+				a.pass(5 * time.Second) // and as much again in the round: new samples
+				before := a.b.counts.planned
+				p.round(b, a)
+				planned += a.b.counts.planned - before
+			}
+			if len(a.history()) == 0 {
+				b.Error("there was nothing to plan")
+			}
+			b.ReportMetric(float64(planned.Microseconds())/1e3/float64(b.N), "plan-ms/op")
+		})
 	}
 }
 
