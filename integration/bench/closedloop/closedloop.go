@@ -20,6 +20,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tranship/tranship/daemon/control"
 	"github.com/tranship/tranship/integration/lab"
 	"github.com/tranship/tranship/integration/workload/workcheck"
@@ -51,16 +53,16 @@ const (
 
 	// lead is for daemons to see their shards, and for a policy that knows what
 	// comes to wait until it is sure: 42 s with a round a second.
-	lead = 90 * time.Second
+	lead = 70 * time.Second
 	// ramp of the load from night to day: a minute, six samples.
 	ramp = time.Minute
 	// hold of the day's load while it is measured. It goes on for dayLasts in the past.
-	hold     = 70 * time.Second
+	hold     = 60 * time.Second
 	dayLasts = time.Hour
 	// grid of the profiler, which the load's day begins on, as loads of a time of day do.
 	grid = 10 * time.Second
 	// setUp is what daemons and shards have to be there.
-	setUp = 25 * time.Second
+	setUp = 45 * time.Second
 
 	// Limit of a request's time: a quarter of a second is fifty times its CPU, more
 	// than a host that has room ever makes it wait and than a move freezes a small
@@ -203,8 +205,9 @@ type begun struct {
 	policy Policy
 }
 
-// begin starts the daemons anew with a policy, and shards that have never been
-// before: what an earlier run taught about others of that name is not theirs.
+// begin starts shards that have never been before (what an earlier run taught
+// about others of that name is not theirs) with nobody acting, and once they have
+// settled the daemons anew with a policy: that shards start is no load to react to.
 func (b *Bench) begin(ctx context.Context, policy Policy, teach func(path, key string, seed uint64) error, place func(int) *host) (*begun, error) {
 	b.runs++
 	run := &begun{policy: policy}
@@ -212,39 +215,58 @@ func (b *Bench) begin(ctx context.Context, policy Policy, teach func(path, key s
 		run.names = append(run.names, fmt.Sprintf("work-%d-%d", b.runs, i))
 		run.hosts = append(run.hosts, place(i))
 	}
-	for _, h := range b.hosts {
-		if err := h.stop(ctx); err != nil {
-			return nil, err
-		}
-		if err := h.quota(ctx, cpus); err != nil {
-			return nil, err
+	err := b.restart(ctx, None, nil)
+	for i := 0; i < shards && err == nil; i++ {
+		var addr string
+		if addr, err = run.hosts[i].run(ctx, run.names[i], b.Image); err == nil {
+			run.addrs = append(run.addrs, addr)
 		}
 	}
-	if teach != nil {
-		for i, name := range run.names {
-			if err := teach(run.hosts[i].path("/var/lib/tranship/forecasts.db"), "default/"+name, uint64(i)); err != nil {
-				return nil, err
+	if err == nil && policy != None {
+		err = b.hosts[0].awaitCalm(ctx)
+	}
+	if err == nil && policy != None {
+		err = b.restart(ctx, policy, func() error {
+			for i, name := range run.names {
+				if err := teach(run.hosts[i].path("/var/lib/tranship/forecasts.db"), "default/"+name, uint64(i)); err != nil {
+					return err
+				}
 			}
+			return nil
+		})
+	}
+	if err != nil {
+		return nil, errors.Join(err, run.remove(context.WithoutCancel(ctx)))
+	}
+	return run, nil
+}
+
+// restart ends the daemons and begins them with a policy; between is done while
+// none runs.
+func (b *Bench) restart(ctx context.Context, policy Policy, between func() error) error {
+	for _, h := range b.hosts {
+		if err := errors.Join(h.stop(ctx), h.quota(ctx, cpus)); err != nil {
+			return err
 		}
 	}
-	for _, h := range b.hosts {
-		if err := h.start(ctx, policy); err != nil {
-			return nil, err
+	if between != nil {
+		if err := between(); err != nil {
+			return err
 		}
+	}
+	var all errgroup.Group
+	for _, h := range b.hosts {
+		all.Go(func() error { return h.start(ctx, policy) })
+	}
+	if err := all.Wait(); err != nil {
+		return err
 	}
 	for _, h := range b.hosts {
 		if err := h.awaitPool(ctx, len(b.hosts)); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	for i, name := range run.names {
-		addr, err := run.hosts[i].run(ctx, name, b.Image)
-		if err != nil {
-			return nil, errors.Join(err, run.remove(context.WithoutCancel(ctx)))
-		}
-		run.addrs = append(run.addrs, addr)
-	}
-	return run, nil
+	return nil
 }
 
 // load puts the load on, from the client's host.

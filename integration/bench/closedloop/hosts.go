@@ -161,6 +161,31 @@ func (h *host) tens(ctx context.Context, name string, since time.Time) ([]*v1.Lo
 	return m.GetPoints(), err
 }
 
+// awaitCalm waits until shards that have no load yet use next to nothing.
+func (h *host) awaitCalm(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("the shards on %s do not settle", h.Name()))
+	defer cancel()
+	tick := time.NewTicker(500 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		m, err := ask(h, func(c *control.Client) (*connect.Response[v1.LoadResponse], error) {
+			return c.Profiles.Load(ctx, connect.NewRequest(&v1.LoadRequest{}))
+		})
+		used := 0.0
+		for _, s := range m.GetShards() {
+			used += s.GetRates()[profile.CPU.String()]
+		}
+		if err == nil && len(m.GetShards()) >= shards && used < cpus/10 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), err)
+		case <-tick.C:
+		}
+	}
+}
+
 // planning is the mean time of a round since the daemon began.
 func (h *host) planning(ctx context.Context) (time.Duration, error) {
 	out, err := h.Exec(ctx, "curl", "-sf", "http://127.0.0.1:9464/metrics")
