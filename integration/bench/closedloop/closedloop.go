@@ -339,8 +339,8 @@ func (r *begun) recording(ctx context.Context, day *workcheck.Pattern) (rec Reco
 // String says what was waited for and moved.
 func (r *Result) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%-9s %5d of %d requests late, 50 %% within %.0f ms, 99 %% within %.0f ms, %d unanswered; %d moves, %d again, blackouts %v", r.Policy,
-		r.Counts.Late, r.Counts.Requests, r.Counts.P50MS, r.Counts.P99MS, r.Counts.Unanswered, len(r.Moves), r.Thrash(), r.Blackout().Round(time.Millisecond))
+	fmt.Fprintf(&b, "%-9s %5d of %d requests late (by shard %v), 50 %% within %.0f ms, 99 %% within %.0f ms, %d unanswered; %d moves, %d again, blackouts %v", r.Policy,
+		r.Counts.Late, r.Counts.Requests, r.Counts.ByServer, r.Counts.P50MS, r.Counts.P99MS, r.Counts.Unanswered, len(r.Moves), r.Thrash(), r.Blackout().Round(time.Millisecond))
 	if len(r.Moves) > 0 {
 		fmt.Fprintf(&b, ", the first %+.0f s from the rise", r.Moves[0].At.Seconds())
 	}
