@@ -74,14 +74,15 @@ type Encoder struct {
 	// for with a Choice alone.
 	Time func(work func()) time.Duration
 
-	skip int // batches still to go out untried
-	back int // what skip is set to after the next failure
+	good bool // the last batch shrank
+	skip int  // batches still to go out untried
+	back int  // what skip is set to after the next failure
 	out  []byte
 	zstd *zstd.Encoder // half a megabyte, made when it is first chosen
 }
 
 // Reset forgets what the batches so far were worth, and keeps the buffers.
-func (e *Encoder) Reset() { e.skip, e.back = 0, 0 }
+func (e *Encoder) Reset() { e.good, e.skip, e.back = false, 0, 0 }
 
 // Encode returns an encoding of raw that is never longer than raw. The result
 // is raw itself or the encoder's buffer, which the next call overwrites.
@@ -103,9 +104,10 @@ func (e *Encoder) Encode(raw []byte) (Kind, []byte) {
 	if need := s2.MaxEncodedLen(len(raw)); cap(e.out) < need {
 		e.out = make([]byte, need)
 	}
-	// zstd makes something of letters and digits that s2 finds no repetition in,
-	// and passes over noise as fast as the samples would.
-	if kind == S2 && !e.promising(raw) {
+	// What follows content that shrank mostly does too, and samples of it would cost
+	// a twelfth of s2. zstd makes something of letters and digits that s2 finds no
+	// repetition in, and passes over noise as fast as the samples would.
+	if kind == S2 && !e.good && !e.promising(raw) {
 		e.miss()
 		return Raw, raw
 	}
@@ -120,7 +122,7 @@ func (e *Encoder) Encode(raw []byte) (Kind, []byte) {
 		e.miss()
 		return Raw, raw
 	}
-	e.back = 0
+	e.good, e.back = true, 0
 	return kind, out
 }
 
@@ -152,6 +154,7 @@ func (e *Encoder) promising(raw []byte) bool {
 func worth(encoded, raw int) bool { return encoded <= raw-raw/minSaving }
 
 func (e *Encoder) miss() {
+	e.good = false
 	e.back = min(max(1, 2*e.back), maxSkip)
 	e.skip = e.back
 }

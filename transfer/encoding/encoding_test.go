@@ -118,6 +118,28 @@ func TestTheEncoderBacksOffFromNoiseAndComesBackForText(t *testing.T) {
 	}
 }
 
+func TestWhatFollowsTextIsEncodedWithoutSamples(t *testing.T) {
+	const size = 256 << 10
+	deceiving := half(size, 6) // samples say noise
+	for i := range samples {
+		copy(deceiving[i*(size-sampleSize)/(samples-1):], noise(sampleSize, 7+uint64(i)))
+	}
+	var e Encoder
+	if kind, _ := e.Encode(deceiving); kind != Raw {
+		t.Errorf("%v of a batch whose samples are noise", kind)
+	}
+	e.Reset()
+	e.Encode(half(size, 5))
+	if kind, _ := e.Encode(deceiving); kind != S2 {
+		t.Errorf("%v of the same after a batch that shrank", kind)
+	}
+	e.Encode(noise(size, 8))
+	e.skip = 0
+	if kind, _ := e.Encode(deceiving); kind != Raw {
+		t.Errorf("%v of the same after a batch that did not shrink", kind)
+	}
+}
+
 func TestDecodeRefuses(t *testing.T) {
 	text := bytes.Repeat([]byte("abcd"), 1024)
 	block := s2.Encode(nil, text)
