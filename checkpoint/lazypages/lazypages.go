@@ -94,6 +94,9 @@ type Status struct {
 	// Tasks were handed over by CRIU, Forks were made by them while filling.
 	Tasks int64 `json:"tasks"`
 	Forks int64 `json:"forks"`
+	// InitHostPID is, in the server's pid namespace, the task with the lowest id in
+	// the shard's; 0 before StateFinished.
+	InitHostPID int `json:"init_host_pid"`
 	// Placed pages came from the store; Zeroes answered faults on holes.
 	Placed checkpoint.Pages `json:"placed_pages"`
 	Zeroes checkpoint.Pages `json:"zero_pages"`

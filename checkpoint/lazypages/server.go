@@ -1,6 +1,7 @@
 package lazypages
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -331,6 +333,10 @@ func (s *server) fill(ctx context.Context, finished time.Time) error {
 	s.fillFrom = finished
 	s.status.FinishedAt, s.status.Finished = finished, true
 	families := s.families
+	if len(families) > 0 {
+		first := slices.MinFunc(families, func(a, b *family) int { return cmp.Compare(a.task.PID, b.task.PID) })
+		s.status.InitHostPID = first.task.HostPID
+	}
 	s.mu.Unlock()
 	s.setState(StateFinished, nil)
 	if err := failpoint.Hit(ctx, "pages.fill"); err != nil {

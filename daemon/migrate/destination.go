@@ -402,17 +402,24 @@ func (in *incoming) restore(ctx context.Context) error {
 		pid, err = in.task.Start(ctx)
 		started <- err
 	}()
-	finished, err := in.pages.awaitFinished(ctx, started)
+	restored, err := in.pages.awaitFinished(ctx, started)
 	if err != nil {
 		return in.criuError(err)
 	}
-	in.part(stepRestore, at, finished) // which is where the blackout ends
-	in.entry.StartedUnixNS = finished.UnixNano()
-	at = time.Now()
-	if err := <-started; err != nil {
+	released := make(chan time.Time, 1)
+	runs, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() { released <- awaitReleased(runs, restored.InitHostPID) }()
+	in.passHeld()
+	err = <-started
+	stop() // it runs by now, if ever
+	running := <-released
+	if err != nil {
 		return in.criuError(err)
 	}
-	in.step("runc", at)
+	in.part(stepRestore, at, running) // which is where the blackout ends
+	in.entry.StartedUnixNS = running.UnixNano()
+	in.step("runc", running)
 	in.entry.InitPID = pid
 	if err := failpoint.Hit(ctx, "destination.restored"); err != nil {
 		return err
@@ -420,6 +427,17 @@ func (in *incoming) restore(ctx context.Context) error {
 	// A shim that died meanwhile takes the shard with it. Now the source can
 	// still go on; once the link is up it cannot.
 	return in.m.rt.MustRun(ctx, in.entry.Namespace, in.entry.Shard)
+}
+
+// passHeld hands over the frames that came until now. The shard works on them
+// while runc ends; nothing of it leaves the host before activate.
+func (in *incoming) passHeld() {
+	if in.hold == nil {
+		return
+	}
+	if err := in.hold.Pass(); err != nil {
+		in.m.log.Warn("frames that came during the blackout", "migration", in.entry.ID, "shard", in.entry.Shard, "err", err)
+	}
 }
 
 func (in *incoming) criuError(err error) error {

@@ -106,7 +106,7 @@ func (s *pageServer) spawn(ctx context.Context, words ...string) error {
 
 // awaitFinished returns when CRIU has restored the shard. started gives the end
 // of the restore command, which, if it is a failure, ends the wait.
-func (s *pageServer) awaitFinished(ctx context.Context, started chan error) (time.Time, error) {
+func (s *pageServer) awaitFinished(ctx context.Context, started chan error) (lazypages.Status, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
@@ -119,11 +119,7 @@ func (s *pageServer) awaitFinished(ctx context.Context, started chan error) (tim
 		case <-ctx.Done():
 		}
 	}()
-	st, err := s.client.WaitFinished(ctx)
-	if err != nil {
-		return time.Time{}, err
-	}
-	return st.FinishedAt, nil
+	return s.client.WaitFinished(ctx)
 }
 
 // awaitDone returns when every page is placed. A server that dies is followed by

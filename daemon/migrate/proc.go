@@ -2,10 +2,12 @@ package migrate
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // startTime is a process's start time in clock ticks since boot, field 22 of
@@ -23,6 +25,36 @@ func startTime(pid int) (uint64, error) {
 		return 0, fmt.Errorf("/proc/%d/stat: %q", pid, raw)
 	}
 	return strconv.ParseUint(string(fields[after]), 10, 64)
+}
+
+// releasePoll: CRIU lets go of a shard within a few milliseconds after it has
+// restored it.
+const releasePoll = 200 * time.Microsecond
+
+// awaitReleased returns when no tracer holds a process any more: CRIU holds what it
+// restores until it is complete. It returns the time of that, or of the end of
+// ctx, or of the process.
+func awaitReleased(ctx context.Context, pid int) time.Time {
+	tick := time.NewTicker(releasePoll)
+	defer tick.Stop()
+	for {
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil || !traced(raw) {
+			return time.Now()
+		}
+		select {
+		case <-ctx.Done():
+			return time.Now()
+		case <-tick.C:
+		}
+	}
+}
+
+// traced reads TracerPid of proc_pid_status(5).
+func traced(status []byte) bool {
+	_, rest, found := bytes.Cut(status, []byte("\nTracerPid:"))
+	pid, _, _ := bytes.Cut(rest, []byte("\n"))
+	return found && string(bytes.TrimSpace(pid)) != "0"
 }
 
 // sharedWritable lists the files, by the paths that the shard knows them by,

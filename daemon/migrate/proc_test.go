@@ -1,9 +1,16 @@
 package migrate
 
 import (
+	"context"
 	"os"
+	"os/exec"
+	"runtime"
 	"slices"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestParseSharedWritable(t *testing.T) {
@@ -40,4 +47,45 @@ func TestStatusFields(t *testing.T) {
 	if hasCapability(os.Getpid(), 63) {
 		t.Error("a capability that there is not")
 	}
+}
+
+func TestAProcessIsReleasedWhenItsTracerLetsGo(t *testing.T) {
+	runtime.LockOSThread() // a tracer is a thread
+	defer runtime.UnlockOSThread()
+	cmd := exec.Command("cat")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := unix.Wait4(cmd.Process.Pid, nil, 0, nil); err != nil { // stopped by its exec
+		t.Fatal(err)
+	}
+	released := make(chan time.Time, 1)
+	go func() { released <- awaitReleased(t.Context(), cmd.Process.Pid) }()
+	select {
+	case <-released:
+		t.Error("a process that is traced was taken for released")
+	case <-time.After(20 * releasePoll):
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	awaitReleased(ended, cmd.Process.Pid) // does not wait for it
+	at := time.Now()
+	if err := unix.PtraceDetach(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-released; got.Before(at) {
+		t.Errorf("released %v before it was let go", at.Sub(got))
+	}
+	awaitReleased(t.Context(), 0) // nobody to wait for
 }

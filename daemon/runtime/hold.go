@@ -23,7 +23,9 @@ import (
 //  2. the source takes (Take), then isolates the shard
 //  3. the destination takes and announces the address (Redirect)
 //  4. the source sends what came in between (Drain); the destination adds it (Add)
-//  5. the shard runs: the destination delivers (Deliver)
+//  5. its sockets are back: the destination hands over what there is (Pass). What
+//     it answers waits in its kernel, which does not know its neighbours yet
+//  6. the shard runs for good: the destination delivers the rest (Deliver)
 //
 // A frame may be delivered twice, at the seams, or be late, as in any network.
 type Hold struct {
@@ -202,16 +204,31 @@ func (h *Hold) keep(frame []byte) {
 	h.added = append(h.added, frame)
 }
 
+// Pass hands to the shard what was kept until now, and goes on keeping.
+func (h *Hold) Pass() error {
+	if err := h.handOver(func() error { return nil }); err != nil {
+		return fmt.Errorf("pass held frames to %s: %w", h.s.Name, err)
+	}
+	return nil
+}
+
 // Deliver hands everything that was kept to the shard and ends the taking. The
 // network must be active, so that nothing is missed in between.
 func (h *Hold) Deliver() error {
-	hostEnd, err := h.n.hostEnd(h.s)
-	if err != nil {
+	// A filter that passes nothing ends it; unbinding would wait for RCU.
+	if err := h.handOver(func() error { return h.filter([]bpf.Instruction{bpf.RetConstant{Val: 0}}) }); err != nil {
 		return fmt.Errorf("deliver held frames of %s: %w", h.s.Name, err)
 	}
-	var errs []error
-	// A filter that passes nothing ends it; unbinding would wait for RCU.
-	errs = append(errs, h.filter([]bpf.Instruction{bpf.RetConstant{Val: 0}}))
+	return nil
+}
+
+// handOver sends what was kept to the shard's interface, after first.
+func (h *Hold) handOver(first func() error) error {
+	hostEnd, err := h.n.hostEnd(h.s)
+	if err != nil {
+		return err
+	}
+	errs := []error{first()}
 	to := &unix.SockaddrLinklayer{Ifindex: hostEnd.Attrs().Index, Halen: 6}
 	deliver := func(frame []byte) error {
 		to.Protocol = htons(binary.BigEndian.Uint16(frame[vnetHeader+12:]))
@@ -222,12 +239,8 @@ func (h *Hold) Deliver() error {
 	for _, frame := range h.added {
 		errs = append(errs, deliver(frame))
 	}
-	h.added = nil
-	errs = append(errs, h.each(deliver))
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("deliver held frames of %s: %w", h.s.Name, err)
-	}
-	return nil
+	h.added, h.size = nil, 0
+	return errors.Join(append(errs, h.each(deliver))...)
 }
 
 // each calls f with every frame that the socket keeps, its header before it.

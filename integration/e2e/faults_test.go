@@ -63,6 +63,11 @@ func (f *faulty) mustBeWholeAt(want, digest string) string {
 	}
 	f.cli("del", "faults")
 	f.n = 0
+	// Whatever happened, its loopback carries again what it sends.
+	inside := []string{"nsenter", "--net=/run/tranship/netns/default--" + f.name, "timeout", "10", "redis-cli", "ping"}
+	if out, err := on(f.t, at, inside...); err != nil || strings.TrimSpace(out) != "PONG" {
+		f.t.Fatalf("over loopback: %q, %v", out, err)
+	}
 	return at
 }
 
