@@ -19,15 +19,15 @@ func (m *memory) readAgain(pid checkpoint.PID, addr uint64, dst []byte) (bool, e
 	return true, nil
 }
 
-// referring sends a whole round that may name pages by others.
-func (m *memory) referring(t testing.TB, s *Session, n, from, to int) RoundStats {
+// referring sends a whole round, of the first pages, that may name pages by others.
+func (m *memory) referring(t testing.TB, s *Session, n, to int) RoundStats {
 	t.Helper()
 	r, err := s.Round(t.Context(), n)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.ReadAgain(m.readAgain)
-	sendErr := m.send(r, from, to, 20)
+	sendErr := m.send(r, 0, to, 20)
 	stats, err := r.Close()
 	if err := errors.Join(sendErr, err); err != nil {
 		t.Fatal(err)
@@ -50,7 +50,7 @@ func TestForkedProcessesAreSentOnce(t *testing.T) {
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
 	m := forked(procs, pages)
-	stats := m.referring(t, s, 0, 0, pages)
+	stats := m.referring(t, s, 0, pages)
 	sink.equal(t, m)
 	// Pages that want the same place in the index are sent: a few.
 	if all := checkpoint.Pages((procs - 1) * pages); stats.Copies < all*8/10 || stats.Copies > all {
@@ -62,7 +62,7 @@ func TestForkedProcessesAreSentOnce(t *testing.T) {
 	if limit := checkpoint.Bytes((procs*pages - int(stats.Copies)) * (page + 100)); stats.BytesSent > limit+checkpoint.Bytes(stats.Copies)*64 {
 		t.Errorf("%d bytes for %d pages and %d copies", stats.BytesSent, procs*pages-int(stats.Copies), stats.Copies)
 	}
-	if again := m.referring(t, s, 1, 0, pages); again.Unchanged != procs*pages {
+	if again := m.referring(t, s, 1, pages); again.Unchanged != procs*pages {
 		t.Errorf("what went as copies is not remembered: %+v", again)
 	}
 }
@@ -72,7 +72,7 @@ func TestWithoutReadAgainNothingIsLeftOut(t *testing.T) {
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
 	m := forked(2, 50)
-	if stats := m.round(t, s, 0, 0, 50, 10); stats.Copies != 0 || stats.Sent != 100 {
+	if stats := m.round(t, s, 0, 50, 10); stats.Copies != 0 || stats.Sent != 100 {
 		t.Errorf("%+v", stats)
 	}
 }
@@ -119,7 +119,7 @@ func TestAPageWhoseOtherIsNoMoreIsReadAgain(t *testing.T) {
 			s := h.dial(t, Options{})
 			m := noiseMemory(31, pages)
 			copy(m.procs[1], x)
-			m.referring(t, s, 0, 0, pages)
+			m.referring(t, s, 0, pages)
 			r, err := s.Round(t.Context(), 1)
 			if err != nil {
 				t.Fatal(err)
@@ -163,7 +163,7 @@ func TestAPageThatIsGoneWhenItIsReadAgainIsNotHeldForSent(t *testing.T) {
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
 	m := noiseMemory(32, 2)
-	m.referring(t, s, 0, 0, 1)
+	m.referring(t, s, 0, 1)
 	x := bytes.Clone(m.procs[1][:page])
 	send := func(n int, read func(checkpoint.PID, uint64, []byte) (bool, error)) error {
 		r, err := s.Round(t.Context(), n)
@@ -188,12 +188,12 @@ func TestAPageThatIsGoneWhenItIsReadAgainIsNotHeldForSent(t *testing.T) {
 	}
 	copy(m.procs[1][page:], x)
 	clear(m.procs[1][:page])
-	m.referring(t, s, 2, 0, 2)
+	m.referring(t, s, 2, 2)
 	sink.equal(t, m)
 
 	torn := errors.New("no such process")
 	x[0]++
-	m.referring(t, s, 3, 0, 2) // page 1 has x's old content
+	m.referring(t, s, 3, 2) // page 1 has x's old content
 	x[0]--
 	copy(m.procs[1], x)
 	r, err := s.Round(t.Context(), 4)
@@ -234,7 +234,7 @@ func TestARoundThatEndsAmongItsCopiesIsNoSuccess(t *testing.T) {
 		t.Errorf("%d pages are held for sent", got)
 	}
 	sink.fail(&sink.readErr, nil)
-	m.referring(t, s, 1, 0, 40)
+	m.referring(t, s, 1, 40)
 	sink.equal(t, m)
 }
 

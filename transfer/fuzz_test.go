@@ -21,10 +21,10 @@ import (
 // stream that counts what it carried.
 func FuzzStream(f *testing.F) {
 	one := bytes.Repeat([]byte{1}, page)
-	f.Add(join(wire.OpenRound{Epoch: 1}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
+	f.Add(join(wire.OpenRound{Epoch: 1}, pagesFrame(one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
 	f.Add(join(wire.OpenRound{Epoch: 1}, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: page, Pages: 9, Zero: true}}}, wire.EndRound{Tally: wire.Tally{Batches: 1, Zeros: 9}}))
 	delta, _ := encoding.AppendDelta(nil, make([]byte, page), append([]byte{1, 2, 3}, make([]byte, page-3)...))
-	f.Add(join(wire.OpenRound{Epoch: 1}, deltaFrame(1, page, 1, delta), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
+	f.Add(join(wire.OpenRound{Epoch: 1}, deltaFrame(page, 1, delta), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
 	f.Add(join(wire.OpenBlob{Kind: "k", Size: 5}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}, wire.EndBlob{Bytes: 5}))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		sink := &strict{}

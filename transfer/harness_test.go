@@ -372,14 +372,14 @@ func (m *memory) send(r *Round, from, to, run int) error {
 	return errors.Join(all...)
 }
 
-// round sends a whole round.
-func (m *memory) round(t testing.TB, s *Session, n, from, to, run int) RoundStats {
+// round sends a whole round of the first pages.
+func (m *memory) round(t testing.TB, s *Session, n, to, run int) RoundStats {
 	t.Helper()
 	r, err := s.Round(t.Context(), n)
 	if err != nil {
 		t.Fatal(err)
 	}
-	sendErr := m.send(r, from, to, run)
+	sendErr := m.send(r, 0, to, run)
 	stats, err := r.Close()
 	if err := errors.Join(sendErr, err); err != nil {
 		t.Fatal(err)

@@ -95,16 +95,17 @@ func join(frames ...interface{ Append([]byte) []byte }) []byte {
 	return raw
 }
 
-func pagesFrame(pid checkpoint.PID, addr uint64, content []byte) wire.Batch {
+// pagesFrame is a batch of process 1, as deltaFrame is, from address 0 on.
+func pagesFrame(content []byte) wire.Batch {
 	return wire.Batch{
-		Segments: []wire.Segment{{PID: pid, Addr: addr, Pages: checkpoint.Pages(len(content) / page)}},
+		Segments: []wire.Segment{{PID: 1, Pages: checkpoint.Pages(len(content) / page)}},
 		Block:    wire.Block{Raw: len(content), Sum: xxh3.Hash(content), Payload: content},
 	}
 }
 
-func deltaFrame(pid checkpoint.PID, addr uint64, pages checkpoint.Pages, deltas []byte) wire.Batch {
+func deltaFrame(addr uint64, pages checkpoint.Pages, deltas []byte) wire.Batch {
 	return wire.Batch{
-		Segments: []wire.Segment{{PID: pid, Addr: addr, Pages: pages, Delta: len(deltas)}},
+		Segments: []wire.Segment{{PID: 1, Addr: addr, Pages: pages, Delta: len(deltas)}},
 		Block:    wire.Block{Raw: len(deltas), Sum: xxh3.Hash(deltas), Payload: deltas},
 	}
 }
@@ -113,10 +114,10 @@ func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 	one := bytes.Repeat([]byte{1}, page)
 	open := wire.OpenRound{Epoch: 1}
 	blob := wire.OpenBlob{Kind: "k", Size: -1}
-	bomb := pagesFrame(1, 0, one)
+	bomb := pagesFrame(one)
 	bomb.Encoding, bomb.Payload = byte(encoding.S2), []byte{0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0}
 	noChange, _ := encoding.AppendDelta(nil, make([]byte, page), make([]byte, page))
-	unknown := pagesFrame(1, 0, one)
+	unknown := pagesFrame(one)
 	unknown.Encoding = 77
 	tests := []struct {
 		name string
@@ -127,16 +128,16 @@ func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 		{"with a frame that has no place there", join(wire.EndRound{})},
 		{"with a second hello", join(wire.Hello{Version: wire.Version, Attempt: 1, Migration: "m"})},
 		{"with a blob's block in a round", join(open, wire.Block{Raw: 1, Payload: []byte{1}})},
-		{"with a batch in a blob", join(blob, pagesFrame(1, 0, one))},
+		{"with a batch in a blob", join(blob, pagesFrame(one))},
 		{"with copies in a blob", join(blob, wire.Copies{Runs: []wire.Copy{{PID: 1, FromPID: 1, From: page, Pages: 1}}, Sums: make([]byte, 16)})},
 		{"with copies without hashes", join(open, wire.Copies{Runs: []wire.Copy{{PID: 1, FromPID: 1, From: page, Pages: 1}}})},
 		{"with a frame over the limit", append(join(open), wire.AppendHeader(nil, wire.TypeBatch, wire.MaxBody+1)...)},
 		{"with a batch that names the kernel's half", join(open, wire.Batch{Segments: []wire.Segment{{PID: 1, Addr: 1 << 62, Pages: 1, Zero: true}}})},
 		{"with a bomb", join(open, bomb)},
 		{"with an unknown encoding", join(open, unknown)},
-		{"with a delta that runs out of its page", join(open, deltaFrame(1, 0, 1, append(make([]byte, 8), 200, 4, 1, 2, 3, 4, 5, 6, 7, 8)))},
-		{"with fewer deltas than pages", join(open, deltaFrame(1, 0, 3, noChange))},
-		{"with more deltas than pages", join(open, deltaFrame(1, 0, 1, append(bytes.Clone(noChange), noChange...)))},
+		{"with a delta that runs out of its page", join(open, deltaFrame(0, 1, append(make([]byte, 8), 200, 4, 1, 2, 3, 4, 5, 6, 7, 8)))},
+		{"with fewer deltas than pages", join(open, deltaFrame(0, 3, noChange))},
+		{"with more deltas than pages", join(open, deltaFrame(0, 1, append(bytes.Clone(noChange), noChange...)))},
 		{"with bytes after the end", append(join(open, wire.EndRound{}), 1)},
 		{"with bytes after a blob's end", append(join(blob, wire.EndBlob{}), 1)},
 		{"with more blob than it declared", join(wire.OpenBlob{Kind: "k", Size: 3}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")})},
@@ -195,13 +196,13 @@ func TestAPeerThatBreaksTheProtocolLosesItsConnection(t *testing.T) {
 // sender could have died.
 func TestWhatIsIncompleteIsNeverAnsweredWithSuccess(t *testing.T) {
 	one := bytes.Repeat([]byte{1}, page)
-	corrupt := pagesFrame(1, 0, one)
+	corrupt := pagesFrame(one)
 	corrupt.Sum++
 	ofOne, _ := encoding.AppendDelta(nil, one, append([]byte{9}, one[1:]...))
 	block := wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}
 	badBlock := block
 	badBlock.Sum++
-	round := join(wire.OpenRound{Epoch: 5}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}})
+	round := join(wire.OpenRound{Epoch: 5}, pagesFrame(one), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}})
 	blob := join(wire.OpenBlob{Kind: "k", Size: 5}, block, wire.EndBlob{Bytes: 5})
 	tests := []struct {
 		name string
@@ -215,9 +216,9 @@ func TestWhatIsIncompleteIsNeverAnsweredWithSuccess(t *testing.T) {
 		{"a batch that is cut", round[:100], CodeCut},
 		{"a blob without its end", blob[:len(blob)-3], CodeCut},
 		{"a block that is cut", blob[:len(blob)-5], CodeCut},
-		{"a round with fewer batches than it counts", join(wire.OpenRound{Epoch: 5}, pagesFrame(1, 0, one), wire.EndRound{Tally: wire.Tally{Batches: 2, Pages: 2}}), CodeCorrupt},
+		{"a round with fewer batches than it counts", join(wire.OpenRound{Epoch: 5}, pagesFrame(one), wire.EndRound{Tally: wire.Tally{Batches: 2, Pages: 2}}), CodeCorrupt},
 		{"pages that are not what was hashed", join(wire.OpenRound{Epoch: 5}, corrupt, wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}), CodeCorrupt},
-		{"a delta of another page", join(wire.OpenRound{Epoch: 5}, deltaFrame(1, 0, 1, ofOne), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}), CodeCorrupt},
+		{"a delta of another page", join(wire.OpenRound{Epoch: 5}, deltaFrame(0, 1, ofOne), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}), CodeCorrupt},
 		{"a block that is not what was hashed", join(wire.OpenBlob{Kind: "k", Size: 5}, badBlock, wire.EndBlob{Bytes: 5}), CodeCorrupt},
 	}
 	for _, test := range tests {
@@ -253,7 +254,7 @@ func TestStreamsOfAnEarlierRoundAreDropped(t *testing.T) {
 	p.hello()
 	content := bytes.Repeat([]byte{9}, page)
 	round := func(epoch uint64, value byte) []byte {
-		return join(wire.OpenRound{Epoch: epoch}, pagesFrame(1, 0, bytes.Repeat([]byte{value}, page)), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}})
+		return join(wire.OpenRound{Epoch: epoch}, pagesFrame(bytes.Repeat([]byte{value}, page)), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}})
 	}
 	if _, err := readAnswer(t.Context(), p.say(round(7, 9))); err != nil {
 		t.Fatal(err)
@@ -299,7 +300,7 @@ func TestAConnectionOfAnAttemptThatIsOverIsRefused(t *testing.T) {
 			}
 		})
 	}
-	newMemory(1, 1, 10).round(t, s, 0, 0, 10, 10) // and the session has not noticed
+	newMemory(1, 1, 10).round(t, s, 0, 10, 10) // and the session has not noticed
 }
 
 func TestAPeerMayNotOpenStreamsWithoutEnd(t *testing.T) {

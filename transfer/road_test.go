@@ -20,7 +20,7 @@ func TestASlowLinkMakesTheEncoderSpendMore(t *testing.T) {
 	sink := newStore()
 	h := newHost(t, hostOptions{accept: sink.accept, plain: true})
 	s := h.dial(t, Options{Bandwidth: 100_000_000, encodeTime: fastCPU})
-	slow := m.round(t, s, 0, 0, pages, 64)
+	slow := m.round(t, s, 0, pages, 64)
 	sink.equal(t, m)
 	if slow.Zstd < slow.Sent*3/4 || slow.Raw+slow.S2+slow.Zstd != slow.Sent {
 		t.Errorf("at 100 Mbit/s: %+v", slow)
@@ -71,7 +71,7 @@ func TestAFastLinkIsNotKeptWaitingForZstd(t *testing.T) {
 	h := newHost(t, hostOptions{accept: newStore().accept, plain: true})
 	for n := range 3 {
 		s := h.dial(t, Options{Connections: 2})
-		stats := m.round(t, s, n, 0, pages, 64)
+		stats := m.round(t, s, n, pages, 64)
 		rate := s.link.get()
 		s.Close()
 		if rate > fast {

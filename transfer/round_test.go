@@ -32,7 +32,7 @@ func TestMemoryArrivesAsItWas(t *testing.T) {
 			s := h.dial(t, test.opt)
 			const pages = 500
 			m := newMemory(1, 3, pages)
-			first := m.round(t, s, 0, 0, pages, test.run)
+			first := m.round(t, s, 0, pages, test.run)
 			sink.equal(t, m)
 			if first.Pages != 3*pages || first.Unchanged != 0 || first.Zeros == 0 || first.Sent+first.Zeros != first.Pages || first.BytesRaw != first.Pages.Bytes() || first.BytesSent == 0 {
 				t.Errorf("round 0: %+v", first)
@@ -41,7 +41,7 @@ func TestMemoryArrivesAsItWas(t *testing.T) {
 				for pid := range m.procs {
 					m.write(pid, 100*n, 100)
 				}
-				stats := m.round(t, s, n, 0, pages, test.run)
+				stats := m.round(t, s, n, pages, test.run)
 				sink.equal(t, m)
 				if stats.Pages != 3*pages || stats.Unchanged < 3*(pages-100) || stats.Sent+stats.Zeros+stats.Unchanged != stats.Pages {
 					t.Errorf("round %d: %+v", n, stats)
@@ -73,7 +73,7 @@ func TestAnErrorOfTheSinkReachesTheSenderAndTheNextRoundMendsIt(t *testing.T) {
 			h := newHost(t, hostOptions{accept: sink.accept})
 			s := h.dial(t, Options{})
 			m := newMemory(5, 1, 400)
-			m.round(t, s, 0, 0, 100, 10)
+			m.round(t, s, 0, 100, 10)
 			sink.fail(test.op(sink), test.err)
 			r, err := s.Round(t.Context(), 1)
 			if err != nil {
@@ -89,7 +89,7 @@ func TestAnErrorOfTheSinkReachesTheSenderAndTheNextRoundMendsIt(t *testing.T) {
 				t.Errorf("send: %v", sendErr)
 			}
 			sink.fail(test.op(sink), nil)
-			m.round(t, s, 1, 0, 400, 10)
+			m.round(t, s, 1, 400, 10)
 			sink.equal(t, m)
 		})
 	}
@@ -127,7 +127,7 @@ func TestACancelledRoundIsNeverASuccess(t *testing.T) {
 	close(sink.gate)
 
 	// The calls of the cancelled round still run; the next round's come after.
-	if stats := m.round(t, s, 0, 0, 300, 10); stats.Unchanged != 0 {
+	if stats := m.round(t, s, 0, 300, 10); stats.Unchanged != 0 {
 		t.Errorf("%d pages of the cancelled round were held for sent", stats.Unchanged)
 	}
 	sink.equal(t, m)
@@ -253,7 +253,7 @@ func TestHolesOverwriteWhatWasThereAndMayBeHuge(t *testing.T) {
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
 	m := newMemory(8, 1, 100)
-	m.round(t, s, 0, 0, 100, 10)
+	m.round(t, s, 0, 100, 10)
 	r, err := s.Round(t.Context(), 1)
 	if err != nil {
 		t.Fatal(err)
@@ -273,7 +273,7 @@ func TestHolesOverwriteWhatWasThereAndMayBeHuge(t *testing.T) {
 	}
 	// What was in the hole comes back: its old content must not count as there.
 	copy(m.procs[1], before)
-	m.round(t, s, 2, 0, 100, 10)
+	m.round(t, s, 2, 100, 10)
 	sink.equal(t, m)
 }
 
@@ -303,7 +303,7 @@ func TestBandwidthIsHonoured(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		m.round(t, s, n, 0, pages, 64)
+		m.round(t, s, n, pages, 64)
 		blob.Wait()
 		ratio := float64(faulty.out.Load()-wire) * 8 / time.Since(began).Seconds() / rate
 		if ratio > 1.03 {
@@ -319,7 +319,7 @@ func TestBandwidthIsHonoured(t *testing.T) {
 
 	s.SetBandwidth(0)
 	fillNoise(m.procs[1], 13)
-	stats := m.round(t, s, 9, 0, pages, 64)
+	stats := m.round(t, s, 9, pages, 64)
 	if unlimited := float64(stats.BytesSent) * 8 / stats.Duration.Seconds(); unlimited < 1.2*rate {
 		t.Errorf("without the limit it is still %.0f bit/s", unlimited)
 	}

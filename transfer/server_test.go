@@ -69,7 +69,7 @@ func TestPagesBlobsAndTheAPIShareASocket(t *testing.T) {
 	}
 	for n := range 3 {
 		m.write(1, 0, 100)
-		m.round(t, s, n, 0, 300, 16)
+		m.round(t, s, n, 300, 16)
 	}
 	wg.Wait()
 	sink.equal(t, m)

@@ -150,7 +150,7 @@ func TestACutLinkBreaksTheRoundAndRedialMendsIt(t *testing.T) {
 			s := h.dial(t, opt)
 			const pages = 800
 			m := newMemory(2, 1, pages)
-			m.round(t, s, 0, 0, 100, 10)
+			m.round(t, s, 0, 100, 10)
 
 			for pid := range m.procs {
 				m.write(pid, 50, pages-50)
@@ -170,7 +170,7 @@ func TestACutLinkBreaksTheRoundAndRedialMendsIt(t *testing.T) {
 			if got := s.Stats().Rounds; got != 1 {
 				t.Errorf("%d rounds count as sent", got)
 			}
-			stats := m.round(t, s, 1, 0, pages, 10)
+			stats := m.round(t, s, 1, pages, 10)
 			sink.equal(t, m)
 			// The 50 untouched pages of round 0 need not go again, and of the broken
 			// round nothing is believed.
@@ -192,7 +192,7 @@ func TestARedialToAReceiverThatForgotStartsOver(t *testing.T) {
 	}})
 	s := h.dial(t, Options{})
 	m := newMemory(3, 1, 50)
-	m.round(t, s, 0, 0, 50, 10)
+	m.round(t, s, 0, 50, 10)
 	if err := s.Redial(t.Context()); !errors.Is(err, ErrForgotten) {
 		t.Fatalf("redial: %v", err)
 	}
@@ -200,7 +200,7 @@ func TestARedialToAReceiverThatForgotStartsOver(t *testing.T) {
 		t.Errorf("round: %v", err)
 	}
 	fresh := h.dial(t, Options{})
-	if stats := m.round(t, fresh, 0, 0, 50, 10); stats.Unchanged != 0 {
+	if stats := m.round(t, fresh, 0, 50, 10); stats.Unchanged != 0 {
 		t.Errorf("%d pages were left out", stats.Unchanged)
 	}
 	second.equal(t, m)
@@ -210,7 +210,7 @@ func TestADaemonThatCameBackSaysThatItKnowsNothing(t *testing.T) {
 	sink := newStore()
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{IdleTimeout: time.Minute, KeepAlive: 100 * time.Millisecond})
-	newMemory(3, 1, 50).round(t, s, 0, 0, 50, 10)
+	newMemory(3, 1, 50).round(t, s, 0, 50, 10)
 
 	h.socket.cut.Store(true) // it dies without a word
 	if err := h.Close(); err != nil {
@@ -291,7 +291,7 @@ func TestASecondSessionTakesTheMigrationOverAfterTheFirstOnesCalls(t *testing.T)
 	if overlapped.Load() {
 		t.Error("the sink was asked for while a call of the first session was running")
 	}
-	m.round(t, fresh, 0, 0, 50, 50)
+	m.round(t, fresh, 0, 50, 50)
 	second.equal(t, m)
 }
 

@@ -31,21 +31,21 @@ func TestHotPagesAreSentAsWhatChanged(t *testing.T) {
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
 	m := noiseMemory(1, pages)
-	m.round(t, s, 0, 0, pages, 50)
+	m.round(t, s, 0, pages, 50)
 	m.touch(0, hot)
-	if stats := m.round(t, s, 1, 0, pages, 50); stats.Deltas != 0 || stats.Sent != hot {
+	if stats := m.round(t, s, 1, pages, 50); stats.Deltas != 0 || stats.Sent != hot {
 		t.Errorf("what is sent again for the first time: %+v", stats)
 	}
 	for n := 2; n < 6; n++ {
 		m.touch(0, hot)
-		stats := m.round(t, s, n, 0, pages, 50)
+		stats := m.round(t, s, n, pages, 50)
 		if stats.Deltas != hot || stats.Sent != hot || stats.BytesSent > hot*64 {
 			t.Errorf("round %d: %+v", n, stats)
 		}
 		sink.equal(t, m)
 	}
 	fillNoise(m.procs[1][:hot*page], 2)
-	if stats := m.round(t, s, 6, 0, pages, 50); stats.Deltas != 0 || stats.Raw != hot {
+	if stats := m.round(t, s, 6, pages, 50); stats.Deltas != 0 || stats.Raw != hot {
 		t.Errorf("pages that changed as a whole: %+v", stats)
 	}
 	sink.equal(t, m)
@@ -111,7 +111,7 @@ func TestADeltaIsOnlyOfWhatWasAcknowledged(t *testing.T) {
 		{"after the pages were zero", func(t *testing.T, _ *host, s *Session, _ *store, m *memory) {
 			kept := bytes.Clone(m.procs[1])
 			clear(m.procs[1])
-			m.round(t, s, 5, 0, pages, 10)
+			m.round(t, s, 5, pages, 10)
 			m.procs[1] = kept
 		}},
 	}
@@ -123,20 +123,20 @@ func TestADeltaIsOnlyOfWhatWasAcknowledged(t *testing.T) {
 			m := noiseMemory(7, pages)
 			for n := range 4 {
 				m.touch(0, pages)
-				if stats := m.round(t, s, n, 0, pages, 10); n > 1 && stats.Deltas != pages {
+				if stats := m.round(t, s, n, pages, 10); n > 1 && stats.Deltas != pages {
 					t.Fatalf("round %d: %+v", n, stats)
 				}
 			}
 			test.between(t, h, s, sink, m)
 			m.touch(0, pages)
-			if stats := m.round(t, s, 6, 0, pages, 10); stats.Deltas != 0 {
+			if stats := m.round(t, s, 6, pages, 10); stats.Deltas != 0 {
 				t.Errorf("deltas: %+v", stats)
 			}
 			sink.equal(t, m)
 			// And then there are acknowledged versions again.
 			for n := range 3 {
 				m.touch(0, pages)
-				if stats := m.round(t, s, 7+n, 0, pages, 10); n == 2 && stats.Deltas != pages {
+				if stats := m.round(t, s, 7+n, pages, 10); n == 2 && stats.Deltas != pages {
 					t.Errorf("round %d: %+v", 7+n, stats)
 				}
 				sink.equal(t, m)
@@ -153,7 +153,7 @@ func TestADeltaOfAPageThatTheReceiverHasOtherwiseIsNotStored(t *testing.T) {
 	m := noiseMemory(3, pages)
 	for n := range 3 {
 		m.touch(0, pages)
-		m.round(t, s, n, 0, pages, 10)
+		m.round(t, s, n, pages, 10)
 	}
 	wrong := bytes.Repeat([]byte{0xee}, page)
 	if err := sink.PutPages(1, m.base+5*page, wrong); err != nil {
@@ -176,7 +176,7 @@ func TestADeltaOfAPageThatTheReceiverHasOtherwiseIsNotStored(t *testing.T) {
 		t.Error("something was stored in its place")
 	}
 	sink.mu.Unlock()
-	if stats := m.round(t, s, 4, 0, pages, 10); stats.Deltas != 0 {
+	if stats := m.round(t, s, 4, pages, 10); stats.Deltas != 0 {
 		t.Errorf("the round after it: %+v", stats)
 	}
 	sink.equal(t, m)

@@ -295,10 +295,11 @@ func where(t *testing.T, name string) []shard {
 	return out
 }
 
-// runShard starts a shard and returns its address; it is removed, wherever it
-// is by then, when the test ends.
-func runShard(t *testing.T, host, name string, args ...string) string {
+// runShard starts a shard on host-1 and returns its address; it is removed,
+// wherever it is by then, when the test ends.
+func runShard(t *testing.T, name string, args ...string) string {
 	t.Helper()
+	const host = "host-1"
 	must(t, host, append([]string{"tranship", "run", "--name", name}, args...)...)
 	t.Cleanup(func() {
 		for _, h := range []string{"host-1", "host-2"} {

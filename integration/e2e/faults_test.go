@@ -23,7 +23,7 @@ type faulty struct {
 func startFaulty(t *testing.T, name string) *faulty {
 	needImage(t)
 	f := &faulty{t: t, name: name}
-	f.ip = runShard(t, "host-1", name, testImage, "redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp")
+	f.ip = runShard(t, name, testImage, "redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp")
 	// 16 MiB, so that pre-copy and filling have something to do.
 	out := f.cli("eval", "for i = 1, 4096 do redis.call('set', 'k' .. i, string.rep(tostring(i) .. ' ', 700)) end return 1", "0")
 	if out != "1" {

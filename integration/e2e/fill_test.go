@@ -51,7 +51,7 @@ func awaitPageServer(t *testing.T, host string, oldServer, oldHolder int) (serve
 func TestWhoeverHoldsAHalfFilledShardMayBeKilled(t *testing.T) {
 	needChecks(t)
 	const name = "half-filled"
-	ip := runShard(t, "host-1", name, checksImage, "memcheck", "--features=plain", "--size=64MiB", "--rate=4MiB/s",
+	ip := runShard(t, name, checksImage, "memcheck", "--features=plain", "--size=64MiB", "--rate=4MiB/s",
 		"--hot=20", "--procs=2", "--threads=2", "--verify=20000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)

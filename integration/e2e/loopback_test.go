@@ -18,7 +18,7 @@ import (
 func TestAFullConnectionWithinAShardMoves(t *testing.T) {
 	needChecks(t)
 	const name = "loop"
-	runShard(t, "host-1", name, checksImage, "checker", "tcp", "loop", "--frame-rate", "0", "--payload", "256KiB")
+	runShard(t, name, checksImage, "checker", "tcp", "loop", "--frame-rate", "0", "--payload", "256KiB")
 	frames := int64(0)
 	thereAndBack(t, name, nil, func(t *testing.T, at string) {
 		var r check.Report

@@ -115,7 +115,7 @@ func askMemcheck(t *testing.T, host, addr, request string, through ...string) me
 
 func TestMemcheckMoves(t *testing.T) {
 	needChecks(t)
-	ip := runShard(t, "host-1", "memcheck-0", checksImage, "memcheck", "--size=48MiB", "--rate=8MiB/s", "--procs=2", "--threads=2", "--verify=1000")
+	ip := runShard(t, "memcheck-0", checksImage, "memcheck", "--size=48MiB", "--rate=8MiB/s", "--procs=2", "--threads=2", "--verify=1000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)
 	c := startClient(t, "watch", "memcheck", "watch", "--addr", addr)
@@ -136,7 +136,7 @@ func TestMemcheckMoves(t *testing.T) {
 
 func TestRedisMovesUnderItsClient(t *testing.T) {
 	needChecks(t)
-	ip := runShard(t, "host-1", "redis-load", checksImage, "redis-server", "--save", "", "--protected-mode", "no")
+	ip := runShard(t, "redis-load", checksImage, "redis-server", "--save", "", "--protected-mode", "no")
 	addr := ip + ":6379"
 	awaitListening(t, ip, 6379)
 	must(t, "client", checker(t), "redis", "load", "--addr", addr, "--bytes", "32MiB")
@@ -156,7 +156,7 @@ func TestPostgreSQLMovesUnderTransactions(t *testing.T) {
 		bins, serve = append(bins, library), append(serve, "--as-root", library)
 	}
 	importImage(t, lab.ImageSpec{Name: postgresImage, Bins: bins})
-	ip := runShard(t, "host-1", "postgres-0", append([]string{postgresImage}, serve...)...)
+	ip := runShard(t, "postgres-0", append([]string{postgresImage}, serve...)...)
 	url := "postgres://postgres@" + ip + ":5432/postgres?sslmode=disable"
 	awaitListening(t, ip, 5432)
 	const pgTable = 16 << 20
@@ -205,7 +205,7 @@ func postgresVersion(t *testing.T) string {
 
 func TestAnHTTPServerInGoMoves(t *testing.T) {
 	needChecks(t)
-	ip := runShard(t, "host-1", "http-go", checksImage, "checker", "http", "serve")
+	ip := runShard(t, "http-go", checksImage, "checker", "http", "serve")
 	moveHTTP(t, "http-go", ip)
 }
 
@@ -218,7 +218,7 @@ func TestAnHTTPServerInPythonMoves(t *testing.T) {
 		return os.WriteFile(out, raw, 0o755)
 	})
 	importImage(t, lab.ImageSpec{Name: pythonImage, Bins: []string{server}})
-	ip := runShard(t, "host-1", "http-python", pythonImage, "httpd.py")
+	ip := runShard(t, "http-python", pythonImage, "httpd.py")
 	moveHTTP(t, "http-python", ip)
 }
 
@@ -255,7 +255,7 @@ func TestAShardThatIsATCPClientMoves(t *testing.T) {
 	case <-time.After(limit):
 		t.Fatal("the server does not listen")
 	}
-	ip := runShard(t, "host-1", "tcp-client", checksImage, "checker", "tcp", "client", "--addr", out[0]+":"+port)
+	ip := runShard(t, "tcp-client", checksImage, "checker", "tcp", "client", "--addr", out[0]+":"+port)
 	awaitConnections(t, ip, 1)
 	all := thereAndBack(t, "tcp-client", nil, func(t *testing.T, _ string) { server.mustGoOn(t, 100) })
 	logGaps(t, all, server.end(t))

@@ -39,7 +39,7 @@ func TestADaemonStaysSmallWhileALargeShardMoves(t *testing.T) {
 		}
 	}
 	needChecks(t)
-	ip := runShard(t, "host-1", "large", checksImage, "memcheck", "--features=plain",
+	ip := runShard(t, "large", checksImage, "memcheck", "--features=plain",
 		fmt.Sprintf("--size=%dMiB", size>>20), "--rate=16MiB/s", "--hot=5", "--compressible=90", "--procs=2", "--threads=1", "--verify=30000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)

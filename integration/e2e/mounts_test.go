@@ -14,7 +14,7 @@ func TestACopiedMountMovesWithTheShardAndNothingElseIsOverwritten(t *testing.T) 
 	for _, host := range []string{"host-1", "host-2"} {
 		t.Cleanup(func() { must(t, host, "rm", "-rf", dir) })
 	}
-	ip := runShard(t, "host-1", "mounted", "--mount", "src="+dir+",dst=/data,policy=copy",
+	ip := runShard(t, "mounted", "--mount", "src="+dir+",dst=/data,policy=copy",
 		testImage, "redis-server", "--save", "", "--protected-mode", "no", "--dir", "/data")
 	cli := func(args ...string) string {
 		return strings.TrimSpace(must(t, "client", append([]string{"redis-cli", "-h", ip}, args...)...))

@@ -19,7 +19,7 @@ import (
 func TestPostCopyLosesNoPage(t *testing.T) {
 	needChecks(t)
 	const name, link = "postcopy", "400mbit"
-	ip := runShard(t, "host-1", name, checksImage, "memcheck", "--features=plain", "--size=24MiB", "--rate=200MiB/s",
+	ip := runShard(t, name, checksImage, "memcheck", "--features=plain", "--size=24MiB", "--rate=200MiB/s",
 		"--hot=100", "--compressible=0", "--procs=2", "--threads=1", "--verify=2000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)

@@ -10,7 +10,7 @@ import (
 
 func TestAShardKeepsItsStateItsFilesItsLogAndItsAddress(t *testing.T) {
 	needImage(t)
-	ip := runShard(t, "host-1", "redis-0", testImage, "redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp")
+	ip := runShard(t, "redis-0", testImage, "redis-server", "--save", "", "--protected-mode", "no", "--dir", "/tmp")
 	cli := func(args ...string) string {
 		return strings.TrimSpace(must(t, "client", append([]string{"redis-cli", "-h", ip}, args...)...))
 	}
@@ -44,7 +44,7 @@ func TestAShardKeepsItsStateItsFilesItsLogAndItsAddress(t *testing.T) {
 // its memory is still being placed.
 func TestAShardMovesOnAtOnce(t *testing.T) {
 	needChecks(t)
-	ip := runShard(t, "host-1", "restless", checksImage, "redis-server", "--save", "", "--protected-mode", "no")
+	ip := runShard(t, "restless", checksImage, "redis-server", "--save", "", "--protected-mode", "no")
 	awaitListening(t, ip, 6379)
 	must(t, "client", checker(t), "redis", "load", "--addr", ip+":6379", "--bytes", "64MiB")
 	hit, release := arm(t, "host-2", "destination.fill", "pause")

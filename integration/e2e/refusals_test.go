@@ -17,7 +17,7 @@ func TestARefusedShardIsLeftAlone(t *testing.T) {
 	needChecks(t)
 	hold := func(kind string) func(t *testing.T, name string) {
 		return func(t *testing.T, name string) {
-			runShard(t, "host-1", name, checksImage, "checker", "hold", kind)
+			runShard(t, name, checksImage, "checker", "hold", kind)
 			await(t, kind+" is open", func() bool {
 				out, err := on(t, "host-1", "tranship", "logs", name)
 				return err == nil && strings.Contains(out, `"holds"`)
@@ -28,7 +28,7 @@ func TestARefusedShardIsLeftAlone(t *testing.T) {
 		return func(t *testing.T, name string) { runCtr(t, name, flags) }
 	}
 	plain := func(t *testing.T, name string) {
-		runShard(t, "host-1", name, checksImage, "checker", "http", "serve")
+		runShard(t, name, checksImage, "checker", "http", "serve")
 	}
 	for _, c := range []struct {
 		name  string

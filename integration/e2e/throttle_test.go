@@ -43,7 +43,7 @@ func cpuLimitOf(t *testing.T, host, name string) string {
 func TestAShardThatWritesFasterThanTheLinkIsSlowed(t *testing.T) {
 	needChecks(t)
 	const name, link = "writes", "400mbit"
-	ip := runShard(t, "host-1", name, checksImage, "memcheck", "--features=plain", "--size=64MiB", "--rate=200MiB/s",
+	ip := runShard(t, name, checksImage, "memcheck", "--features=plain", "--size=64MiB", "--rate=200MiB/s",
 		"--hot=100", "--compressible=0", "--procs=1", "--threads=1", "--verify=5000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)

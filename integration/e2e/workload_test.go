@@ -29,11 +29,11 @@ func workloadFile(t *testing.T, text string) string {
 	return path
 }
 
-// redisWorkload is a file with shards of Redis, two on a host at most.
-func redisWorkload(name string, shards int, memory string) string {
+// redisWorkload is a file with the workload web, shards of Redis, two on a host at most.
+func redisWorkload(shards int, memory string) string {
 	return fmt.Sprintf(`
 [[workload]]
-name = %q
+name = "web"
 tenant = "e2e"
 priority = 4
 image = %q
@@ -48,7 +48,7 @@ memory = { request = "16M", limit = %q }
 
 [workload.spread]
 per_host = 2
-`, name, checksImage, shards, memory)
+`, checksImage, shards, memory)
 }
 
 // changed is what `tranship workload apply -o json` prints of one workload.
@@ -98,7 +98,7 @@ type workloadShard struct {
 	Labels                 map[string]string `json:"labels"`
 }
 
-func shardsOfWorkload(t *testing.T, name string) map[string]workloadShard {
+func shardsOfWeb(t *testing.T) map[string]workloadShard {
 	t.Helper()
 	var doc struct {
 		Workloads []struct {
@@ -116,7 +116,7 @@ func shardsOfWorkload(t *testing.T, name string) map[string]workloadShard {
 	shards := map[string]workloadShard{}
 	for _, w := range doc.Workloads {
 		for _, s := range w.Shards {
-			if s.Labels["tranship.io/workload"] != name {
+			if s.Labels["tranship.io/workload"] != "web" {
 				continue
 			}
 			if _, twice := shards[s.Name]; twice {
@@ -164,40 +164,40 @@ func TestWorkloads(t *testing.T) {
 
 func spreadScaledGrownMovedAndRemoved(t *testing.T) {
 	removeWorkload(t, "web")
-	file := workloadFile(t, redisWorkload("web", 6, "128M"))
+	file := workloadFile(t, redisWorkload(6, "128M"))
 	mustChange(t, "planned", 6, "host-1", "apply", "-f", file, "--dry-run")
-	if got := shardsOfWorkload(t, "web"); len(got) != 0 {
+	if got := shardsOfWeb(t); len(got) != 0 {
 		t.Fatalf("a dry run started %v", got)
 	}
 	mustChange(t, "done", 6, "host-1", "apply", "-f", file)
 	even := map[string]int{"host-1": 2, "host-2": 2, "host-3": 2}
-	if got := perHost(shardsOfWorkload(t, "web")); !maps.Equal(got, even) {
+	if got := perHost(shardsOfWeb(t)); !maps.Equal(got, even) {
 		t.Fatalf("six shards on %v", got)
 	}
 	mustChange(t, "nothing", 0, "host-1", "apply", "-f", file)
 	mustChange(t, "nothing", 0, "host-3", "apply", "-f", file) // by way of its owner
 
 	// A client that is connected all the while.
-	web := shardsOfWorkload(t, "web")["web-0"]
+	web := shardsOfWeb(t)["web-0"]
 	awaitListening(t, web.IP, 6379)
 	must(t, "client", checker(t), "redis", "load", "--addr", web.IP+":6379", "--bytes", "8MiB")
 	c := startClient(t, "web-0", "redis", "run", "--addr", web.IP+":6379", "--no-reconnect", "--request-rate", "100", "--overwrite-rate", "1MB/s")
 	awaitConnections(t, web.IP, 1)
 
 	mustChange(t, "done", 2, "host-2", "scale", "web", "--shards", "4")
-	if got := shardsOfWorkload(t, "web"); len(got) != 4 || got["web-4"].Name != "" || got["web-5"].Name != "" {
+	if got := shardsOfWeb(t); len(got) != 4 || got["web-4"].Name != "" || got["web-5"].Name != "" {
 		t.Fatalf("scaled to four: %v", got)
 	}
 	mustChange(t, "done", 2, "host-3", "scale", "web", "--shards", "6")
-	if got := perHost(shardsOfWorkload(t, "web")); !maps.Equal(got, even) {
+	if got := perHost(shardsOfWeb(t)); !maps.Equal(got, even) {
 		t.Fatalf("six again on %v", got)
 	}
 
 	// Grown in place: the same processes, another limit.
-	before := shardsOfWorkload(t, "web")
-	file = workloadFile(t, redisWorkload("web", 6, "256M"))
+	before := shardsOfWeb(t)
+	file = workloadFile(t, redisWorkload(6, "256M"))
 	mustChange(t, "done", 6, "host-1", "apply", "-f", file)
-	after := shardsOfWorkload(t, "web")
+	after := shardsOfWeb(t)
 	for name, s := range after {
 		if s.PID != before[name].PID || s.Node != before[name].Node || s.Memory != 256<<20 {
 			t.Errorf("%s was %+v and is %+v", name, before[name], s)
@@ -229,7 +229,7 @@ func spreadScaledGrownMovedAndRemoved(t *testing.T) {
 		})
 	}
 	mustMigrate(t, "web-0", web.Node, to)
-	moved := shardsOfWorkload(t, "web")["web-0"]
+	moved := shardsOfWeb(t)["web-0"]
 	if moved.Node != to || moved.Memory != 256<<20 || limitOf(t, moved) != "268435456" {
 		t.Errorf("after the move: %+v, and the kernel's limit is %s", moved, limitOf(t, moved))
 	}
@@ -246,7 +246,7 @@ func spreadScaledGrownMovedAndRemoved(t *testing.T) {
 		t.Errorf("less than is in use: exit code %d, %+v", code, c)
 	}
 	mustChange(t, "done", 6, "host-2", "rm", "web")
-	if got := shardsOfWorkload(t, "web"); len(got) != 0 {
+	if got := shardsOfWeb(t); len(got) != 0 {
 		t.Errorf("removed, and there is %v", got)
 	}
 }
@@ -274,7 +274,7 @@ func mistakesInAFile(t *testing.T) {
 func TestAnApplyGoesOnAfterItsDaemonsWereKilled(t *testing.T) {
 	needChecks(t)
 	removeWorkload(t, "web")
-	file := workloadFile(t, redisWorkload("web", 3, "128M"))
+	file := workloadFile(t, redisWorkload(3, "128M"))
 	revive := func(host string) {
 		t.Helper()
 		if err := hostOf(t, host).StartDaemon(context.WithoutCancel(t.Context())); err != nil {
@@ -299,7 +299,7 @@ func TestAnApplyGoesOnAfterItsDaemonsWereKilled(t *testing.T) {
 		t.Fatalf("exit code %d: %+v", code, got)
 	}
 	mustChange(t, "nothing", 0, "host-1", "apply", "-f", file)
-	if got := perHost(shardsOfWorkload(t, "web")); !maps.Equal(got, map[string]int{"host-1": 1, "host-2": 1, "host-3": 1}) {
+	if got := perHost(shardsOfWeb(t)); !maps.Equal(got, map[string]int{"host-1": 1, "host-2": 1, "host-3": 1}) {
 		t.Errorf("three shards on %v", got)
 	}
 	mustChange(t, "done", 3, "host-1", "rm", "web")
@@ -312,8 +312,8 @@ func sentTheImage(t *testing.T) {
 		must(t, h, "tranship", "cordon", h)
 	}
 	must(t, "host-3", "ctr", "-n", "default", "images", "rm", "--sync", checksImage)
-	mustChange(t, "done", 1, "host-1", "apply", "-f", workloadFile(t, redisWorkload("web", 1, "128M")))
-	if s := shardsOfWorkload(t, "web")["web-0"]; s.Node != "host-3" || s.Status != "running" {
+	mustChange(t, "done", 1, "host-1", "apply", "-f", workloadFile(t, redisWorkload(1, "128M")))
+	if s := shardsOfWeb(t)["web-0"]; s.Node != "host-3" || s.Status != "running" {
 		t.Errorf("%+v", s)
 	}
 	if list := must(t, "host-3", "ctr", "-n", "default", "images", "ls", "-q"); !slices.Contains(strings.Fields(list), checksImage) {
@@ -323,8 +323,8 @@ func sentTheImage(t *testing.T) {
 }
 
 func joinsByLabel(t *testing.T) {
-	runShard(t, "host-1", "old", "--label", "tranship.io/workload=web", "--label", "tranship.io/priority=2", testImage, "sleep", "1000")
-	if s := shardsOfWorkload(t, "web")["old"]; s.Node != "host-1" || s.Labels["tranship.io/priority"] != "2" {
+	runShard(t, "old", "--label", "tranship.io/workload=web", "--label", "tranship.io/priority=2", testImage, "sleep", "1000")
+	if s := shardsOfWeb(t)["old"]; s.Node != "host-1" || s.Labels["tranship.io/priority"] != "2" {
 		t.Errorf("%+v", s)
 	}
 	if _, err := on(t, "host-1", "tranship", "run", "--name", "made-up", "--label", "tranship.io/index=0", testImage, "sleep", "1"); exitCodeOf(err) != 2 {
