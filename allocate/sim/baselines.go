@@ -5,6 +5,8 @@ import (
 	"math"
 	"slices"
 	"time"
+
+	"github.com/tranship/tranship/allocate"
 )
 
 // none moves nothing. It also holds what the policies with a global view share.
@@ -70,9 +72,6 @@ func (n *none) shift(load []float64, i, to int, reason string) {
 // shards fit elsewhere.
 type reactive struct{ none }
 
-// reactiveThreshold of a CPU is that study's, and the customary one.
-const reactiveThreshold = 0.8
-
 func (p *reactive) round(fresh bool) error {
 	if !fresh {
 		return nil // nothing new since it last looked
@@ -82,7 +81,7 @@ func (p *reactive) round(fresh bool) error {
 	var moving []int
 	over := map[int]bool{}
 	for h := range w.hosts {
-		limit := reactiveThreshold * w.hosts[h].cpu
+		limit := allocate.ReactiveThreshold * w.hosts[h].cpu
 		if load[h] <= limit {
 			continue
 		}
@@ -102,7 +101,7 @@ func (p *reactive) round(fresh bool) error {
 	}
 	slices.SortStableFunc(moving, func(a, b int) int { return cmp.Compare(w.sample(b), w.sample(a)) })
 	for _, i := range moving {
-		if to := p.bestFit(load, i, reactiveThreshold, func(h int) bool { return over[h] }); to >= 0 {
+		if to := p.bestFit(load, i, allocate.ReactiveThreshold, func(h int) bool { return over[h] }); to >= 0 {
 			p.shift(load, i, to, "overload")
 		}
 	}
@@ -127,7 +126,7 @@ func (p *reactive) empty(load []float64, over map[int]bool) {
 		if w.hosts[h].coming > 0 {
 			continue
 		}
-		if places, ok := p.placeAll(load, h, reactiveThreshold, func(t int) bool { return over[t] || gone[t] }); ok {
+		if places, ok := p.placeAll(load, h, allocate.ReactiveThreshold, func(t int) bool { return over[t] || gone[t] }); ok {
 			gone[h] = true
 			for _, m := range places {
 				p.shift(load, m[0], m[1], "consolidate")
