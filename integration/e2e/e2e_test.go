@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/tranship/tranship/integration/lab"
-	"github.com/tranship/tranship/integration/leak"
 	"github.com/tranship/tranship/internal/testenv"
 )
 
@@ -32,7 +31,6 @@ const limit = 60 * time.Second
 const moveLimit = 5 * time.Minute
 
 func TestMain(m *testing.M) {
-	leak.ServeHelper()
 	os.Exit(run(m))
 }
 

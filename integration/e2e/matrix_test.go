@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -34,14 +33,7 @@ const (
 // checker is the program that is all clients, and some servers.
 func checker(t *testing.T) string {
 	t.Helper()
-	return built(t, "checker", func(ctx context.Context, out string) error {
-		cmd := exec.CommandContext(ctx, "go", "build", "-o", out, "github.com/tranship/tranship/integration/workload/cmd/checker")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // static: an image of one file
-		if msg, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("build the checker: %w\n%s", err, msg)
-		}
-		return nil
-	})
+	return goBuilt(t, "checker", "integration/workload/cmd/checker")
 }
 
 // needChecks imports the image with memcheck, the checker and redis.

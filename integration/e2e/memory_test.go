@@ -112,13 +112,10 @@ func watchMemory(t *testing.T, hosts ...string) (peaks func() map[string]int64) 
 	sampler.Go(func() {
 		tick := time.NewTicker(10 * time.Millisecond)
 		defer tick.Stop()
-		seen := map[string]bool{}
 		for {
-			now := map[string]bool{}
 			for host, root := range roots {
-				most[host] = max(most[host], daemonBytes(root, seen, now))
+				most[host] = max(most[host], daemonBytes(root))
 			}
-			seen = now
 			select {
 			case <-stop:
 				return
@@ -135,18 +132,16 @@ func watchMemory(t *testing.T, hosts ...string) (peaks func() map[string]int64) 
 }
 
 // daemonBytes sums what the transhipd processes below a host's root have in
-// memory, apart from tmpfs. Only those count that were there before: a child that
-// is about to execute something else has its parent's name and memory.
-func daemonBytes(root string, before, now map[string]bool) int64 {
+// memory, apart from tmpfs. A child that is about to execute something else has its
+// parent's name and memory, for milliseconds, on a busy machine for more: who is
+// younger than a second does not count. What belongs to transhipd lives longer.
+func daemonBytes(root string) int64 {
 	var sum int64
 	statuses, _ := filepath.Glob(root + "/proc/[0-9]*/status")
 	for _, path := range statuses {
 		raw, err := os.ReadFile(path)
-		if err != nil || !bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) {
+		if err != nil || !bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) || ageOf(filepath.Dir(path)) < time.Second {
 			continue // it ended meanwhile, or is another program
-		}
-		if now[path] = true; !before[path] {
-			continue
 		}
 		for line := range strings.Lines(string(raw)) {
 			f := strings.Fields(line)
@@ -157,4 +152,21 @@ func daemonBytes(root string, before, now map[string]bool) int64 {
 		}
 	}
 	return sum
+}
+
+// ageOf is how long the process of a directory of /proc has been there, 0 if it
+// has ended.
+func ageOf(dir string) time.Duration {
+	raw, err := os.ReadFile(filepath.Join(dir, "stat"))
+	if err != nil {
+		return 0
+	}
+	const userHZ = 100 // the unit of starttime, field 22 in proc_pid_stat(5), everywhere
+	f := strings.Fields(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	ticks, err := strconv.ParseInt(f[22-3], 10, 64)
+	var up unix.Timespec
+	if err != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) != nil {
+		return 0
+	}
+	return time.Duration(up.Nano()) - time.Duration(ticks)*time.Second/userHZ
 }
