@@ -111,6 +111,36 @@ func (h host) Exec(ctx context.Context, args ...string) ([]byte, error) {
 	return h.tool.on(ctx, h.name, args...)
 }
 
+// measures waits until the host's daemon has measured its own load: by then it has
+// every file open that it reads all the time.
+func (h host) measures(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, measurePatience)
+	defer cancel()
+	for {
+		out, err := h.Exec(ctx, "tranship", "nodes", "-o", "json")
+		if err != nil {
+			return fmt.Errorf("%s: its daemon has not measured its load: %w", h.name, err)
+		}
+		var doc struct {
+			Nodes []struct {
+				Self    bool     `json:"self"`
+				CPULoad *float64 `json:"cpu_load"`
+			}
+		}
+		if err := document(out, &doc); err != nil {
+			return err
+		}
+		for _, n := range doc.Nodes {
+			if n.Self && n.CPULoad != nil {
+				return nil
+			}
+		}
+	}
+}
+
+// measurePatience is far more than the few seconds that a new daemon needs.
+const measurePatience = 30 * time.Second
+
 // document reads one JSON document into v.
 func document(out []byte, v any) error {
 	if err := json.Unmarshal(out, v); err != nil {

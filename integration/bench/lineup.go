@@ -30,7 +30,10 @@ func measureLineup(ctx context.Context, b *bench, g *group) error {
 	}
 	var before []leak.Snapshot
 	for _, name := range []string{"host-1", "host-2"} {
-		s, err := leak.Take(ctx, host{b.tool, name}, b.self)
+		if err := (host{b.tool, name}).measures(ctx); err != nil {
+			return err
+		}
+		s, err := leak.Settled(ctx, host{b.tool, name}, b.self)
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
