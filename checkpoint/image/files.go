@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/regfile"
+	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // RegFile is a regular file (or directory) that a task holds open or maps, or
@@ -81,4 +82,23 @@ func ReadRegFiles(r io.Reader) ([]RegFile, error) {
 		return nil, fmt.Errorf("files: %w", err)
 	}
 	return files, nil
+}
+
+// fileOf takes the embedded message num out of an entry of files.img (file_entry
+// of images/fdinfo.proto) that is of a type; nil for entries of others.
+func fileOf(entry []byte, fdType uint64, num protowire.Number) (file []byte, err error) {
+	var kind uint64
+	err = fields(entry, func(f field) error {
+		switch f.num {
+		case 1:
+			kind = f.value
+		case num:
+			file = f.bytes
+		}
+		return nil
+	}, 1, 2)
+	if err != nil || kind != fdType {
+		return nil, err
+	}
+	return file, nil
 }

@@ -183,18 +183,8 @@ func loopbackEnds(dir string) (map[between]*tcpEnd, error) {
 
 // connectedEnd reads an entry of files.img, and returns nil for most.
 func connectedEnd(raw []byte, dir string) (*tcpEnd, error) {
-	var kind uint64
-	var inet []byte
-	err := fields(raw, func(f field) error {
-		switch f.num {
-		case 1:
-			kind = f.value
-		case fileEntryInet:
-			inet = f.bytes
-		}
-		return nil
-	}, 1, 2)
-	if err != nil || kind != inetType || inet == nil {
+	inet, err := fileOf(raw, inetType, fileEntryInet)
+	if inet == nil || err != nil {
 		return nil, err
 	}
 	var m sk_inet.InetSkEntry

@@ -64,18 +64,8 @@ func RearmTimers(w io.Writer, r io.Reader) (int, error) {
 
 // rearmEntry gives a file entry back, changed if it is such a timer.
 func rearmEntry(raw []byte) (entry []byte, changed bool, err error) {
-	var kind uint64
-	var timer []byte
-	err = fields(raw, func(f field) error {
-		switch f.num {
-		case 1:
-			kind = f.value
-		case fileEntryTimer:
-			timer = f.bytes
-		}
-		return nil
-	}, 1, 2)
-	if err != nil || kind != timerfdType || timer == nil {
+	timer, err := fileOf(raw, timerfdType, fileEntryTimer)
+	if timer == nil || err != nil {
 		return raw, false, err
 	}
 	var ticks, vsec, vnsec, isec, insec uint64
