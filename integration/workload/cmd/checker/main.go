@@ -125,22 +125,29 @@ func redisCommand() *cobra.Command {
 	return group("redis", "Check a redis", load, run, verify)
 }
 
-func httpCommand() *cobra.Command {
-	var addr string
-	serve := &cobra.Command{
+// serveVerb is the verb serve of a group: it ends when it is told to.
+func serveVerb(about string, serve func(ctx context.Context) error) *cobra.Command {
+	return &cobra.Command{
 		Use:   "serve",
-		Short: "Serve HTTP with state in memory, inside a shard",
+		Short: about,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			l, err := listen(addr)
-			if err != nil {
-				return err
-			}
-			return httpcheck.NewServer().Serve(ctx, l)
+			return serve(ctx)
 		},
 	}
+}
+
+func httpCommand() *cobra.Command {
+	var addr string
+	serve := serveVerb("Serve HTTP with state in memory, inside a shard", func(ctx context.Context) error {
+		l, err := listen(addr)
+		if err != nil {
+			return err
+		}
+		return httpcheck.NewServer().Serve(ctx, l)
+	})
 	serve.Flags().StringVar(&addr, "listen", "0.0.0.0:8080", "address")
 
 	var o httpcheck.Options
@@ -301,20 +308,13 @@ func memcheckCommand() *cobra.Command {
 func workCommand() *cobra.Command {
 	var addr string
 	var cost time.Duration
-	serve := &cobra.Command{
-		Use:   "serve",
-		Short: "Serve requests that cost CPU, inside a shard",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-			defer stop()
-			l, err := listen(addr)
-			if err != nil {
-				return err
-			}
-			return workcheck.Serve(ctx, l, cost)
-		},
-	}
+	serve := serveVerb("Serve requests that cost CPU, inside a shard", func(ctx context.Context) error {
+		l, err := listen(addr)
+		if err != nil {
+			return err
+		}
+		return workcheck.Serve(ctx, l, cost)
+	})
 	serve.Flags().StringVar(&addr, "listen", "0.0.0.0:7000", "address")
 	serve.Flags().DurationVar(&cost, "cost", 5*time.Millisecond, "CPU time of a request")
 	load := &cobra.Command{
