@@ -129,15 +129,18 @@ func TestImpossibleOptionsAreRefused(t *testing.T) {
 }
 
 func TestACutLinkBreaksTheRoundAndRedialMendsIt(t *testing.T) {
-	for _, after := range []int64{40_000, 400_000, 1_500_000} {
-		t.Run(fmt.Sprintf("cut after %d bytes", after), func(t *testing.T) {
+	for _, test := range []struct {
+		connections int
+		after       int64
+	}{{1, 40_000}, {1, 400_000}, {1, 1_500_000}, {DefaultConnections, 40_000}, {DefaultConnections, 200_000}} {
+		t.Run(fmt.Sprintf("one of %d is cut after %d bytes", test.connections, test.after), func(t *testing.T) {
 			sink := newStore()
 			h := newHost(t, hostOptions{accept: sink.accept})
 			faulty, err := newFaultyConn(nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			opt := quick(Options{Connections: 1}) // all of a round goes over the link that is cut
+			opt := quick(Options{Connections: test.connections})
 			sockets := []*faultyConn{faulty}
 			opt.socket = func(*net.UDPAddr) (net.PacketConn, error) {
 				if len(sockets) == 0 {
@@ -155,7 +158,7 @@ func TestACutLinkBreaksTheRoundAndRedialMendsIt(t *testing.T) {
 			for pid := range m.procs {
 				m.write(pid, 50, pages-50)
 			}
-			faulty.limit.Store(faulty.out.Load() + after)
+			faulty.limit.Store(faulty.out.Load() + test.after)
 			r, err := s.Round(t.Context(), 1)
 			if err != nil {
 				t.Fatal(err)
