@@ -206,7 +206,7 @@ func (h *Hold) keep(frame []byte) {
 
 // Pass hands to the shard what was kept until now, and goes on keeping.
 func (h *Hold) Pass() error {
-	if err := h.handOver(func() error { return nil }); err != nil {
+	if err := h.handOver(); err != nil {
 		return fmt.Errorf("pass held frames to %s: %w", h.s.Name, err)
 	}
 	return nil
@@ -216,19 +216,20 @@ func (h *Hold) Pass() error {
 // network must be active, so that nothing is missed in between.
 func (h *Hold) Deliver() error {
 	// A filter that passes nothing ends it; unbinding would wait for RCU.
-	if err := h.handOver(func() error { return h.filter([]bpf.Instruction{bpf.RetConstant{Val: 0}}) }); err != nil {
+	err := h.filter([]bpf.Instruction{bpf.RetConstant{Val: 0}})
+	if err := errors.Join(err, h.handOver()); err != nil {
 		return fmt.Errorf("deliver held frames of %s: %w", h.s.Name, err)
 	}
 	return nil
 }
 
-// handOver sends what was kept to the shard's interface, after first.
-func (h *Hold) handOver(first func() error) error {
+// handOver sends what was kept to the shard's interface.
+func (h *Hold) handOver() error {
 	hostEnd, err := h.n.hostEnd(h.s)
 	if err != nil {
 		return err
 	}
-	errs := []error{first()}
+	var errs []error
 	to := &unix.SockaddrLinklayer{Ifindex: hostEnd.Attrs().Index, Halen: 6}
 	deliver := func(frame []byte) error {
 		to.Protocol = htons(binary.BigEndian.Uint16(frame[vnetHeader+12:]))
