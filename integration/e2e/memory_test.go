@@ -132,15 +132,14 @@ func watchMemory(t *testing.T, hosts ...string) (peaks func() map[string]int64) 
 }
 
 // daemonBytes sums what the transhipd processes below a host's root have in
-// memory, apart from tmpfs. A child that is about to execute something else has its
-// parent's name and memory, for milliseconds, on a busy machine for more: who is
-// younger than a second does not count. What belongs to transhipd lives longer.
+// memory, apart from tmpfs. A child that is about to execute something else shares
+// its parent's memory, and is left out.
 func daemonBytes(root string) int64 {
 	var sum int64
 	statuses, _ := filepath.Glob(root + "/proc/[0-9]*/status")
 	for _, path := range statuses {
 		raw, err := os.ReadFile(path)
-		if err != nil || !bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) || ageOf(filepath.Dir(path)) < time.Second {
+		if err != nil || !bytes.HasPrefix(raw, []byte("Name:\ttranshipd\n")) || isAboutToExec(filepath.Dir(path), raw) {
 			continue // it ended meanwhile, or is another program
 		}
 		for line := range strings.Lines(string(raw)) {
@@ -152,6 +151,19 @@ func daemonBytes(root string) int64 {
 		}
 	}
 	return sum
+}
+
+// isAboutToExec says that a process, of a directory of /proc and with that status,
+// has its parent's command line, in its parent's memory, and is younger than a
+// second: milliseconds are usual, more on a busy machine. What transhipd starts of
+// its own program has words of its own from the first instruction on; only the
+// holder of a page server has those of the server, and lives longer.
+func isAboutToExec(dir string, status []byte) bool {
+	_, rest, _ := bytes.Cut(status, []byte("\nPPid:"))
+	parent, _, _ := bytes.Cut(rest, []byte("\n"))
+	own, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+	theirs, err2 := os.ReadFile(filepath.Join(filepath.Dir(dir), string(bytes.TrimSpace(parent)), "cmdline"))
+	return err == nil && err2 == nil && bytes.Equal(own, theirs) && ageOf(dir) < time.Second
 }
 
 // ageOf is how long the process of a directory of /proc has been there, 0 if it
