@@ -47,7 +47,7 @@ type object struct {
 }
 
 var objects = []object{
-	{PartSched, loadSched, []string{schedProgSchedSwitch, schedProgAttachTask}, []string{schedProgFlush}},
+	{PartSched, loadSched, []string{schedProgSchedSwitch, schedProgAttachTask, schedProgExitTask}, []string{schedProgFlush}},
 	{PartBlock, loadBlock, []string{blockProgBlockRqIssue, blockProgBlockRqRequeue, blockProgBlockRqComplete}, nil},
 	{PartTCP, loadTcp, []string{tcpProgSetState, tcpProgRetransmit}, []string{tcpProgSurvey}},
 	{PartBirths, loadBirths, []string{birthsProgCgroupMkdir, birthsProgCgroupRmdir}, nil},

@@ -65,6 +65,7 @@ const (
 	schedMapSeen         = "seen"
 	schedMapUsage        = "usage"
 	schedProgAttachTask  = "attach_task"
+	schedProgExitTask    = "exit_task"
 	schedProgFlush       = "flush"
 	schedProgSchedSwitch = "sched_switch"
 	schedVarCpus         = "cpus"
@@ -114,6 +115,7 @@ type schedSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedProgramSpecs struct {
 	AttachTask  *ebpf.ProgramSpec `ebpf:"attach_task"`
+	ExitTask    *ebpf.ProgramSpec `ebpf:"exit_task"`
 	Flush       *ebpf.ProgramSpec `ebpf:"flush"`
 	SchedSwitch *ebpf.ProgramSpec `ebpf:"sched_switch"`
 }
@@ -187,6 +189,7 @@ type schedVariables struct {
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedPrograms struct {
 	AttachTask  *ebpf.Program `ebpf:"attach_task"`
+	ExitTask    *ebpf.Program `ebpf:"exit_task"`
 	Flush       *ebpf.Program `ebpf:"flush"`
 	SchedSwitch *ebpf.Program `ebpf:"sched_switch"`
 }
@@ -194,6 +197,7 @@ type schedPrograms struct {
 func (p *schedPrograms) Close() error {
 	return _SchedClose(
 		p.AttachTask,
+		p.ExitTask,
 		p.Flush,
 		p.SchedSwitch,
 	)

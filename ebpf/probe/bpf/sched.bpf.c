@@ -21,7 +21,9 @@
  * Kernels that hide a task from tracing (the agent of a virtual machine) run no
  * program when it gives way. The task that comes then is noticed when it leaves:
  * the kernel's own mark of where its turn began (prev_sum_exec_runtime) and what
- * `seen` has of it make up for its arrival.
+ * `seen` has of it make up for its arrival. Whoever exits is taken out of its
+ * autogroup, which sets that mark anew (Linux 6.14): what it has used of its turn
+ * is added before.
  *
  *   percpu  array  cpu         -> struct cpu_state (the task on that CPU)
  *   seen    array  pid % SEEN  -> struct seen
@@ -190,19 +192,31 @@ int BPF_PROG(attach_task, struct cgroup *to, const char *path, struct task_struc
 	return 0;
 }
 
-SEC("raw_tp")
-int flush(void *ctx)
+/* settle adds what the task that is running has gained so far. */
+static __always_inline void settle(struct task_struct *task)
 {
 	u32 cpu = bpf_get_smp_processor_id();
 	struct cpu_state *r = bpf_map_lookup_elem(&percpu, &cpu);
-	struct task_struct *task = bpf_get_current_task_btf();
 
 	if (!r || !task->pid)
-		return 0;
+		return;
 	if (r->task != (u64)task)
 		missed(r, task, (u32)task->pid, cpu);
 	charge(r, task, cpu);
 	remember(r, task);
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(exit_task, struct task_struct *task)
+{
+	settle(task);
+	return 0;
+}
+
+SEC("raw_tp")
+int flush(void *ctx)
+{
+	settle(bpf_get_current_task_btf());
 	return 0;
 }
 
