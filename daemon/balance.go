@@ -41,7 +41,10 @@ func (h *host) startBalance() {
 	conf := balance.Config{
 		Autopilot: balance.Mode(h.cfg.Autopilot), Every: time.Duration(h.cfg.Balance.EverySeconds) * time.Second,
 		Consolidate: h.cfg.Balance.Consolidate, Reactive: h.cfg.Balance.Policy == policyReactive, StorePath: filepath.Join(h.cfg.StateDir, "balance.db"),
-		Host: &balanced{h: h}, Forecasts: h.forecasts, Log: h.log, Seed: seed.Sum64(),
+		Host: &balanced{h: h}, Forecasts: h.forecasts, Log: h.log, Seed: seed.Sum64(), Weights: map[allocate.Tenant]float64{},
+	}
+	for name, t := range h.cfg.Tenants {
+		conf.Weights[allocate.Tenant(name)] = t.Weight
 	}
 	if h.peers != nil {
 		conf.Peers = &roomPeers{h: h}

@@ -55,8 +55,9 @@ type TenantConfig struct {
 	CPUs        float64 `toml:"cpus"`
 	MemoryBytes int64   `toml:"memory_bytes"`
 	Shards      int     `toml:"shards"`
-	// Weight is the tenant's share against others, for whoever has to choose
-	// between them; 0 counts as 1.
+	// Weight is the tenant's share against others: where two shards are equally
+	// good to move, the one goes whose tenant has more of the host for its weight.
+	// 0 counts as 1.
 	Weight float64 `toml:"weight"`
 }
 

@@ -132,6 +132,8 @@ type Config struct {
 	// Reactive plans by a threshold on the last sample instead of forecasts, to
 	// compare with.
 	Reactive bool
+	// Weights of tenants against each other; who is not among them has 1.
+	Weights map[allocate.Tenant]float64
 	// StorePath is the file of decisions and costs.
 	StorePath string
 	Host      Host

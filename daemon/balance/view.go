@@ -363,6 +363,11 @@ func (b *Balancer) viewOf(now time.Time, shards []allocate.Shard) allocate.View 
 			}
 		}
 	}
+	for tenant, weight := range b.cfg.Weights {
+		if share, here := v.Dominant[tenant]; here && weight > 0 {
+			v.Dominant[tenant] = share / weight
+		}
+	}
 	return v
 }
 
