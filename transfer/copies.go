@@ -14,7 +14,8 @@ import (
 
 // Processes that were forked share pages, and each of them is read: PostgreSQL's
 // or a preforking server's children are mostly copies of one another. A page
-// whose content another page of the migration has goes as its place.
+// whose content another page of the migration has goes as its place, one that
+// another shard has (twins.go) as its hash.
 //
 //  1. Round.Pages finds the other page by its hash and leaves this one out;
 //  2. when every stream of the round has been answered, so that all that was sent
@@ -31,7 +32,7 @@ const (
 	maxPlaces = 1 << 19
 	// maxCopies bounds what is left out of a round: a gigabyte, at 24 bytes a page.
 	// The pages beyond it are sent.
-	maxCopies = 1 << 18
+	maxCopies = 8 * wire.MaxMissing
 )
 
 // place is where a page is.
@@ -67,7 +68,8 @@ func (x *index) enter(p *place, hash xxh3.Uint128, pid checkpoint.PID, page uint
 	*p = place{uint32(hash.Lo), pid, page}
 }
 
-// copied is a page that has another's content.
+// copied is a page that has another's content; that of another shard if fromPID
+// is 0.
 type copied struct {
 	pid, fromPID checkpoint.PID
 	page, from   uint64
@@ -89,6 +91,11 @@ func (m *pageMemory) elsewhere(pid checkpoint.PID, addr uint64, n int, out *sift
 		if other && len(copies) < limit && m.holds(p.pid, p.page, out.is[i]) {
 			out.verdicts[i] = copyOf
 			copies = append(copies, copied{pid, p.pid, page, p.page})
+			continue
+		}
+		if len(copies) < limit && m.isTwin(out.is[i]) {
+			out.verdicts[i] = copyOf
+			copies = append(copies, copied{pid: pid, page: page})
 			continue
 		}
 		m.index.enter(p, out.is[i], pid, page)
@@ -113,7 +120,7 @@ func (m *pageMemory) stillHolds(c copied) (xxh3.Uint128, bool) {
 		return xxh3.Uint128{}, false
 	}
 	hash := own.hash[c.page%chunkPages]
-	return hash, m.holds(c.fromPID, c.from, hash)
+	return hash, c.fromPID == 0 || m.holds(c.fromPID, c.from, hash)
 }
 
 // ReadAgain lets the round name pages by others with the same content. read fills
@@ -150,22 +157,34 @@ func (r *Round) refer() error {
 		if err != nil {
 			return err
 		}
-		r.copiesSent.Add(int64(answer.Copies))
-		if answer.Missed > 0 {
-			// The receiver says how many, not which: it should have had them all.
-			for _, f := range frames {
-				for _, run := range f.Runs {
-					missing = append(missing, checkpoint.Extent{PID: run.PID, Addr: run.Addr, Pages: run.Pages})
-				}
-			}
-			r.copiesSent.Add(-int64(answer.Copies))
-		}
+		missing = append(missing, r.made(frames, answer.Missing)...)
 	}
 	if len(missing) == 0 {
 		return nil
 	}
 	_, err := r.oneLane(func(l *lane, ctx context.Context) error { return r.resend(ctx, l, missing) })
 	return err
+}
+
+// made counts the copies that the receiver has made, and returns the others. The
+// bits of missed are in the order of the frames.
+func (r *Round) made(frames []wire.Copies, missed []byte) (missing []checkpoint.Extent) {
+	at := 0
+	for _, f := range frames {
+		for _, run := range f.Runs {
+			for i := range run.Pages {
+				if at/8 < len(missed) && missed[at/8]&(1<<(at%8)) != 0 {
+					missing = append(missing, checkpoint.Extent{PID: run.PID, Addr: run.Addr + uint64(i.Bytes()), Pages: 1})
+				} else if run.Twin() {
+					r.twinsSent.Add(1)
+				} else {
+					r.copiesSent.Add(1)
+				}
+				at++
+			}
+		}
+	}
+	return missing
 }
 
 // frames makes frames of the copies, and returns those that have lost their other.
@@ -186,7 +205,7 @@ func (r *Round) frames() (frames []wire.Copies, missing []checkpoint.Extent) {
 		if n := len(f.Runs); n > 0 {
 			last := &f.Runs[n-1]
 			size := uint64(last.Pages.Bytes())
-			if last.PID == run.PID && last.FromPID == run.FromPID && last.Addr+size == run.Addr && last.From+size == run.From {
+			if last.PID == run.PID && last.FromPID == run.FromPID && last.Addr+size == run.Addr && (run.Twin() || last.From+size == run.From) {
 				last.Pages++
 				continue
 			}
@@ -253,12 +272,12 @@ func (m *pageMemory) doubt(pid checkpoint.PID, addr uint64) {
 }
 
 // oneLane runs a stream of the round after its lanes have ended.
-func (r *Round) oneLane(carry func(*lane, context.Context) error) (wire.Tally, error) {
+func (r *Round) oneLane(carry func(*lane, context.Context) error) (wire.Answer, error) {
 	r.lanes, r.ctx = errgroup.WithContext(r.outer)
 	l := &lane{r: r, link: r.links[0], encoder: &r.s.encoders[0], answered: make(chan struct{})}
 	r.lanes.Go(func() error {
 		return l.run(r.epoch, func(ctx context.Context) error { return carry(l, ctx) })
 	})
 	err := r.lanes.Wait()
-	return l.answer.Tally, err
+	return l.answer, err
 }

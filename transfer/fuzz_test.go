@@ -3,11 +3,13 @@ package transfer
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"testing"
+	"time"
 
 	"github.com/zeebo/xxh3"
 
@@ -26,17 +28,23 @@ func FuzzStream(f *testing.F) {
 	delta, _ := encoding.AppendDelta(nil, make([]byte, page), append([]byte{1, 2, 3}, make([]byte, page-3)...))
 	f.Add(join(wire.OpenRound{Epoch: 1}, deltaFrame(page, 1, delta), wire.EndRound{Tally: wire.Tally{Batches: 1, Pages: 1}}))
 	f.Add(join(wire.OpenBlob{Kind: "k", Size: 5}, wire.Block{Raw: 5, Sum: xxh3.HashString("bytes"), Payload: []byte("bytes")}, wire.EndBlob{Bytes: 5}))
+	f.Add(wire.Ask{Seed: 42, Pages: 3}.Append(nil))
+	f.Add(join(wire.OpenRound{Epoch: 1}, wire.Copies{Runs: []wire.Copy{{PID: 1, Pages: 1}}, Sums: make([]byte, 16)}, wire.EndRound{Tally: wire.Tally{Copies: 1}}))
+	zero := xxh3.Hash128Seed(make([]byte, page), 42)
+	sum := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, zero.Hi), zero.Lo)
+	f.Add(join(wire.OpenRound{Epoch: 1}, wire.Copies{Seed: 42, Runs: []wire.Copy{{PID: 1, FromPID: 1, Pages: 1}}, Sums: sum}, wire.EndRound{Tally: wire.Tally{Copies: 1}}))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		sink := &strict{}
 		r := &receiver{ctx: t.Context(), in: &inbound{}, sink: sink, log: slog.New(slog.DiscardHandler)}
 		w := workspaces.Get().(*workspace)
 		defer workspaces.Put(w)
 		w.br.Reset(bytes.NewReader(raw))
-		answer, err := r.take(w)
+		var back replies
+		answer, err := r.take(w, &back)
 		if sink.wrong != nil {
 			t.Fatal(sink.wrong)
 		}
-		if err == nil && (answer.Pages != sink.pages || answer.Zeros != sink.zeros || answer.Bytes != sink.bytes) {
+		if err == nil && (answer.Pages+answer.Copies != sink.pages || answer.Zeros != sink.zeros || answer.Bytes != sink.bytes+uint64(back.tags)) {
 			t.Fatalf("answered %+v for %+v", answer, sink)
 		}
 		if cap(w.frame) > 2*wire.MaxBody {
@@ -46,6 +54,34 @@ func FuzzStream(f *testing.F) {
 			t.Fatal("the round was not left")
 		}
 	})
+}
+
+// replies counts the tags that are written back.
+type replies struct{ tags int }
+
+func (r *replies) Write(b []byte) (int, error) {
+	_, _, head, err := wire.ParseHeader(b)
+	if err != nil {
+		return 0, err
+	}
+	have, err := wire.ParseHave(b[head:])
+	r.tags += len(have.Tags) / wire.TagLen
+	return len(b), err
+}
+
+func (r *replies) SetWriteDeadline(time.Time) error { return nil }
+
+// EachTwin has one page.
+func (s *strict) EachTwin(_ context.Context, limit checkpoint.Pages, found func(Twin, []byte) error) error {
+	if limit <= 0 || limit > wire.MaxTwins {
+		s.wrong = fmt.Errorf("%d pages of other shards", limit)
+	}
+	return found(Twin{}, bytes.Repeat([]byte{1}, page))
+}
+
+func (s *strict) ReadTwin(_ Twin, dst []byte) error {
+	copy(dst, bytes.Repeat([]byte{1}, page))
+	return nil
 }
 
 // strict is a Sink that checks what it is given.

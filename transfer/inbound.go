@@ -41,6 +41,9 @@ type inbound struct {
 	active  int
 	waiting int
 	idle    chan struct{}
+	twins   *twins // that the sender was told of, or nil
+
+	asking sync.Mutex // held while twins are looked for
 }
 
 // attempt is one time that a session was connected.
@@ -189,7 +192,7 @@ func (s *Server) begin(in *inbound, conn *quic.Conn, hello wire.Hello, sink Sink
 	defer in.mu.Unlock()
 	resumed = in.current != nil && !in.current.clean && in.id == hello.Session && in.sink == sink
 	if !resumed {
-		in.id, in.sink, in.epoch = hello.Session, sink, 0
+		in.id, in.sink, in.epoch, in.twins = hello.Session, sink, 0, nil
 	}
 	in.current = &attempt{number: hello.Attempt, conns: map[*quic.Conn]struct{}{conn: {}}, ended: make(chan struct{})}
 	return resumed
@@ -257,6 +260,11 @@ func (in *inbound) enterRound(ctx context.Context, epoch uint64) error {
 		return errStale
 	}
 	in.epoch = epoch
+	if t := in.twins; t != nil && t.epoch == 0 {
+		t.epoch = epoch
+	} else if t != nil && t.epoch < epoch {
+		in.twins = nil
+	}
 	if in.active == 0 {
 		in.idle = make(chan struct{})
 	}

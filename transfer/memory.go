@@ -23,7 +23,7 @@ const (
 	zero                  // as a zero page
 	same                  // not at all, the peer has it
 	again                 // with its content, or as what changed: the peer has another version
-	copyOf                // as the place of another page with its content
+	copyOf                // as the place of another page with its content, or its hash
 )
 
 // sifted is what sift says of neighbouring pages.
@@ -50,6 +50,8 @@ type pageMemory struct {
 	// touched are the chunks with pages that wait for their acknowledgement.
 	touched []*chunk
 	index   index
+	// twins are tags of pages that the peer has of other shards.
+	twins map[uint32]struct{}
 }
 
 type chunkKey struct {
@@ -175,7 +177,7 @@ func (m *pageMemory) settle(applied bool) {
 func (m *pageMemory) reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.chunks, m.touched, m.known, m.index = map[chunkKey]*chunk{}, nil, 0, index{}
+	m.chunks, m.touched, m.known, m.index, m.twins = map[chunkKey]*chunk{}, nil, 0, index{}, nil
 }
 
 // pages returns how many pages the peer is known to have.

@@ -33,6 +33,12 @@ type receiver struct {
 	log  *slog.Logger
 }
 
+// reply is the way back of a stream.
+type reply interface {
+	io.Writer
+	SetWriteDeadline(time.Time) error
+}
+
 // workspace is the memory that one stream needs.
 type workspace struct {
 	br    *bufio.Reader
@@ -95,7 +101,7 @@ func (r *receiver) serve(stream *quic.Stream) {
 		w.br.Reset(nil)
 		workspaces.Put(w)
 	}()
-	answer, err := r.take(w)
+	answer, err := r.take(w, stream)
 	switch {
 	case err == nil:
 	case errors.Is(err, errStale):
@@ -139,7 +145,7 @@ func (r *receiver) violated(err error) {
 	r.conn.CloseWithError(codeProtocol, wire.Clip(err.Error(), 256))
 }
 
-func (r *receiver) take(w *workspace) (wire.Answer, error) {
+func (r *receiver) take(w *workspace, stream reply) (wire.Answer, error) {
 	t, body, err := w.next()
 	if err != nil {
 		return wire.Answer{}, unexpected(err)
@@ -154,8 +160,7 @@ func (r *receiver) take(w *workspace) (wire.Answer, error) {
 			return wire.Answer{}, err
 		}
 		defer r.in.leaveRound()
-		tally, err := r.pages(w)
-		return wire.Answer{Tally: tally}, err
+		return r.pages(w)
 	case wire.TypeOpenBlob:
 		open, err := wire.ParseOpenBlob(body)
 		if err != nil {
@@ -163,47 +168,57 @@ func (r *receiver) take(w *workspace) (wire.Answer, error) {
 		}
 		n, err := r.blob(w, open)
 		return wire.Answer{Bytes: n}, err
+	case wire.TypeAsk:
+		ask, err := wire.ParseAsk(body)
+		if err == nil {
+			err = w.end()
+		}
+		if err != nil {
+			return wire.Answer{}, err
+		}
+		n, err := r.tell(ask, stream)
+		return wire.Answer{Bytes: n}, err
 	}
 	return wire.Answer{}, fmt.Errorf("%v at the beginning of a stream: %w", t, wire.ErrMalformed)
 }
 
 // pages applies one stream of a round.
-func (r *receiver) pages(w *workspace) (wire.Tally, error) {
-	var tally wire.Tally
+func (r *receiver) pages(w *workspace) (wire.Answer, error) {
+	var done wire.Answer
 	for {
 		t, body, err := w.next()
 		if err != nil {
-			return tally, unexpected(err)
+			return done, unexpected(err)
 		}
 		switch t {
 		case wire.TypeBatch:
 			if err := w.batch.Parse(body); err != nil {
-				return tally, err
+				return done, err
 			}
-			if err := r.apply(w, &tally); err != nil {
-				return tally, err
+			if err := r.apply(w, &done.Tally); err != nil {
+				return done, err
 			}
 		case wire.TypeCopies:
 			copies, err := wire.ParseCopies(body)
 			if err != nil {
-				return tally, err
+				return done, err
 			}
-			if err := r.copyPages(w, copies, &tally); err != nil {
-				return tally, err
+			if err := r.copyPages(w, copies, &done); err != nil {
+				return done, err
 			}
 		case wire.TypeEndRound:
 			end, err := wire.ParseEndRound(body)
 			if err != nil {
-				return tally, err
+				return done, err
 			}
-			done := tally
-			done.Copies, done.Missed = done.Copies+done.Missed, 0
-			if end.Tally != done {
-				return tally, &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("applied %+v of %+v", tally, end.Tally)}
+			tally := done.Tally
+			tally.Copies, tally.Missed = tally.Copies+tally.Missed, 0
+			if end.Tally != tally {
+				return done, &RemoteError{Code: CodeCorrupt, Text: fmt.Sprintf("applied %+v of %+v", done.Tally, end.Tally)}
 			}
-			return tally, w.end()
+			return done, w.end()
 		default:
-			return tally, fmt.Errorf("%v in a stream of pages: %w", t, wire.ErrMalformed)
+			return done, fmt.Errorf("%v in a stream of pages: %w", t, wire.ErrMalformed)
 		}
 	}
 }
@@ -272,30 +287,51 @@ func (r *receiver) applyDeltas(w *workspace, s wire.Segment, deltas []byte) erro
 	return nil
 }
 
-// copyPages puts pages that the Sink has elsewhere. One that it has otherwise is
-// left as it is and counted: the sender then sends it.
-func (r *receiver) copyPages(w *workspace, c wire.Copies, tally *wire.Tally) error {
+// copyPages puts pages that the Sink has elsewhere, or another shard has. One that
+// is otherwise there is left out and marked: the sender then sends it.
+func (r *receiver) copyPages(w *workspace, c wire.Copies, done *wire.Answer) error {
 	page := w.pages[:checkpoint.PageSize]
 	sums := c.Sums
 	for _, run := range c.Runs {
 		for i := range run.Pages {
-			offset := uint64(i.Bytes())
-			if err := r.sink.ReadPages(run.FromPID, run.From+offset, page); err != nil {
-				return fmt.Errorf("pid %d %#x to copy: %w", run.FromPID, run.From+offset, err)
-			}
-			sum := xxh3.Hash128Seed(page, c.Seed)
 			want := xxh3.Uint128{Hi: binary.BigEndian.Uint64(sums), Lo: binary.BigEndian.Uint64(sums[8:])}
 			sums = sums[16:]
-			if sum != want {
-				tally.Missed++
+			offset := uint64(i.Bytes())
+			is := false
+			if run.Twin() {
+				is = r.in.readTwin(c.Seed, want, page)
+			} else {
+				if err := r.sink.ReadPages(run.FromPID, run.From+offset, page); err != nil {
+					return fmt.Errorf("pid %d %#x to copy: %w", run.FromPID, run.From+offset, err)
+				}
+				is = xxh3.Hash128Seed(page, c.Seed) == want
+			}
+			if !is {
+				if err := miss(done); err != nil {
+					return err
+				}
 				continue
 			}
 			if err := r.sink.PutPages(run.PID, run.Addr+offset, page); err != nil {
 				return fmt.Errorf("pid %d %#x copied: %w", run.PID, run.Addr+offset, err)
 			}
-			tally.Copies++
+			done.Copies++
 		}
 	}
+	return nil
+}
+
+// miss marks the next copy as one that was not made.
+func miss(done *wire.Answer) error {
+	at := done.Copies + done.Missed
+	if at/8 >= wire.MaxMissing {
+		return fmt.Errorf("%d copies in a stream: %w", at+1, wire.ErrLimit)
+	}
+	for uint64(len(done.Missing)) <= at/8 {
+		done.Missing = append(done.Missing, 0)
+	}
+	done.Missing[at/8] |= 1 << (at % 8)
+	done.Missed++
 	return nil
 }
 

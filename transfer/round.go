@@ -48,7 +48,7 @@ type Round struct {
 
 	pages, read, zeros, unchanged, sent, deltas atomic.Int64                    // pages
 	encoded                                     [encoding.Zstd + 1]atomic.Int64 // whole pages of sent, by encoding
-	copiesSent                                  atomic.Int64                    // beside sent
+	copiesSent, twinsSent                       atomic.Int64                    // beside sent
 	bytes                                       atomic.Int64
 }
 
@@ -58,10 +58,10 @@ type RoundStats struct {
 	// Pages came, as pages or as zero; of those Zeros were sent as zero, Unchanged
 	// not at all, and Sent with their content.
 	Pages, Zeros, Unchanged, Sent checkpoint.Pages
-	// Of those sent, Copies went as the place of a page with the same content,
-	// Deltas as what changed in them, the others whole, in batches of these
-	// encodings.
-	Copies, Deltas, Raw, S2, Zstd checkpoint.Pages
+	// Of those sent, Copies went as the place of a page with the same content, Twins
+	// as the hash of another shard's page, Deltas as what changed in them, the others
+	// whole, in batches of these encodings.
+	Copies, Twins, Deltas, Raw, S2, Zstd checkpoint.Pages
 	// BytesRaw is what came as pages, BytesSent what went into the streams.
 	BytesRaw, BytesSent checkpoint.Bytes
 	Duration            time.Duration
@@ -355,6 +355,7 @@ func (r *Round) Close() (RoundStats, error) {
 	} else {
 		r.s.memory.distrust()
 	}
+	r.s.memory.forgetTwins()
 	r.abort(nil)
 	r.recycle()
 
@@ -412,8 +413,9 @@ func (r *Round) stats() RoundStats {
 		Pages:     checkpoint.Pages(r.pages.Load()),
 		Zeros:     checkpoint.Pages(r.zeros.Load()),
 		Unchanged: checkpoint.Pages(r.unchanged.Load()),
-		Sent:      checkpoint.Pages(r.sent.Load() + r.copiesSent.Load()),
+		Sent:      checkpoint.Pages(r.sent.Load() + r.copiesSent.Load() + r.twinsSent.Load()),
 		Copies:    checkpoint.Pages(r.copiesSent.Load()),
+		Twins:     checkpoint.Pages(r.twinsSent.Load()),
 		Deltas:    checkpoint.Pages(r.deltas.Load()),
 		Raw:       checkpoint.Pages(r.encoded[encoding.Raw].Load()),
 		S2:        checkpoint.Pages(r.encoded[encoding.S2].Load()),

@@ -239,6 +239,8 @@ type PagesAs struct {
 	Delta int64 `json:"delta"`
 	// Copy pages went as the place of another page with the same content.
 	Copy int64 `json:"copy"`
+	// Twin pages went as the hash of a page that another shard has there.
+	Twin int64 `json:"twin"`
 }
 
 // Migration is one migration, under way or ended.
@@ -290,7 +292,7 @@ func MigrationOf(m *v1.Migration) Migration {
 }
 
 func pagesAsOf(m *v1.PagesAs) PagesAs {
-	return PagesAs{Unchanged: m.GetUnchanged(), Raw: m.GetRaw(), S2: m.GetS2(), Zstd: m.GetZstd(), Delta: m.GetDelta(), Copy: m.GetCopy()}
+	return PagesAs{Unchanged: m.GetUnchanged(), Raw: m.GetRaw(), S2: m.GetS2(), Zstd: m.GetZstd(), Delta: m.GetDelta(), Copy: m.GetCopy(), Twin: m.GetTwin()}
 }
 
 // Step is a part of a blackout.

@@ -59,7 +59,7 @@ func (m *Metrics) round(RoundResult) { m.rounds.Inc() }
 // went counts the pages of a round, pre-copy's or the last.
 func (m *Metrics) went(stats transfer.RoundStats) {
 	for as, n := range map[string]checkpoint.Pages{
-		"unchanged": stats.Unchanged, "raw": stats.Raw, "s2": stats.S2, "zstd": stats.Zstd, "delta": stats.Deltas, "copy": stats.Copies,
+		"unchanged": stats.Unchanged, "raw": stats.Raw, "s2": stats.S2, "zstd": stats.Zstd, "delta": stats.Deltas, "copy": stats.Copies, "twin": stats.Twins,
 	} {
 		m.as.WithLabelValues(as).Add(float64(n))
 	}

@@ -54,6 +54,9 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if o.tracker.Kind() == track.None || o.req.GetMode() == ModeStop {
 		return nil
 	}
+	if err := o.askTwins(ctx); err != nil {
+		return err
+	}
 	return o.rounds(ctx)
 }
 

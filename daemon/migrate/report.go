@@ -114,7 +114,7 @@ func pagesAs(sent *transfer.RoundStats) *v1.PagesAs {
 	if sent == nil {
 		return nil
 	}
-	return &v1.PagesAs{Unchanged: int64(sent.Unchanged), Raw: int64(sent.Raw), S2: int64(sent.S2), Zstd: int64(sent.Zstd), Delta: int64(sent.Deltas), Copy: int64(sent.Copies)}
+	return &v1.PagesAs{Unchanged: int64(sent.Unchanged), Raw: int64(sent.Raw), S2: int64(sent.S2), Zstd: int64(sent.Zstd), Delta: int64(sent.Deltas), Copy: int64(sent.Copies), Twin: int64(sent.Twins)}
 }
 
 // transferring updates the byte counts within a round. sent counts the whole

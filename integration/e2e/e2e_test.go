@@ -173,6 +173,9 @@ type result struct {
 		N, Pages      int64
 		BytesRaw      int64   `json:"bytes_raw"`
 		ThrottledCPUs float64 `json:"throttled_cpus"`
+		As            struct {
+			Copy, Twin int64
+		} `json:"pages_as"`
 	} `json:"rounds"`
 	BytesRaw     int64     `json:"bytes_raw"`
 	BytesSent    int64     `json:"bytes_sent"`

@@ -16,6 +16,7 @@ type Copy struct {
 	PID  checkpoint.PID
 	Addr uint64
 	// FromPID and From are where the first page's content is; the others follow it.
+	// Both are 0 if it is another shard's, wherever: each page is known by its hash.
 	FromPID checkpoint.PID
 	From    uint64
 	Pages   checkpoint.Pages
@@ -29,8 +30,11 @@ func (c Copy) len() int {
 // sumLen is a hash's length in a Copies frame.
 const sumLen = 16
 
+// Twin says that the content is another shard's.
+func (c Copy) Twin() bool { return c.FromPID == 0 }
+
 // Copies names pages by what the receiver has. It comes only once what it refers
-// to has been acknowledged.
+// to has been acknowledged, or told of.
 type Copies struct {
 	// Seed is that of the hashes.
 	Seed uint64
@@ -82,7 +86,7 @@ func ParseCopies(body []byte) (Copies, error) {
 			Pages:   checkpoint.Pages(r.uvarint(MaxCopies)),
 		}
 		pages += uint64(run.Pages)
-		if r.err == nil && (run.PID == 0 || run.FromPID == 0 || run.Pages == 0) {
+		if r.err == nil && (run.PID == 0 || run.FromPID == 0 && run.From != 0 || run.Pages == 0) {
 			r.fail(ErrMalformed)
 		}
 		if size := uint64(run.Pages.Bytes()); r.err == nil && (run.Addr+size > MaxAddr || run.From+size > MaxAddr || pages > MaxCopies) {

@@ -24,6 +24,7 @@ func TestCopies(t *testing.T) {
 	for name, c := range map[string]Copies{
 		"of one page":              copiesOf(Copy{PID: 1, Addr: 0x1000, FromPID: 2, From: 0x9000, Pages: 1}),
 		"of runs":                  copiesOf(Copy{PID: 1, FromPID: 2, Pages: 300}, Copy{PID: 2, Addr: 0x1000, FromPID: 2, From: 0x9000, Pages: 2}),
+		"of another shard":         copiesOf(Copy{PID: 1, Addr: 0x1000, Pages: 300}),
 		"of as many as may be":     copiesOf(Copy{PID: 1, FromPID: 2, Pages: MaxCopies}),
 		"as large as a frame gets": copiesOf(full...),
 	} {

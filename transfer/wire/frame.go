@@ -6,7 +6,8 @@
 //
 // A session's first stream carries Hello and is answered by Welcome. A stream
 // of a round carries OpenRound, Batch… or Copies…, EndRound and is answered by Answer; a
-// stream of a blob OpenBlob, Block…, EndBlob, Answer.
+// stream of a blob OpenBlob, Block…, EndBlob, Answer. A stream with Ask is answered by
+// Have… and Answer.
 package wire
 
 import (
@@ -23,7 +24,7 @@ import (
 
 // Version is the protocol's version. Two hosts must speak the same one: both
 // run the same release while a shard moves.
-const Version = 5
+const Version = 6
 
 // Type is the first byte of a frame.
 type Type byte
@@ -40,6 +41,8 @@ const (
 	TypeEndBlob   Type = 0x08
 	TypeAnswer    Type = 0x09
 	TypeCopies    Type = 0x0a
+	TypeAsk       Type = 0x0b
+	TypeHave      Type = 0x0c
 )
 
 func (t Type) String() string {
@@ -90,8 +93,10 @@ var frames = map[Type]struct {
 	TypeOpenBlob:  {"open blob", maxSmall},
 	TypeBlock:     {"block", maxBlockHeader + MaxRaw},
 	TypeEndBlob:   {"end of blob", maxSmall},
-	TypeAnswer:    {"answer", maxSmall},
+	TypeAnswer:    {"answer", maxSmall + MaxMissing},
 	TypeCopies:    {"copies", 8 + 3 + MaxCopies*(2*(5+7)+3+sumLen)},
+	TypeAsk:       {"ask", maxSmall},
+	TypeHave:      {"have", MaxTags * TagLen},
 }
 
 var (
@@ -226,20 +231,26 @@ func (r *reader) uint64() uint64 {
 	return v
 }
 
-func (r *reader) string(limit int) string {
+// bytes reads a length of at most limit and as many bytes; nil if there are none.
+func (r *reader) bytes(limit int) []byte {
 	n := int(r.uvarint(uint64(limit)))
 	if r.err == nil && len(r.b) < n {
 		r.fail(ErrTruncated)
 	}
-	if r.err != nil {
-		return ""
+	if r.err != nil || n == 0 {
+		return nil
 	}
-	s := string(r.b[:n])
+	b := r.b[:n:n]
+	r.b = r.b[n:]
+	return b
+}
+
+func (r *reader) string(limit int) string {
+	s := string(r.bytes(limit))
 	if !utf8.ValidString(s) {
 		r.fail(ErrMalformed)
 		return ""
 	}
-	r.b = r.b[n:]
 	return s
 }
 

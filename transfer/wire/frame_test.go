@@ -43,6 +43,10 @@ func parse(t Type, body []byte) (frame, error) {
 		return ParseAnswer(body)
 	case TypeCopies:
 		return ParseCopies(body)
+	case TypeAsk:
+		return ParseAsk(body)
+	case TypeHave:
+		return ParseHave(body)
 	}
 	return nil, ErrMalformed
 }
@@ -222,7 +226,10 @@ func samples() []frame {
 		Block{Encoding: 0, Sum: 7, Raw: 5, Payload: []byte("bytes")},
 		EndBlob{Bytes: 5},
 		Answer{Code: "sink", Text: "no space left", Bytes: 3},
-		Answer{Tally: Tally{Copies: 4, Missed: 1}},
+		Answer{Tally: Tally{Copies: 4, Missed: 1}, Missing: []byte{2}},
 		copiesOf(Copy{PID: 1, Addr: 0x1000, FromPID: 2, From: 0x9000, Pages: 2}),
+		copiesOf(Copy{PID: 1, Addr: 0x1000, Pages: 2}),
+		Ask{Seed: 42, Pages: 7},
+		Have{Tags: []byte("tags")},
 	}
 }

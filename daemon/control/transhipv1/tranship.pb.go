@@ -2635,6 +2635,7 @@ type PagesAs struct {
 	Zstd          int64                  `protobuf:"varint,4,opt,name=zstd,proto3" json:"zstd,omitempty"`
 	Delta         int64                  `protobuf:"varint,5,opt,name=delta,proto3" json:"delta,omitempty"`
 	Copy          int64                  `protobuf:"varint,6,opt,name=copy,proto3" json:"copy,omitempty"`
+	Twin          int64                  `protobuf:"varint,7,opt,name=twin,proto3" json:"twin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2707,6 +2708,13 @@ func (x *PagesAs) GetDelta() int64 {
 func (x *PagesAs) GetCopy() int64 {
 	if x != nil {
 		return x.Copy
+	}
+	return 0
+}
+
+func (x *PagesAs) GetTwin() int64 {
+	if x != nil {
+		return x.Twin
 	}
 	return 0
 }
@@ -9047,14 +9055,15 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x02ms\x18\x05 \x01(\x01R\x02ms\x12%\n" +
 	"\x0ethrottled_cpus\x18\x06 \x01(\x01R\rthrottledCpus\x12\x13\n" +
 	"\x05at_ms\x18\a \x01(\x01R\x04atMs\x12$\n" +
-	"\x02as\x18\b \x01(\v2\x14.tranship.v1.PagesAsR\x02as\"\x87\x01\n" +
+	"\x02as\x18\b \x01(\v2\x14.tranship.v1.PagesAsR\x02as\"\x9b\x01\n" +
 	"\aPagesAs\x12\x1c\n" +
 	"\tunchanged\x18\x01 \x01(\x03R\tunchanged\x12\x10\n" +
 	"\x03raw\x18\x02 \x01(\x03R\x03raw\x12\x0e\n" +
 	"\x02s2\x18\x03 \x01(\x03R\x02s2\x12\x12\n" +
 	"\x04zstd\x18\x04 \x01(\x03R\x04zstd\x12\x14\n" +
 	"\x05delta\x18\x05 \x01(\x03R\x05delta\x12\x12\n" +
-	"\x04copy\x18\x06 \x01(\x03R\x04copy\"\x9c\x05\n" +
+	"\x04copy\x18\x06 \x01(\x03R\x04copy\x12\x12\n" +
+	"\x04twin\x18\a \x01(\x03R\x04twin\"\x9c\x05\n" +
 	"\tMigration\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x1c\n" +

@@ -1,0 +1,165 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/track"
+	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/transfer"
+)
+
+var _ transfer.Twins = (*incoming)(nil)
+
+// askTwins asks the destination what it has of this shard's memory because shards
+// of the same image run there. One that cannot tell gets all of it.
+func (o *outgoing) askTwins(ctx context.Context) error {
+	memory, err := o.cgroup.MemoryCurrent()
+	if err != nil {
+		return err
+	}
+	pages, err := o.session.AskTwins(ctx, checkpoint.Pages(memory/checkpoint.PageSize))
+	var remote *transfer.RemoteError
+	if errors.As(err, &remote) {
+		o.m.log.Warn("the destination does not tell what it has of shards like this one", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
+		return nil
+	}
+	o.m.log.Debug("pages of shards like this one", "migration", o.entry.ID, "shard", o.entry.Shard, "pages", pages)
+	return err
+}
+
+// EachTwin goes through the memory of shards of the same image and tenant that
+// run here, those of the same workload first. Shards that move are left out:
+// memory that has not arrived must not be touched.
+func (in *incoming) EachTwin(ctx context.Context, limit checkpoint.Pages, found func(transfer.Twin, []byte) error) error {
+	if err := in.enter(); err != nil {
+		return err
+	}
+	defer in.sinks.Done()
+	if in.rec == nil {
+		return errors.New("a question came before prepare")
+	}
+	alike, err := in.m.rt.Alike(ctx, in.rec)
+	if err != nil {
+		return err
+	}
+	search := &twinSearch{left: limit, found: found, buf: make([]byte, readChunk)}
+	for _, shard := range alike {
+		if in.m.moves(shardKey{in.rec.Namespace, shard.Name}) {
+			continue
+		}
+		err := search.shard(ctx, shard)
+		if errors.Is(err, errEnough) {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if errors.Is(err, errFound) {
+			return err
+		}
+		if err != nil { // it may just have ended
+			in.m.log.Debug("memory of a shard like the one that comes", "migration", in.entry.ID, "shard", shard.Name, "err", err)
+		}
+	}
+	return nil
+}
+
+// ReadTwin reads a page of another shard as it is now.
+func (in *incoming) ReadTwin(at transfer.Twin, dst []byte) error {
+	var err error
+	readErr := track.ReadMemory(at.Process, at.Addr, dst, func(uint64, checkpoint.Pages) {
+		err = fmt.Errorf("process %d has nothing at %#x", at.Process, at.Addr)
+	})
+	return errors.Join(readErr, err)
+}
+
+// moves says whether a migration has the shard.
+func (m *Manager) moves(key shardKey) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.busy[key] != ""
+}
+
+var (
+	errEnough = errors.New("as many pages as were asked for")
+	errFound  = errors.New("whoever is told of pages failed")
+)
+
+// twinSearch gives pages to found until there are enough.
+type twinSearch struct {
+	left  checkpoint.Pages
+	found func(transfer.Twin, []byte) error
+	buf   []byte
+}
+
+func (s *twinSearch) shard(ctx context.Context, shard runtime.Alike) error {
+	procs, err := track.ProcessesOf(shard.Processes, shard.Init)
+	if err != nil {
+		return err
+	}
+	host := make(map[checkpoint.PID]int, len(procs))
+	for _, p := range procs {
+		host[p.PID] = p.HostPID
+	}
+	populated, err := track.New(track.None, nil)
+	if err != nil {
+		return err
+	}
+	defer populated.Close() // tracks nothing
+	var extents []checkpoint.Extent
+	var pages checkpoint.Pages
+	_, err = populated.Collect(ctx, procs, track.Options{}, func(e checkpoint.Extent) error {
+		if e.Hole {
+			return nil
+		}
+		extents = append(extents, e)
+		if pages += e.Pages; pages >= s.left {
+			return errEnough
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, errEnough) {
+		return err
+	}
+	for _, e := range extents {
+		if err := s.extent(ctx, host[e.PID], e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *twinSearch) extent(ctx context.Context, hostPID int, e checkpoint.Extent) error {
+	for at := e.Addr; at < e.End(); {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		chunk := s.buf[:min(uint64(len(s.buf)), e.End()-at)]
+		var gone []uint64
+		err := track.ReadMemory(hostPID, at, chunk, func(addr uint64, n checkpoint.Pages) {
+			for i := range n {
+				gone = append(gone, addr+uint64(i.Bytes()))
+			}
+		})
+		if err != nil {
+			return err
+		}
+		for ; len(chunk) > 0; at, chunk = at+checkpoint.PageSize, chunk[checkpoint.PageSize:] {
+			if _, missing := slices.BinarySearch(gone, at); missing {
+				continue
+			}
+			if s.left == 0 {
+				return errEnough
+			}
+			s.left--
+			if err := s.found(transfer.Twin{Process: hostPID, Addr: at}, chunk[:checkpoint.PageSize]); err != nil {
+				return fmt.Errorf("%w: %w", errFound, err)
+			}
+		}
+	}
+	return nil
+}
