@@ -35,12 +35,13 @@ func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 		if b.n >= youth {
 			rate *= tierEvery
 		}
-		for k := range b.tier {
-			b.tier[k] += rate * (math.Abs(z-b.of(k, m))*scale - b.tier[k])
+		for k, v := range b.byTier(m) {
+			b.tier[k] += rate * (math.Abs(z-v)*scale - b.tier[k])
 		}
 	}
-	for i, v := range m[:b.count] {
-		b.loss[i] += rate * (math.Abs(z-v)*scale - b.loss[i])
+	loss := b.loss[:b.count]
+	for i, v := range m[:len(loss)] {
+		loss[i] += rate * (math.Abs(z-v)*scale - loss[i])
 	}
 	if b.due--; b.due <= 0 {
 		b.weigh()
@@ -49,12 +50,11 @@ func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 }
 
 func (b *blend) weigh() {
-	n := b.count
-	weigh(b.loss[:n], &[tiers][]float32{b.weight[0][:n], b.weight[1][:n], b.weight[2][:n]})
+	weigh(b.loss[:b.count], b.weight[0][:], b.weight[1][:], b.weight[2][:])
 	share := [tiers]float32{0.5, 0.5, 0}
 	if !b.far {
-		var other [2][tiers]float32
-		weigh(b.tier[:], &[tiers][]float32{other[0][:], share[:], other[1][:]})
+		var flat, steep [tiers]float32
+		weigh(b.tier[:], flat[:], share[:], steep[:])
 	}
 	for i := range b.mix {
 		b.mix[i] = share[0]*b.weight[0][i] + share[1]*b.weight[1][i] + share[2]*b.weight[2][i]
@@ -63,37 +63,46 @@ func (b *blend) weigh() {
 
 // weigh turns losses into weights that sum to one, by the inverse of their
 // fifth, twentieth and eightieth power.
-func weigh(loss []float64, weight *[tiers][]float32) {
+func weigh(loss []float64, by5, by20, by80 []float32) {
 	best := math.Inf(1)
 	for _, l := range loss {
-		best = min(best, l)
+		if l < best {
+			best = l
+		}
 	}
-	var sum [tiers]float32
+	by5, by20, by80 = by5[:len(loss)], by20[:len(loss)], by80[:len(loss)]
+	var sum5, sum20, sum80 float32
 	for i, l := range loss {
 		r := float32(1)
 		if l > best {
 			r = float32(best / l)
 		}
 		r2 := r * r
-		by5 := r2 * r2 * r
-		by10 := by5 * by5
-		by20 := by10 * by10
-		by40 := by20 * by20
-		for k, w := range [tiers]float32{by5, by20, by40 * by40} {
-			weight[k][i] = w
-			sum[k] += w
-		}
+		r5 := r2 * r2 * r
+		r10 := r5 * r5
+		r20 := r10 * r10
+		r40 := r20 * r20
+		r80 := r40 * r40
+		by5[i], by20[i], by80[i] = r5, r20, r80
+		sum5 += r5
+		sum20 += r20
+		sum80 += r80
 	}
-	for k, w := range weight {
-		for i := range w {
-			w[i] /= sum[k]
-		}
+	for i := range by5 {
+		by5[i] /= sum5
+		by20[i] /= sum20
+		by80[i] /= sum80
 	}
 }
 
-// of is the forecast of one tier.
-func (b *blend) of(k int, m *[members]float64) float64 {
-	return dot(&b.weight[k], m)
+// byTier is the forecast of each tier.
+func (b *blend) byTier(m *[members]float64) (f [tiers]float64) {
+	for i, v := range m {
+		f[0] += float64(b.weight[0][i]) * v
+		f[1] += float64(b.weight[1][i]) * v
+		f[2] += float64(b.weight[2][i]) * v
+	}
+	return f
 }
 
 func dot(w *[members]float32, m *[members]float64) float64 {

@@ -19,6 +19,8 @@ const (
 	freshSize = 32
 	// freshKept of them stay apart: a level shift may take back shiftRun.
 	freshKept = 8
+	// mergedSize are merged when there is no room for another.
+	mergedSize = freshSize - freshKept
 )
 
 // digest is a distribution that forgets: values in order, merged into
@@ -31,17 +33,18 @@ type digest struct {
 	seen   float32   // values merged so far
 	ageing float64   // a value that was the i-th of n weighs (i/n)^ageing at most, see newOffset
 	merged float32   // sum of weight
-	keep   float32   // share of an old value's weight that the next leaves it
+	fade   float32   // share of an old value's weight that the next mergedSize leave it
 	widest float32   // share of merged that compress let different values become
 }
 
 func newDigest(size int, memory, ageing float64) digest {
+	keep := float32(1 - 1/max(memory, 2)) // of it, by the next value
 	return digest{
 		mean:   make([]float32, 0, size),
 		weight: make([]float32, 0, size),
 		fresh:  make([]float32, 0, freshSize),
 		ageing: ageing,
-		keep:   float32(1 - 1/max(memory, 2)),
+		fade:   float32(math.Pow(float64(keep), mergedSize)),
 	}
 }
 
@@ -59,7 +62,7 @@ func (d *digest) weigh() {
 
 func (d *digest) add(v float32) {
 	if len(d.fresh) == freshSize {
-		d.merge(freshSize - freshKept)
+		d.merge()
 	}
 	d.fresh = append(d.fresh, v)
 }
@@ -113,51 +116,57 @@ func (d *digest) gather(c *centroids, n int) {
 	c.n, c.total = k, total
 }
 
-// merge turns the n oldest fresh values into centroids.
-func (d *digest) merge(n int) {
-	d.seen = min(d.seen+float32(n), 1e6)
-	fade := float32(math.Pow(float64(d.keep), float64(n)))
-	fade = min(fade, float32(math.Pow(float64(1-float32(n)/d.seen), d.ageing)))
+// merge turns the mergedSize oldest fresh values into centroids.
+func (d *digest) merge() {
+	d.seen = min(d.seen+mergedSize, 1e6)
+	fade := d.fade
+	if d.ageing > 0 {
+		fade = min(fade, float32(math.Pow(float64(1-mergedSize/d.seen), d.ageing)))
+	}
 	for i := range d.weight {
 		d.weight[i] *= fade
 	}
 	var c centroids
-	d.gather(&c, n)
+	d.gather(&c, mergedSize)
 	for coarse := 1 / float32(cap(d.mean)); !d.compress(&c, coarse); coarse *= 1.25 {
 	}
-	d.weigh()
-	d.fresh = d.fresh[:copy(d.fresh, d.fresh[n:])]
+	d.fresh = d.fresh[:copy(d.fresh, d.fresh[mergedSize:])]
 }
 
 // compress writes c into d, coarse times as coarsely as digestGrain says; false
 // if that does not fit.
 func (d *digest) compress(c *centroids, coarse float32) bool {
-	d.mean, d.weight = d.mean[:0], d.weight[:0]
 	d.widest = 2 * coarse
-	steep, flat := 4*digestGrain*coarse/c.total, d.widest*c.total
+	total := c.total
+	steep, flat := 4*digestGrain*coarse/total, d.widest*total
 	done := float32(0)
+	into, heavy := d.mean[:cap(d.mean)], d.weight[:cap(d.mean)]
+	k, last := 0, len(into)-1
 	mean, weight := c.mean[0], c.weight[0]
-	for i := 1; i < c.n; i++ {
-		m, w := c.mean[i], c.weight[i]
+	from := c.weight[:c.n]
+	for i := 1; i < len(from); i++ {
+		m, w := c.mean[i], from[i]
 		both := weight + w
 		if m == mean {
 			weight = both
 			continue
 		}
 		middle := done + both/2
-		if both <= min(steep*middle*(c.total-middle), flat) {
+		if both <= flat && both <= steep*middle*(total-middle) {
 			mean += (m - mean) * w / both
 			weight = both
 			continue
 		}
-		if len(d.mean) == cap(d.mean)-1 {
+		if k >= last {
 			return false
 		}
-		d.mean, d.weight = append(d.mean, mean), append(d.weight, weight)
+		into[k], heavy[k] = mean, weight
+		k++
 		done += weight
 		mean, weight = m, w
 	}
-	d.mean, d.weight = append(d.mean, mean), append(d.weight, weight)
+	into[k], heavy[k] = mean, weight
+	d.mean, d.weight, d.merged = into[:k+1], heavy[:k+1], done+weight
 	return true
 }
 

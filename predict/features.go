@@ -102,11 +102,20 @@ func (e *entry) rests() bool { return e.x[fPrev] == 0 }
 
 // feature is candidate v in z; an unknown one says "as now".
 func feature(v, anchor, inv float64) float32 {
-	z := (v - anchor) * inv
-	if z != z {
+	return float32(bounded((v - anchor) * inv))
+}
+
+// bounded by zMax; nothing known is nothing.
+func bounded(z float64) float64 {
+	switch {
+	case z > zMax:
+		return zMax
+	case z < -zMax:
+		return -zMax
+	case z != z:
 		return 0
 	}
-	return float32(max(-zMax, min(zMax, z)))
+	return z
 }
 
 // common computes the features of cell c that all lanes share.
@@ -119,7 +128,8 @@ func (h *history) common(c int64) *[features]float32 {
 	a := h.last
 	// A constant series has no scale: any small unit will do.
 	h.unit = max(h.scale+h.volSlow, 1e-9*math.Abs(a)+1e-12)
-	inv := 1 / h.unit
+	h.inverse = 1 / h.unit
+	inv := h.inverse
 	pd, now := int64(h.perDay), h.binOf(c)
 	x[fPrev] = feature(h.prev, a, inv)
 	x[fShort] = feature(h.short.quantile(0.5), a, inv)
@@ -141,7 +151,7 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 	e.cell, e.ok = c, true
 	e.x = *hist.common(c)
 	e.anchor, e.scale = hist.last, hist.unit
-	x, a, inv := &e.x, e.anchor, 1/e.scale
+	x, a, inv := &e.x, e.anchor, hist.inverse
 
 	pd := int64(hist.perDay)
 	now, at := hist.binOf(c), hist.timeOf(c+l.steps)
@@ -182,7 +192,7 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 		s[sLevel] = small(math.Abs(hist.last) * inv)
 		s[sAway] = small(math.Abs(hist.last-hist.ew[3]) * inv)
 
-		e.stack[t] = float32(max(-zMax, min(zMax, h.stack.predict(e.featuresOf(t)))))
+		e.stack[t] = float32(bounded(h.stack.predict(e.featuresOf(t))))
 		var m [members]float64
 		e.membersOf(t, &m)
 		e.mid[t] = float32(h.members.forecast(&m))
@@ -197,7 +207,12 @@ func (l *lane) fill(hist *history, c int64, e *entry) {
 }
 
 // small bounds a scale like zMax a feature; errors are rarely above 30 deviations.
-func small(z float64) float32 { return float32(min(z, 30)) }
+func small(z float64) float32 {
+	if z > 30 {
+		return 30
+	}
+	return float32(z)
+}
 
 // spread is the expected absolute error in z.
 func (h *half) spread(s []float32, volatility float64) float64 {

@@ -458,6 +458,36 @@ func BenchmarkSample(b *testing.B) {
 	}
 }
 
+// BenchmarkHost is a host's forecasters in turn, as the daemon feeds them: what
+// each knows has left the caches before its next sample.
+func BenchmarkHost(b *testing.B) {
+	const series, step = 1000, 10 * time.Second
+	rng := rand.New(rand.NewPCG(9, 9))
+	fs := make([]*Forecaster, series)
+	for i := range fs {
+		fs[i] = mustNew(b, Config{Step: step})
+		feed(fs[i], start, 2000, func(i int) float64 { return daily(i, rng) })
+	}
+	loads := make([]float64, 1<<14)
+	for i := range loads {
+		loads[i] = daily(i, rng)
+	}
+	at := start.Add(2000 * step)
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		f := fs[i%series]
+		f.Observe(at, loads[i&(1<<14-1)])
+		for _, h := range f.cfg.Horizons {
+			_, _ = f.Forecast(h, Value)
+			_, _ = f.Forecast(h, Peak)
+		}
+		if i%series == series-1 {
+			at = at.Add(step)
+		}
+	}
+	b.ReportMetric(100*b.Elapsed().Seconds()/float64(b.N)*series/step.Seconds(), "%core/1000-series")
+}
+
 // FuzzObserve: whatever comes, in whatever order, forecasts stay finite and
 // ordered.
 func FuzzObserve(f *testing.F) {

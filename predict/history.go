@@ -69,6 +69,7 @@ type history struct {
 	shared     [features]float32 // common's, of sharedCell
 	sharedCell int64
 	unit       float64
+	inverse    float64
 
 	// Borrowed: the day until useLent, and how much a load of level one
 	// deviates and changes, which counts for lentN cells.
@@ -327,15 +328,22 @@ func (h *history) findUsual() float64 {
 // nothing is known.
 func (h *history) around(b int64) float64 {
 	sum, w := 0.0, 0.0
-	for d := int64(-2); d <= 2; d++ {
-		if v := h.at(b + d); v == v {
-			wt := float64(3 - max(d, -d))
+	old := h.cur - (b - 2) // bins before the open one
+	i := mod(b-2, len(h.mean))
+	for _, wt := range triangle {
+		if v := float64(h.mean[i]); v == v && old >= 0 && old < int64(len(h.mean)) {
 			sum += wt * v
 			w += wt
+		}
+		old--
+		if i++; i == len(h.mean) {
+			i = 0
 		}
 	}
 	return sum / w // 0/0 is NaN
 }
+
+var triangle = [...]float64{1, 2, 3, 2, 1}
 
 func (h *history) at(b int64) float64 {
 	if b > h.cur || b <= h.cur-int64(len(h.mean)) {
@@ -348,9 +356,8 @@ func (h *history) at(b int64) float64 {
 func (h *history) profileAround(b int64) float64 {
 	sum, w := 0.0, 0.0
 	i := mod(b-2, h.perDay)
-	for d := -2; d <= 2; d++ {
+	for _, wt := range triangle {
 		if h.profN[i] > 0 {
-			wt := float64(3 - max(d, -d))
 			sum += wt * float64(h.prof[i])
 			w += wt
 		}

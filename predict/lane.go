@@ -186,8 +186,10 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	r := math.Abs(y - mid)
 	sz := float64(e.spread[t])
 	h.width.add(x, min(r/e.scale, 6*sz), 1/(sz*sz+0.01), 1-1.0/widthMemory, widthShrink, work)
-	h.errFast += max(1.0/12, 1/h.n) * (r - h.errFast)
-	h.errSlow += max(1.0/300, 1/h.n) * (r - h.errSlow)
+	one := 1 / h.n // of all
+	some := max(1.0/300, one)
+	h.errFast += max(1.0/12, one) * (r - h.errFast)
+	h.errSlow += some * (r - h.errSlow)
 	h.errHourN[hour] = min(h.errHourN[hour]+1, 50)
 	h.errHour[hour] += (float32(r) - h.errHour[hour]) / float32(h.errHourN[hour])
 
@@ -196,7 +198,7 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	e.membersOf(t, &m)
 	z := (y - e.anchor) / e.scale
 	if e.rests() {
-		h.same += max(1.0/300, 1/h.n) * (equal(y, e.anchor) - h.same)
+		h.same += some * (equal(y, e.anchor) - h.same)
 	}
 	h.members.learn(e.cell, &m, z, e.scale)
 	naive := e.anchor + e.scale*m[0]
@@ -210,12 +212,12 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	late := max(1.0/guardMemory, long)
 	h.lateOwn += late * (own - h.lateOwn)
 	h.lateNaive += late * (asNow - h.lateNaive)
-	h.cover90 += max(1.0/300, 1/h.n) * (below(z, e.up90[t]) - h.cover90)
-	h.cover95 += max(1.0/300, 1/h.n) * (below(z, e.up95[t]) - h.cover95)
-
+	held90, held95 := below(z, e.up90[t]), below(z, e.up95[t])
+	h.cover90 += some * (held90 - h.cover90)
+	h.cover95 += some * (held95 - h.cover95)
 	if h.n > bendStart && h.tails.bends {
-		h.tails.held(1, 0.9, below(z, e.up90[t]))
-		h.tails.held(2, 0.95, below(z, e.up95[t]))
+		h.tails.held(1, 0.9, held90)
+		h.tails.held(2, 0.95, held95)
 	}
 	gap := 1.0
 	if h.n > youth && h.tails.overlap >= sharedFrom {
@@ -330,12 +332,18 @@ func (l *lane) quantiles(hist *history, c int64, t Target) *[len(levels)]float64
 // publish makes the quantiles of e those of its cell.
 func (l *lane) publish(e *entry, t Target, least float64, q *[len(levels)]float64) {
 	q[1] = l.of[t].median(q[1], e, l.h, t)
-	q[0] = min(q[0], q[1])
+	// Branches that are nearly always foretold; min and max would also ask for
+	// NaN, which a forecast never is.
+	if q[0] > q[1] {
+		q[0] = q[1]
+	}
 	for i := 2; i < len(q); i++ {
-		q[i] = max(q[i], q[i-1])
+		if q[i] < q[i-1] {
+			q[i] = q[i-1]
+		}
 	}
 	// What was never negative will not be.
-	if least >= 0 {
+	if least >= 0 && q[0] <= 0 {
 		for i, v := range q {
 			q[i] = max(v, 0)
 		}

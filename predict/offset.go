@@ -35,12 +35,13 @@ type offset struct {
 	due    int
 	bend   [len(judged)]float64 // added to the rank of each level's bound, see held
 
-	daily   bool    // peaks of which a day has one or fewer
-	thin    uint64  // once it knows the series, takes one residual in so many
-	overlap float64 // settled forecasts whose outcomes overlap
-	dof     float64 // digests hold so many times fewer independent outcomes
-	bends   bool    // outcomes come soon enough to correct bounds by them
-	doubt   float64 // in ways that need much to be known, see wayDoubt
+	daily    bool    // peaks of which a day has one or fewer
+	thin     uint64  // once it knows the series, takes one residual in so many
+	overlap  float64 // settled forecasts whose outcomes overlap
+	dof      float64 // digests hold so many times fewer independent outcomes
+	bends    bool    // outcomes come soon enough to correct bounds by them
+	bendRate float64 // of independent outcomes, see held
+	doubt    float64 // in ways that need much to be known, see wayDoubt
 }
 
 // sum is a quantile as a function of the median and the expected error.
@@ -147,6 +148,7 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 		o.seen[j] = newDigest(size, memory, ageing[j])
 	}
 	o.overlap = overlap
+	o.bendRate = bendRate / math.Sqrt(max(1, overlap))
 	o.daily = t == Peak && l.h > shiftHorizon
 	o.bends = l.h <= shiftHorizon
 	return o
@@ -166,8 +168,13 @@ func (o *offset) known(j int) bool {
 // 2021).
 func (o *offset) held(i int, q, held float64) {
 	room := (1 - q) * bendRoom
-	o.bend[i] += bendRate / math.Sqrt(max(1, o.overlap)) * (q - held)
-	o.bend[i] = max(-room, min(room, o.bend[i]))
+	b := o.bend[i] + o.bendRate*(q-held)
+	if b > room {
+		b = room
+	} else if b < -room {
+		b = -room
+	}
+	o.bend[i] = b
 }
 
 // competes says whether way j may speak for level k. The median is the
@@ -176,17 +183,17 @@ func (o *offset) competes(j, k int) bool {
 	return o.known(j) && (levels[k] != 0.5 || j != wayOutcome && j != wayLevel)
 }
 
-// by is the quantile that way j forecasts from what its residuals say.
-func by(j int, mid, spread, level, at float64) float64 {
+// by is where the residuals of way j start from and what their unit is.
+func by(j int, mid, spread, level float64) (from, unit float64) {
 	switch j {
 	case wayScaled:
-		return mid + spread*at
+		return mid, spread
 	case wayOutcome:
-		return at
+		return 0, 1
 	case wayLevel:
-		return level + at
+		return level, 1
 	}
-	return mid + at
+	return mid, 1
 }
 
 func (o *offset) learn(cell int64, mid, spread, level, y float64) {
@@ -196,9 +203,10 @@ func (o *offset) learn(cell int64, mid, spread, level, y float64) {
 			if !o.known(j) {
 				continue
 			}
+			from, unit := by(j, mid, spread, level)
 			for i, k := range judged {
 				// Whether it competes or not: a median of outcomes harms nobody.
-				miss := y - by(j, mid, spread, level, o.q[k][j])
+				miss := y - (from + unit*o.q[k][j])
 				o.loss[i][j] += rate * (pinball(levels[k], miss) - o.loss[i][j])
 			}
 		}
@@ -224,11 +232,11 @@ func (o *offset) take(mid, spread, level, y float64) {
 	}
 }
 
+// pinball takes the slope by the sign's bit: nobody foretells which side an
+// outcome lies on, a processor neither.
 func pinball(q, miss float64) float64 {
-	if miss < 0 {
-		return (q - 1) * miss
-	}
-	return q * miss
+	slopes := [2]float64{q, q - 1}
+	return slopes[math.Float64bits(miss)>>63] * miss
 }
 
 func (o *offset) refresh() {
@@ -290,7 +298,7 @@ func (o *offset) refresh() {
 			}
 		}
 		var w [tiers][ways]float32
-		weigh(loss[:], &[tiers][]float32{w[0][:], w[1][:], w[2][:]})
+		weigh(loss[:], w[0][:], w[1][:], w[2][:])
 		// Far ahead, few outcomes are independent of each other, and what was
 		// best is hardly better than what was not.
 		o.weight[i] = w[1]

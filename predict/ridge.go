@@ -44,14 +44,13 @@ func (r *ridge) predict(x []float32) float64 {
 func (r *ridge) add(x []float32, z, w, forget, shrink float64, work []float64) {
 	r.unit /= forget
 	weight := float32(w * r.unit)
-	a := r.a
 	x = x[:len(r.b)]
-	for i, xi := range x {
-		wx := weight * xi
-		axpy(a[:i+1], x[:i+1], wx)
-		a = a[i+1:]
+	r.square(x, weight)
+	y := r.b[:len(x)]
+	wz := weight * float32(z)
+	for i, v := range x {
+		y[i] += wz * v
 	}
-	axpy(r.b, x, weight*float32(z))
 	r.seen++
 	if r.due--; r.due <= 0 {
 		r.solve(shrink, work)
@@ -71,18 +70,47 @@ func (r *ridge) add(x []float32, z, w, forget, shrink float64, work []float64) {
 	}
 }
 
-// axpy adds c·x to y, four at a time: this is where a forecaster spends most
-// of its time.
-func axpy(y, x []float32, c float32) {
-	for len(x) >= 4 && len(y) >= 4 {
-		y[0] += c * x[0]
-		y[1] += c * x[1]
-		y[2] += c * x[2]
-		y[3] += c * x[3]
-		x, y = x[4:], y[4:]
+// square adds w·x·xᵀ to a, four rows at a time: rows are short, and alone each
+// would cost more to begin and end than to add.
+func (r *ridge) square(x []float32, w float32) {
+	a := r.a
+	i := 0
+	for ; i < len(x)%4; i++ {
+		wx := w * x[i]
+		row := a[:i+1]
+		for j, v := range x[:i+1] {
+			row[j] += wx * v
+		}
+		a = a[i+1:]
 	}
-	for i, v := range x {
-		y[i] += c * v
+	for ; i+4 <= len(x); i += 4 {
+		four := (*[4]float32)(x[i:])
+		w0, w1, w2, w3 := w*four[0], w*four[1], w*four[2], w*four[3]
+		left := x[:i]
+		row0, row1, row2, row3 := a[:i], a[i+1:], a[2*i+3:], a[3*i+6:]
+		row1, row2, row3 = row1[:len(left)], row2[:len(left)], row3[:len(left)]
+		for j, v := range left {
+			row0[j] += w0 * v
+			row1[j] += w1 * v
+			row2[j] += w2 * v
+			row3[j] += w3 * v
+		}
+		// The triangle where the four rows end.
+		end := a[i : 4*i+10]
+		end[0] += w0 * four[0]
+		two := (*[2]float32)(end[i+1:])
+		two[0] += w1 * four[0]
+		two[1] += w1 * four[1]
+		three := (*[3]float32)(end[2*i+3:])
+		three[0] += w2 * four[0]
+		three[1] += w2 * four[1]
+		three[2] += w2 * four[2]
+		all := (*[4]float32)(end[3*i+6:])
+		all[0] += w3 * four[0]
+		all[1] += w3 * four[1]
+		all[2] += w3 * four[2]
+		all[3] += w3 * four[3]
+		a = a[4*i+10:]
 	}
 }
 
