@@ -209,7 +209,7 @@ func (d *Directory) status(ctx context.Context, node, addr string) Status {
 	}
 	n := sane(resp.Msg.GetNode())
 	n.Name, n.Address, n.Self, n.State = node, addr, false, "alive"
-	return Status{Node: n, Shards: resp.Msg.GetShards()}
+	return Status{Node: n, Shards: saneShards(node, resp.Msg.GetShards())}
 }
 
 // Addresses lists the addresses that shards of reachable peers use; complete is

@@ -16,6 +16,7 @@ const (
 	maxCPUs   = 1 << 16
 	maxMemory = 1 << 50
 	maxCost   = 1e9
+	maxShards = 10_000
 )
 
 // sane is what a peer says of itself, brought within bounds: nothing that it
@@ -59,11 +60,42 @@ func sane(n *v1.Node) *v1.Node {
 	return n
 }
 
-// text drops what could move a terminal's cursor, and what is too long.
-func text(s string) string {
-	if len(s) > maxText {
-		s = s[:maxText]
+// saneShards are what a peer says that it runs, brought within bounds. They are
+// on it, whatever it says; one without a name is none.
+func saneShards(node string, list []*v1.Shard) []*v1.Shard {
+	out := make([]*v1.Shard, 0, min(len(list), maxShards))
+	for _, s := range list {
+		if s.GetName() == "" || len(out) == maxShards {
+			continue
+		}
+		s = proto.CloneOf(s)
+		for _, t := range []*string{&s.Namespace, &s.Name, &s.Image, &s.Status, &s.Network, &s.Ip, &s.Mac, &s.NetnsPath, &s.MigrationId, &s.Note} {
+			*t = visible(*t)
+		}
+		for i := range s.GetCommand() {
+			s.Command[i] = visible(s.Command[i])
+		}
+		labels := make(map[string]string, len(s.GetLabels()))
+		for k, v := range s.GetLabels() {
+			labels[visible(k)] = visible(v)
+		}
+		s.Node, s.Labels = node, labels
+		if c := s.GetCpus(); !(c >= 0 && c <= maxCPUs) { // NaN too
+			s.Cpus = 0
+		}
+		for _, n := range []*int64{&s.MemoryLimitBytes, &s.MemoryUsedBytes, &s.MemoryHeldBytes} {
+			*n = min(max(*n, 0), maxMemory)
+		}
+		out = append(out, s)
 	}
+	return out
+}
+
+// text drops what could move a terminal's cursor, and what is too long.
+func text(s string) string { return visible(s[:min(len(s), maxText)]) }
+
+// visible drops what could move a terminal's cursor.
+func visible(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r == '\uFFFD' || r >= 0x80 && r < 0xa0 {
 			return -1
