@@ -510,10 +510,7 @@ func (b *belonging) renew(ctx context.Context) error {
 		return fmt.Errorf("the new certificate is of %v, not of %s (%w)", host, b.self.Name, err)
 	}
 	// Between the two the daemon serves the pair from before (pki.TLS).
-	if err := pki.Replace(b.h.cfg.PKI.Key, keyPEM, 0o600); err != nil {
-		return err
-	}
-	return pki.Replace(b.h.cfg.PKI.Cert, certPEM, 0o644)
+	return pki.ReplacePair(b.h.cfg.PKI.Cert, b.h.cfg.PKI.Key, certPEM, keyPEM)
 }
 
 // sign has the authority sign a request of this host.

@@ -103,6 +103,28 @@ func LoadPair(certFile, keyFile string) (*tls.Certificate, error) {
 	return pair.load()
 }
 
+// nextSuffix is of a certificate whose key may not be in its place yet.
+const nextSuffix = ".next"
+
+// ReplacePair puts a new pair in place of a node's. A daemon that is killed
+// between the two files finds the certificate for the new key beside the old one
+// (LoadPair takes it up).
+func ReplacePair(certFile, keyFile string, certPEM, keyPEM []byte) error {
+	if err := Replace(certFile+nextSuffix, certPEM, 0o644); err != nil {
+		return err
+	}
+	if err := Replace(keyFile, keyPEM, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(certFile+nextSuffix, certFile)
+}
+
+// takeUp ends a ReplacePair that was cut short; false when there was none.
+func takeUp(certFile, keyFile string) bool {
+	_, err := tls.LoadX509KeyPair(certFile+nextSuffix, keyFile)
+	return err == nil && os.Rename(certFile+nextSuffix, certFile) == nil
+}
+
 // keyPair keeps a node's pair in memory and follows its files.
 type keyPair struct {
 	certFile, keyFile string
@@ -132,6 +154,9 @@ func (p *keyPair) loadLocked() (*tls.Certificate, error) {
 		return p.cert, nil
 	}
 	cert, err := tls.LoadX509KeyPair(p.certFile, p.keyFile)
+	if err != nil && p.cert == nil && takeUp(p.certFile, p.keyFile) {
+		cert, err = tls.LoadX509KeyPair(p.certFile, p.keyFile)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s and %s: %w", p.certFile, p.keyFile, err)
 	}
