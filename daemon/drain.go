@@ -15,6 +15,8 @@ import (
 	"github.com/tranship/tranship/daemon/drain"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/daemon/workloads"
+	"github.com/tranship/tranship/daemon/workloads/steward"
 )
 
 // drains is the one drain that a host may have.
@@ -177,7 +179,13 @@ func (m *mover) Shards(ctx context.Context) ([]drain.Shard, error) {
 			if s.Status != runtime.StatusRunning {
 				continue
 			}
-			d := drain.Shard{Namespace: ns, Name: s.Name, Memory: s.MemoryUsed, CPUs: cpus[[2]string{ns, s.Name}]}
+			d := drain.Shard{
+				Namespace: ns, Name: s.Name, Memory: s.MemoryUsed, CPUs: cpus[[2]string{ns, s.Name}],
+				Near: s.Labels[runtime.LabelNear] != "",
+			}
+			if limit, err := time.ParseDuration(s.Labels[runtime.LabelMaxBlackout]); err == nil {
+				d.MaxBlackout = limit
+			}
 			if runtime.ForeignNamespace(ns) {
 				d.Stays, d.StaysCode = "namespace "+ns+" belongs to another orchestrator", "foreign-namespace"
 			}
@@ -187,19 +195,32 @@ func (m *mover) Shards(ctx context.Context) ([]drain.Shard, error) {
 	return out, nil
 }
 
-// Hosts asks the others.
-func (m *mover) Hosts(ctx context.Context) []drain.Host {
+// Hosts asks the others, and judges them by the rules of the shard's workload.
+func (m *mover) Hosts(ctx context.Context, s drain.Shard) []drain.Host {
 	if m.h.peers == nil {
 		return nil
 	}
-	var out []drain.Host
-	for _, st := range m.h.peers.Statuses(ctx) {
-		n := st.Node
-		out = append(out, drain.Host{
-			Name: n.GetName(), Alive: n.GetState() == control.NodeAlive, Cordoned: n.GetCordoned(),
-			CPUs: int(n.GetCpus()), CPULoad: n.GetCpuLoad(), Shards: int(n.GetShards()),
-			MemoryTotal: n.GetMemoryTotalBytes(), MemoryAvailable: n.GetMemoryAvailableBytes(),
-		})
+	rules, zones := &workloads.Spec{}, map[string]int{}
+	here := steward.HostOf(control.NodeStatus{Node: m.h.self(), Shards: m.h.localShards(ctx)})
+	for i := range here.Shards {
+		if it := &here.Shards[i]; it.Namespace == s.Namespace && it.Name == s.Name {
+			rules = steward.Rules(s.Namespace, it.Policy)
+			zones[here.Zone] = here.Mates(s.Namespace, rules.Name) - 1
+		}
+	}
+	statuses := m.h.peers.Statuses(ctx)
+	hosts := make([]workloads.Host, len(statuses))
+	for i, st := range statuses {
+		hosts[i] = steward.HostOf(control.NodeStatus{Node: st.Node, Shards: st.Shards})
+		zones[hosts[i].Zone] += hosts[i].Mates(s.Namespace, rules.Name)
+	}
+	out := make([]drain.Host, len(hosts))
+	for i := range hosts {
+		h := &hosts[i]
+		out[i] = drain.Host{
+			Name: h.Name, Alive: h.Alive, Cordoned: h.Cordoned, CPUs: h.CPUs, CPULoad: h.CPULoad, Shards: len(h.Shards),
+			MemoryTotal: h.MemoryTotal, MemoryAvailable: h.MemoryAvailable, Unfit: workloads.Unfit(rules, s.Name, h, zones),
+		}
 	}
 	return out
 }
@@ -210,8 +231,12 @@ func (m *mover) Move(ctx context.Context, s drain.Shard, to string) drain.Moved 
 	sctx, leave := context.WithCancel(context.WithoutCancel(ctx))
 	defer leave()
 	failed := func(err error) drain.Moved { return drain.Moved{Code: drain.CodeFailed, Reason: err.Error()} }
+	blackout := m.maxBlackout
+	if blackout == 0 {
+		blackout = s.MaxBlackout.Milliseconds()
+	}
 	stream, err := m.client.Migrations.Migrate(sctx, connect.NewRequest(&v1.MigrateRequest{
-		Namespace: s.Namespace, Shard: s.Name, Node: to, MaxBlackoutMs: m.maxBlackout,
+		Namespace: s.Namespace, Shard: s.Name, Node: to, MaxBlackoutMs: blackout,
 	}))
 	if err != nil {
 		return failed(err)

@@ -33,9 +33,11 @@ func newDrainCommand(g *globals) *cobra.Command {
 			defer client.Close()
 			p := &shared{p: newProgress(os.Stderr)}
 			d := draining{client: client, progress: p, node: args[0]}
-			res, err := d.follow(cmd.Context(), &v1.DrainRequest{
-				Node: args[0], DeadlineMs: deadline.Milliseconds(), MaxBlackoutMs: maxBlackout.Milliseconds(),
-			})
+			req := &v1.DrainRequest{Node: args[0], DeadlineMs: deadline.Milliseconds()}
+			if cmd.Flags().Changed("max-blackout") {
+				req.MaxBlackoutMs = maxBlackout.Milliseconds()
+			}
+			res, err := d.follow(cmd.Context(), req)
 			p.end()
 			if err != nil {
 				return err
@@ -44,7 +46,7 @@ func newDrainCommand(g *globals) *cobra.Command {
 		},
 	}
 	cmd.Flags().DurationVar(&deadline, "deadline", 0, "stop when it takes longer (default: never)")
-	cmd.Flags().DurationVar(&maxBlackout, "max-blackout", 300*time.Millisecond, "as of tranship migrate, for each shard")
+	cmd.Flags().DurationVar(&maxBlackout, "max-blackout", 300*time.Millisecond, "as of tranship migrate, for each shard; what a workload says comes before the default")
 	return cmd
 }
 

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Shard is one that is to go.
@@ -21,6 +22,10 @@ type Shard struct {
 	// Memory is what it uses, in bytes; CPUs are what it used lately, 0 unknown.
 	Memory int64
 	CPUs   float64
+	// Near: it may only run where shards of other workloads do.
+	Near bool
+	// MaxBlackout is its workload's word; 0: it says nothing.
+	MaxBlackout time.Duration
 	// Stays, when not "", is why it is not even tried; StaysCode is for programs.
 	Stays, StaysCode string
 }
@@ -37,6 +42,9 @@ type Host struct {
 	// CPULoad is 0 to 1 of all CPUs.
 	CPULoad                      float64
 	MemoryTotal, MemoryAvailable int64
+	// Unfit, when not "", is why the shard that was asked for may not run there:
+	// "is in zone …".
+	Unfit string
 }
 
 // Codes of a Move; they are those of migrations.
@@ -61,8 +69,8 @@ type Moved struct {
 type Mover interface {
 	// Shards lists what is on the host now; those that stay anyway say why.
 	Shards(ctx context.Context) ([]Shard, error)
-	// Hosts lists the other hosts as they are now.
-	Hosts(ctx context.Context) []Host
+	// Hosts lists the other hosts as they are now, for a shard.
+	Hosts(ctx context.Context, s Shard) []Host
 	// Move moves one and returns when it has ended; when ctx ends it cancels, and
 	// waits for the undo.
 	Move(ctx context.Context, s Shard, to string) Moved
@@ -124,9 +132,10 @@ func Run(ctx context.Context, m Mover, tell func(Progress)) (Result, error) {
 			return res, fmt.Errorf("list the shards: %w", err)
 		}
 		shards = slices.DeleteFunc(shards, func(s Shard) bool { return settled[s.key()] })
-		// The largest first: it is the one that is hardest to place.
+		// The largest first: it is the one that is hardest to place. Those that are
+		// near others follow them.
 		slices.SortFunc(shards, func(a, b Shard) int {
-			return cmp.Or(cmp.Compare(b.Memory, a.Memory), strings.Compare(a.key(), b.key()))
+			return cmp.Or(cmp.Compare(toInt(a.Near), toInt(b.Near)), cmp.Compare(b.Memory, a.Memory), strings.Compare(a.key(), b.key()))
 		})
 		if len(shards) == 0 {
 			break
@@ -146,6 +155,13 @@ func Run(ctx context.Context, m Mover, tell func(Progress)) (Result, error) {
 	}
 	res.Outcome = outcomeOf(ctx, res.Stayed)
 	return res, nil
+}
+
+func toInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func (s Settled) describe() string {
@@ -186,7 +202,7 @@ func (d *drainer) settle(ctx context.Context, s Shard) Settled {
 			end.Moved = ended(ctx)
 			return end
 		}
-		to, why := Choose(s, d.hosts(ctx), tried)
+		to, why := Choose(s, d.hosts(ctx, s), tried)
 		if to == "" {
 			if len(tried) == 0 {
 				end.Moved = Moved{Code: CodeNoTarget, Reason: why}
@@ -229,8 +245,8 @@ func ended(ctx context.Context) Moved {
 
 // hosts are the others, with what this drain has already sent them: what they
 // say of their load is older than that.
-func (d *drainer) hosts(ctx context.Context) []Host {
-	hosts := d.m.Hosts(ctx)
+func (d *drainer) hosts(ctx context.Context, s Shard) []Host {
+	hosts := d.m.Hosts(ctx, s)
 	for i := range hosts {
 		p := d.placed[hosts[i].Name]
 		if hosts[i].CPUs > 0 {
@@ -241,8 +257,8 @@ func (d *drainer) hosts(ctx context.Context) []Host {
 }
 
 // Choose finds the best target that is not among those tried: alive, not
-// cordoned, with room, and after the move the least full in what it has least
-// of. Without one it says why.
+// cordoned, allowed, with room, and after the move the least full in what it has
+// least of. Without one it says why.
 func Choose(s Shard, hosts []Host, tried []string) (name, why string) {
 	var reasons []string
 	best, bestFull := "", 0.0
@@ -253,6 +269,8 @@ func Choose(s Shard, hosts []Host, tried []string) (name, why string) {
 			reasons = append(reasons, h.Name+" does not answer")
 		case h.Cordoned:
 			reasons = append(reasons, h.Name+" is cordoned")
+		case h.Unfit != "":
+			reasons = append(reasons, h.Name+" "+h.Unfit)
 		case h.MemoryTotal <= 0 || h.MemoryAvailable < s.Memory+reserve:
 			reasons = append(reasons, fmt.Sprintf("%s has %d MiB of memory available, and %d are needed", h.Name, h.MemoryAvailable>>20, (s.Memory+reserve)>>20))
 		default:

@@ -15,6 +15,8 @@ type pool struct {
 	hosts  []Host
 	// fail is how a move ends, by "shard host"; "" is well.
 	fail map[string]Moved
+	// unfit is why a shard may not run on a host.
+	unfit func(s Shard, host string) string
 	// during runs in a move.
 	during func(Shard)
 	moves  []string
@@ -24,7 +26,15 @@ type pool struct {
 var _ Mover = (*pool)(nil)
 
 func (p *pool) Shards(context.Context) ([]Shard, error) { return slices.Clone(p.shards), p.listed }
-func (p *pool) Hosts(context.Context) []Host            { return slices.Clone(p.hosts) }
+func (p *pool) Hosts(_ context.Context, s Shard) []Host {
+	hosts := slices.Clone(p.hosts)
+	for i := range hosts {
+		if p.unfit != nil {
+			hosts[i].Unfit = p.unfit(s, hosts[i].Name)
+		}
+	}
+	return hosts
+}
 
 func (p *pool) Move(ctx context.Context, s Shard, to string) Moved {
 	p.moves = append(p.moves, s.Name+" "+to)
@@ -101,6 +111,8 @@ func TestChoose(t *testing.T) {
 		{"one that is down", []Host{with(func(h *Host) { h.Alive = false })}, nil, "", "b does not answer"},
 		{"one without room", []Host{with(func(h *Host) { h.MemoryAvailable = gib })}, nil, "", "1152 are needed"},
 		{"one that says nothing of its memory", []Host{with(func(h *Host) { h.MemoryTotal = 0 })}, nil, "", "available"},
+		{"one where its workload does not let it run", []Host{with(func(h *Host) { h.Unfit = `is in zone "x", not in y` }), with(func(h *Host) { h.Name, h.CPULoad = "c", 0.9 })}, nil, "c", ""},
+		{"none where its workload lets it run", []Host{with(func(h *Host) { h.Unfit = `is in zone "x", not in y` })}, nil, "", `b is in zone "x", not in y`},
 		{"one that was tried", []Host{host("b")}, []string{"b"}, "", "no other host"},
 		{"none at all", nil, nil, "", "no other host"},
 	}
@@ -196,5 +208,23 @@ func TestAListThatCannotBeReadIsAnError(t *testing.T) {
 	p := &pool{listed: errors.New("containerd is down")}
 	if _, err := Run(t.Context(), p, func(Progress) {}); err == nil || !strings.Contains(err.Error(), "containerd is down") {
 		t.Errorf("err = %v", err)
+	}
+}
+
+// web is to run beside cache: it goes where cache went, and is not tried before.
+func TestShardsThatAreNearOthersFollowThem(t *testing.T) {
+	web, cache := shard("web", 4*gib), shard("cache", gib)
+	web.Near = true
+	p := &pool{hosts: []Host{host("a"), host("b")}, shards: []Shard{web, cache}}
+	p.hosts[0].CPULoad = 0.9 // cache goes to b, which a would be emptier than then
+	p.unfit = func(s Shard, host string) string {
+		if s.Near && !slices.Contains(p.moves, "cache "+host) {
+			return "runs no shard of cache"
+		}
+		return ""
+	}
+	res := run(t, t.Context(), p)
+	if res.Outcome != OutcomeDone || strings.Join(p.moves, ",") != "cache b,web b" {
+		t.Errorf("%v %+v", p.moves, res)
 	}
 }

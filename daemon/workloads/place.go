@@ -36,8 +36,8 @@ func (h *Host) room() room {
 	return room{cpus: float64(h.CPUs) - u.cpus, memory: h.MemoryTotal - u.memory}
 }
 
-// mates are the workload's shards on a host, on their way included.
-func (h *Host) mates(namespace, workload string) int {
+// Mates are the workload's shards on a host, on their way included.
+func (h *Host) Mates(namespace, workload string) int {
 	n := 0
 	for i := range h.Shards {
 		if s := &h.Shards[i]; s.Namespace == namespace && s.Workload == workload {
@@ -65,11 +65,11 @@ func Unfit(want *Spec, name string, h *Host, zoneMates map[string]int) string {
 		}
 	}
 	for _, near := range want.Near {
-		if h.mates(want.Namespace, near) == 0 {
+		if h.Mates(want.Namespace, near) == 0 {
 			return "runs no shard of " + near
 		}
 	}
-	if n := h.mates(want.Namespace, want.Name); want.Spread.PerHost > 0 && n >= want.Spread.PerHost {
+	if n := h.Mates(want.Namespace, want.Name); want.Spread.PerHost > 0 && n >= want.Spread.PerHost {
 		return fmt.Sprintf("has %d of its shards (spread.per_host = %d)", n, want.Spread.PerHost)
 	}
 	u := h.usage()
@@ -113,7 +113,7 @@ func (p *planner) add(missing []int) {
 		zones := map[string]int{}
 		for i := range p.in.Hosts {
 			h := &p.in.Hosts[i]
-			zones[h.Zone] += h.mates(want.Namespace, want.Name)
+			zones[h.Zone] += h.Mates(want.Namespace, want.Name)
 		}
 		var best *Host
 		var why []string
@@ -139,7 +139,7 @@ func (p *planner) add(missing []int) {
 }
 
 func better(want *Spec, a, b *Host, zones map[string]int) bool {
-	if x, y := a.mates(want.Namespace, want.Name), b.mates(want.Namespace, want.Name); x != y {
+	if x, y := a.Mates(want.Namespace, want.Name), b.Mates(want.Namespace, want.Name); x != y {
 		return x < y
 	}
 	if x, y := zones[a.Zone], zones[b.Zone]; x != y {

@@ -261,7 +261,7 @@ func (c *change) lookOnce(ctx context.Context) error {
 		}
 	}
 	for _, st := range c.s.Pool.Look(ctx) {
-		in.Hosts = append(in.Hosts, hostOf(st))
+		in.Hosts = append(in.Hosts, HostOf(st))
 	}
 	c.plan = workloads.Make(in)
 	return nil

@@ -106,7 +106,7 @@ func (s here) place(ctx context.Context, r *v1.PlaceShardRequest) (string, error
 	case !errors.Is(err, runtime.ErrNotFound):
 		return "", err
 	}
-	own := hostOf(s.Pool.Here(ctx))
+	own := HostOf(s.Pool.Here(ctx))
 	if why := workloads.Unfit(spec, name, &own, nil); why != "" {
 		return "it " + why, nil
 	}
@@ -183,7 +183,7 @@ func (s here) resize(ctx context.Context, r *v1.ResizeShardRequest) (string, err
 	if have.CPUs != spec.Size.CPULimit && (have.Labels[runtime.LabelAutopilot] != "on" || have.Labels[runtime.LabelLimitCPUs] != limit) {
 		z.CPUs = &spec.Size.CPULimit
 	}
-	if refused := workloads.Grows(hostOf(s.Pool.Here(ctx)), name, spec); refused != "" {
+	if refused := workloads.Grows(HostOf(s.Pool.Here(ctx)), name, spec); refused != "" {
 		return refused, nil
 	}
 	if err := failpoint.Hit(ctx, "workload.resize"); err != nil {

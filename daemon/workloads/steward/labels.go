@@ -48,6 +48,48 @@ func policyOf(s *workloads.Spec) map[string]string {
 	return out
 }
 
+// Rules is what a shard's labels say of where it may run and what it counts on:
+// enough of a spec for workloads.Unfit. What nobody could have meant is left out.
+func Rules(namespace string, labels map[string]string) *workloads.Spec {
+	words := func(key string) (out []string) {
+		for _, w := range strings.Split(labels[key], ",") {
+			if w = strings.TrimSpace(w); w != "" {
+				out = append(out, w)
+			}
+		}
+		return out
+	}
+	out := &workloads.Spec{
+		Name: labels[runtime.LabelWorkload], Namespace: namespace,
+		Avoid: words(runtime.LabelAvoid), Near: words(runtime.LabelNear), Zones: words(runtime.LabelZones),
+	}
+	for _, kv := range words(runtime.LabelHostLabels) {
+		if out.Labels == nil {
+			out.Labels = map[string]string{}
+		}
+		k, v, _ := strings.Cut(kv, "=")
+		out.Labels[k] = v
+	}
+	out.Size.CPURequest, out.Size.MemoryRequest = requestsOf(labels)
+	if out.Name != "" { // of nothing there are no others
+		out.Spread.PerHost, _ = strconv.Atoi(labels[runtime.LabelSpreadHost])
+		out.Spread.PerZone, _ = strconv.Atoi(labels[runtime.LabelSpreadZone])
+	}
+	return out
+}
+
+// requestsOf reads what a shard counts on. A label that somebody made up counts
+// as none.
+func requestsOf(labels map[string]string) (cpus float64, memory int64) {
+	if v, err := strconv.ParseFloat(labels[runtime.LabelRequestCPUs], 64); err == nil && v >= 0 && v < 1e6 {
+		cpus = v
+	}
+	if v, err := strconv.ParseInt(labels[runtime.LabelRequestMemory], 10, 64); err == nil && v >= 0 && v < 1<<50 {
+		memory = v
+	}
+	return cpus, memory
+}
+
 // shardOf reads a shard's message.
 func shardOf(m *v1.Shard) workloads.Shard {
 	labels := m.GetLabels()
@@ -67,13 +109,7 @@ func shardOf(m *v1.Shard) workloads.Shard {
 	if i, err := strconv.Atoi(labels[runtime.LabelIndex]); err == nil && i >= 0 {
 		s.Index = i
 	}
-	// A label that somebody made up counts as none.
-	if v, err := strconv.ParseFloat(labels[runtime.LabelRequestCPUs], 64); err == nil && v >= 0 && v < 1e6 {
-		s.RequestCPUs = v
-	}
-	if v, err := strconv.ParseInt(labels[runtime.LabelRequestMemory], 10, 64); err == nil && v >= 0 && v < 1<<50 {
-		s.RequestMemory = v
-	}
+	s.RequestCPUs, s.RequestMemory = requestsOf(labels)
 	if v := labels[runtime.LabelAvoid]; v != "" {
 		s.Avoid = strings.Split(v, ",")
 	}
@@ -85,8 +121,8 @@ func shardOf(m *v1.Shard) workloads.Shard {
 	return s
 }
 
-// hostOf reads what a host said.
-func hostOf(st control.NodeStatus) workloads.Host {
+// HostOf reads what a host said.
+func HostOf(st control.NodeStatus) workloads.Host {
 	n := st.Node
 	h := workloads.Host{
 		Name: n.GetName(), Zone: n.GetZone(), Labels: n.GetLabels(), Alive: n.GetState() == control.NodeAlive, Cordoned: n.GetCordoned(),
