@@ -34,7 +34,9 @@ type changing struct {
 	dryRun bool
 	yes    bool
 	in     *os.File
-	doc    control.WorkloadChangesDocument
+	// planned is what a dry run takes to be there: the next of a file may be near it.
+	planned []*v1.PlannedShards
+	doc     control.WorkloadChangesDocument
 }
 
 func (g *globals) changing(cmd *cobra.Command, dryRun, yes bool) (*changing, error) {
@@ -176,24 +178,22 @@ func newWorkloadRmCommand(g *globals) *cobra.Command {
 //  2. on a terminal the user is asked
 //  3. the same again, for what was shown alone
 func (c *changing) change(ctx context.Context, req *v1.ChangeWorkloadRequest) error {
-	req.DryRun = true
+	req.DryRun, req.Planned = true, c.planned
 	plan, res, _, err := c.follow(ctx, req)
 	if err != nil {
 		return err
 	}
 	c.show(plan)
+	if c.dryRun {
+		c.planned = append(c.planned, &v1.PlannedShards{SpecJson: req.GetSpecJson(), Node: added(plan)})
+	}
 	if c.dryRun || res.GetOutcome() != "planned" {
 		return c.settle(plan, res, 0)
 	}
 	if ok, err := c.agreed(plan); err != nil || !ok {
 		return errors.Join(err, c.settle(plan, &v1.WorkloadResult{Outcome: "cancelled", Reason: "nothing was done"}, 0))
 	}
-	req.DryRun, req.Expect, req.Prefer = false, plan.GetFingerprint(), map[string]string{}
-	for _, s := range plan.GetSteps() {
-		if s.GetOp() == workloads.Add {
-			req.Prefer[s.GetShard()] = s.GetNode()
-		}
-	}
+	req.DryRun, req.Expect, req.Prefer = false, plan.GetFingerprint(), added(plan)
 	plan, res, done, err := c.follow(ctx, req)
 	if ctx.Err() != nil && res == nil {
 		res, err = &v1.WorkloadResult{Outcome: "cancelled", Reason: "what was begun is ended or undone; the same command goes on from there"}, nil
@@ -202,6 +202,17 @@ func (c *changing) change(ctx context.Context, req *v1.ChangeWorkloadRequest) er
 		return err
 	}
 	return c.settle(plan, res, done)
+}
+
+// added are the hosts of the shards that a plan adds, by shard.
+func added(plan *v1.WorkloadPlan) map[string]string {
+	out := map[string]string{}
+	for _, s := range plan.GetSteps() {
+		if s.GetOp() == workloads.Add {
+			out[s.GetShard()] = s.GetNode()
+		}
+	}
+	return out
 }
 
 func (c *changing) follow(ctx context.Context, req *v1.ChangeWorkloadRequest) (plan *v1.WorkloadPlan, res *v1.WorkloadResult, done uint32, err error) {

@@ -125,6 +125,28 @@ func TestApplyShowsTheDifferenceAndDoesWhatWasShown(t *testing.T) {
 	}
 }
 
+func TestADryRunOfAFileTellsWhatItWouldHaveBegun(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "w.toml")
+	one := "[[workload]]\nname = \"NAME\"\nimage = \"i\"\nshards = 1\n"
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(one, "NAME", "cache")+strings.ReplaceAll(one, "NAME", "web")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args  []string
+		asked int
+		told  bool
+	}{{[]string{"apply", "-f", file, "--dry-run"}, 2, true}, {[]string{"apply", "-f", file}, 4, false}} {
+		o := &owner{plan: &v1.WorkloadPlan{Steps: []*v1.WorkloadStep{{Op: "add", Shard: "cache-0", Node: "host-2"}, {Op: "remove", Shard: "cache-1"}}}, outcome: "done"}
+		if _, errs, code := workloadCLI(t, startOwner(t, o), c.args...); code != 0 || len(o.asked) != c.asked {
+			t.Fatalf("exit code %d, asked %d times: %s", code, len(o.asked), errs)
+		}
+		last := o.asked[c.asked-1].GetPlanned()
+		if (len(last) == 1) != c.told || c.told && (last[0].GetNode()["cache-0"] != "host-2" || len(last[0].GetNode()) != 1 || !strings.Contains(string(last[0].GetSpecJson()), `"cache"`)) {
+			t.Errorf("%v: web is asked for with %v", c.args, last)
+		}
+	}
+}
+
 func TestAWorkloadsMistakesAreToldWithoutADaemon(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "w.toml")
 	if err := os.WriteFile(file, []byte("[[workload]]\nname = \"web\"\nimage = \"i\"\nshards = -1\n"), 0o600); err != nil {

@@ -311,6 +311,13 @@ func withOpenFiles(ctx context.Context, client oci.Client, c *containers.Contain
 	return oci.WithRlimit(&specs.POSIXRlimit{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: min(own.Max, hard)})(ctx, client, c, s)
 }
 
+// EnsureImage has an image on this host as Run would have it: pulled when it is
+// missing, and unpacked.
+func (r *Runtime) EnsureImage(ctx context.Context, namespace, ref string) error {
+	_, err := r.image(in(ctx, namespace), ref)
+	return err
+}
+
 // image finds the image, pulls it when this host lacks it, and unpacks it.
 func (r *Runtime) image(ctx context.Context, ref string) (containerd.Image, error) {
 	if ref == "" {

@@ -4369,6 +4369,7 @@ type ChangeWorkloadRequest struct {
 	Expect        string                 `protobuf:"bytes,8,opt,name=expect,proto3" json:"expect,omitempty"`                                                                            // fingerprint of the plan that was agreed to; "": any
 	Forwarded     bool                   `protobuf:"varint,9,opt,name=forwarded,proto3" json:"forwarded,omitempty"`                                                                     // by another host: it goes no further
 	Prefer        map[string]string      `protobuf:"bytes,10,rep,name=prefer,proto3" json:"prefer,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // node by shard: where the plan that was agreed to puts new ones
+	Planned       []*PlannedShards       `protobuf:"bytes,11,rep,name=planned,proto3" json:"planned,omitempty"`                                                                         // dry run: what is taken to be there already
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4473,6 +4474,66 @@ func (x *ChangeWorkloadRequest) GetPrefer() map[string]string {
 	return nil
 }
 
+func (x *ChangeWorkloadRequest) GetPlanned() []*PlannedShards {
+	if x != nil {
+		return x.Planned
+	}
+	return nil
+}
+
+// What a dry run would add for a workload.
+type PlannedShards struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpecJson      []byte                 `protobuf:"bytes,1,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
+	Node          map[string]string      `protobuf:"bytes,2,rep,name=node,proto3" json:"node,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by shard
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlannedShards) Reset() {
+	*x = PlannedShards{}
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlannedShards) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlannedShards) ProtoMessage() {}
+
+func (x *PlannedShards) ProtoReflect() protoreflect.Message {
+	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlannedShards.ProtoReflect.Descriptor instead.
+func (*PlannedShards) Descriptor() ([]byte, []int) {
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *PlannedShards) GetSpecJson() []byte {
+	if x != nil {
+		return x.SpecJson
+	}
+	return nil
+}
+
+func (x *PlannedShards) GetNode() map[string]string {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
 type WorkloadStep struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Op            string                 `protobuf:"bytes,1,opt,name=op,proto3" json:"op,omitempty"` // add | change | replace | remove
@@ -4485,7 +4546,7 @@ type WorkloadStep struct {
 
 func (x *WorkloadStep) Reset() {
 	*x = WorkloadStep{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4497,7 +4558,7 @@ func (x *WorkloadStep) String() string {
 func (*WorkloadStep) ProtoMessage() {}
 
 func (x *WorkloadStep) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[61]
+	mi := &file_daemon_control_tranship_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4510,7 +4571,7 @@ func (x *WorkloadStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadStep.ProtoReflect.Descriptor instead.
 func (*WorkloadStep) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{61}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *WorkloadStep) GetOp() string {
@@ -4554,7 +4615,7 @@ type WorkloadEvent struct {
 
 func (x *WorkloadEvent) Reset() {
 	*x = WorkloadEvent{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4566,7 +4627,7 @@ func (x *WorkloadEvent) String() string {
 func (*WorkloadEvent) ProtoMessage() {}
 
 func (x *WorkloadEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[62]
+	mi := &file_daemon_control_tranship_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4579,7 +4640,7 @@ func (x *WorkloadEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadEvent.ProtoReflect.Descriptor instead.
 func (*WorkloadEvent) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{62}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *WorkloadEvent) GetPlan() *WorkloadPlan {
@@ -4630,7 +4691,7 @@ type WorkloadPlan struct {
 
 func (x *WorkloadPlan) Reset() {
 	*x = WorkloadPlan{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4642,7 +4703,7 @@ func (x *WorkloadPlan) String() string {
 func (*WorkloadPlan) ProtoMessage() {}
 
 func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[63]
+	mi := &file_daemon_control_tranship_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4655,7 +4716,7 @@ func (x *WorkloadPlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadPlan.ProtoReflect.Descriptor instead.
 func (*WorkloadPlan) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{63}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *WorkloadPlan) GetWorkload() string {
@@ -4703,7 +4764,7 @@ type WorkloadResult struct {
 
 func (x *WorkloadResult) Reset() {
 	*x = WorkloadResult{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4715,7 +4776,7 @@ func (x *WorkloadResult) String() string {
 func (*WorkloadResult) ProtoMessage() {}
 
 func (x *WorkloadResult) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[64]
+	mi := &file_daemon_control_tranship_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4728,7 +4789,7 @@ func (x *WorkloadResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadResult.ProtoReflect.Descriptor instead.
 func (*WorkloadResult) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{64}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *WorkloadResult) GetOutcome() string {
@@ -4754,7 +4815,7 @@ type ListWorkloadsRequest struct {
 
 func (x *ListWorkloadsRequest) Reset() {
 	*x = ListWorkloadsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[65]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4766,7 +4827,7 @@ func (x *ListWorkloadsRequest) String() string {
 func (*ListWorkloadsRequest) ProtoMessage() {}
 
 func (x *ListWorkloadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[65]
+	mi := &file_daemon_control_tranship_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4779,7 +4840,7 @@ func (x *ListWorkloadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkloadsRequest.ProtoReflect.Descriptor instead.
 func (*ListWorkloadsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{65}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ListWorkloadsRequest) GetName() string {
@@ -4799,7 +4860,7 @@ type ListWorkloadsResponse struct {
 
 func (x *ListWorkloadsResponse) Reset() {
 	*x = ListWorkloadsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[66]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4811,7 +4872,7 @@ func (x *ListWorkloadsResponse) String() string {
 func (*ListWorkloadsResponse) ProtoMessage() {}
 
 func (x *ListWorkloadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[66]
+	mi := &file_daemon_control_tranship_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4824,7 +4885,7 @@ func (x *ListWorkloadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkloadsResponse.ProtoReflect.Descriptor instead.
 func (*ListWorkloadsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{66}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListWorkloadsResponse) GetWorkloads() []*Workload {
@@ -4859,7 +4920,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[67]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4871,7 +4932,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[67]
+	mi := &file_daemon_control_tranship_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4884,7 +4945,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{67}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Workload) GetName() string {
@@ -4966,7 +5027,7 @@ type PutWorkloadRequest struct {
 
 func (x *PutWorkloadRequest) Reset() {
 	*x = PutWorkloadRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[68]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4978,7 +5039,7 @@ func (x *PutWorkloadRequest) String() string {
 func (*PutWorkloadRequest) ProtoMessage() {}
 
 func (x *PutWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[68]
+	mi := &file_daemon_control_tranship_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4991,7 +5052,7 @@ func (x *PutWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*PutWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{68}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PutWorkloadRequest) GetRecord() []byte {
@@ -5011,7 +5072,7 @@ type PutWorkloadResponse struct {
 
 func (x *PutWorkloadResponse) Reset() {
 	*x = PutWorkloadResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[69]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5023,7 +5084,7 @@ func (x *PutWorkloadResponse) String() string {
 func (*PutWorkloadResponse) ProtoMessage() {}
 
 func (x *PutWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[69]
+	mi := &file_daemon_control_tranship_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5036,7 +5097,7 @@ func (x *PutWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*PutWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{69}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PutWorkloadResponse) GetTaken() bool {
@@ -5062,7 +5123,7 @@ type WorkloadRecordsRequest struct {
 
 func (x *WorkloadRecordsRequest) Reset() {
 	*x = WorkloadRecordsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[70]
+	mi := &file_daemon_control_tranship_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5074,7 +5135,7 @@ func (x *WorkloadRecordsRequest) String() string {
 func (*WorkloadRecordsRequest) ProtoMessage() {}
 
 func (x *WorkloadRecordsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[70]
+	mi := &file_daemon_control_tranship_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5087,7 +5148,7 @@ func (x *WorkloadRecordsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRecordsRequest.ProtoReflect.Descriptor instead.
 func (*WorkloadRecordsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{70}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *WorkloadRecordsRequest) GetKnown() map[string]uint64 {
@@ -5106,7 +5167,7 @@ type WorkloadRecordsResponse struct {
 
 func (x *WorkloadRecordsResponse) Reset() {
 	*x = WorkloadRecordsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[71]
+	mi := &file_daemon_control_tranship_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5118,7 +5179,7 @@ func (x *WorkloadRecordsResponse) String() string {
 func (*WorkloadRecordsResponse) ProtoMessage() {}
 
 func (x *WorkloadRecordsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[71]
+	mi := &file_daemon_control_tranship_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5131,7 +5192,7 @@ func (x *WorkloadRecordsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRecordsResponse.ProtoReflect.Descriptor instead.
 func (*WorkloadRecordsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{71}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *WorkloadRecordsResponse) GetRecords() [][]byte {
@@ -5145,14 +5206,15 @@ type PlaceShardRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SpecJson      []byte                 `protobuf:"bytes,1,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
 	Index         uint32                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
-	ImageFrom     []string               `protobuf:"bytes,3,rep,name=image_from,json=imageFrom,proto3" json:"image_from,omitempty"`
+	ImageFrom     []string               `protobuf:"bytes,3,rep,name=image_from,json=imageFrom,proto3" json:"image_from,omitempty"` // hosts that may have the image
+	Prepare       bool                   `protobuf:"varint,4,opt,name=prepare,proto3" json:"prepare,omitempty"`                     // bring the image and look for the volumes; start nothing
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PlaceShardRequest) Reset() {
 	*x = PlaceShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[72]
+	mi := &file_daemon_control_tranship_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5164,7 +5226,7 @@ func (x *PlaceShardRequest) String() string {
 func (*PlaceShardRequest) ProtoMessage() {}
 
 func (x *PlaceShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[72]
+	mi := &file_daemon_control_tranship_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5177,7 +5239,7 @@ func (x *PlaceShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceShardRequest.ProtoReflect.Descriptor instead.
 func (*PlaceShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{72}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *PlaceShardRequest) GetSpecJson() []byte {
@@ -5201,6 +5263,13 @@ func (x *PlaceShardRequest) GetImageFrom() []string {
 	return nil
 }
 
+func (x *PlaceShardRequest) GetPrepare() bool {
+	if x != nil {
+		return x.Prepare
+	}
+	return false
+}
+
 type PlaceShardResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Shard         *Shard                 `protobuf:"bytes,1,opt,name=shard,proto3" json:"shard,omitempty"`
@@ -5211,7 +5280,7 @@ type PlaceShardResponse struct {
 
 func (x *PlaceShardResponse) Reset() {
 	*x = PlaceShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[73]
+	mi := &file_daemon_control_tranship_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5223,7 +5292,7 @@ func (x *PlaceShardResponse) String() string {
 func (*PlaceShardResponse) ProtoMessage() {}
 
 func (x *PlaceShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[73]
+	mi := &file_daemon_control_tranship_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5236,7 +5305,7 @@ func (x *PlaceShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceShardResponse.ProtoReflect.Descriptor instead.
 func (*PlaceShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{73}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *PlaceShardResponse) GetShard() *Shard {
@@ -5263,7 +5332,7 @@ type ResizeShardRequest struct {
 
 func (x *ResizeShardRequest) Reset() {
 	*x = ResizeShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[74]
+	mi := &file_daemon_control_tranship_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5275,7 +5344,7 @@ func (x *ResizeShardRequest) String() string {
 func (*ResizeShardRequest) ProtoMessage() {}
 
 func (x *ResizeShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[74]
+	mi := &file_daemon_control_tranship_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5288,7 +5357,7 @@ func (x *ResizeShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeShardRequest.ProtoReflect.Descriptor instead.
 func (*ResizeShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{74}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ResizeShardRequest) GetSpecJson() []byte {
@@ -5315,7 +5384,7 @@ type ResizeShardResponse struct {
 
 func (x *ResizeShardResponse) Reset() {
 	*x = ResizeShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[75]
+	mi := &file_daemon_control_tranship_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5327,7 +5396,7 @@ func (x *ResizeShardResponse) String() string {
 func (*ResizeShardResponse) ProtoMessage() {}
 
 func (x *ResizeShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[75]
+	mi := &file_daemon_control_tranship_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5340,7 +5409,7 @@ func (x *ResizeShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeShardResponse.ProtoReflect.Descriptor instead.
 func (*ResizeShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{75}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ResizeShardResponse) GetShard() *Shard {
@@ -5368,7 +5437,7 @@ type EvictShardRequest struct {
 
 func (x *EvictShardRequest) Reset() {
 	*x = EvictShardRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[76]
+	mi := &file_daemon_control_tranship_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5380,7 +5449,7 @@ func (x *EvictShardRequest) String() string {
 func (*EvictShardRequest) ProtoMessage() {}
 
 func (x *EvictShardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[76]
+	mi := &file_daemon_control_tranship_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5393,7 +5462,7 @@ func (x *EvictShardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictShardRequest.ProtoReflect.Descriptor instead.
 func (*EvictShardRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{76}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *EvictShardRequest) GetNamespace() string {
@@ -5426,7 +5495,7 @@ type EvictShardResponse struct {
 
 func (x *EvictShardResponse) Reset() {
 	*x = EvictShardResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[77]
+	mi := &file_daemon_control_tranship_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5438,7 +5507,7 @@ func (x *EvictShardResponse) String() string {
 func (*EvictShardResponse) ProtoMessage() {}
 
 func (x *EvictShardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[77]
+	mi := &file_daemon_control_tranship_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5451,7 +5520,7 @@ func (x *EvictShardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictShardResponse.ProtoReflect.Descriptor instead.
 func (*EvictShardResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{77}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *EvictShardResponse) GetRefused() string {
@@ -5471,7 +5540,7 @@ type ImageRequest struct {
 
 func (x *ImageRequest) Reset() {
 	*x = ImageRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[78]
+	mi := &file_daemon_control_tranship_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5483,7 +5552,7 @@ func (x *ImageRequest) String() string {
 func (*ImageRequest) ProtoMessage() {}
 
 func (x *ImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[78]
+	mi := &file_daemon_control_tranship_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5496,7 +5565,7 @@ func (x *ImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageRequest.ProtoReflect.Descriptor instead.
 func (*ImageRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{78}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ImageRequest) GetNamespace() string {
@@ -5522,7 +5591,7 @@ type ImageResponse struct {
 
 func (x *ImageResponse) Reset() {
 	*x = ImageResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[79]
+	mi := &file_daemon_control_tranship_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5534,7 +5603,7 @@ func (x *ImageResponse) String() string {
 func (*ImageResponse) ProtoMessage() {}
 
 func (x *ImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[79]
+	mi := &file_daemon_control_tranship_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5547,7 +5616,7 @@ func (x *ImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageResponse.ProtoReflect.Descriptor instead.
 func (*ImageResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{79}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ImageResponse) GetRecord() []byte {
@@ -5567,7 +5636,7 @@ type BlobRequest struct {
 
 func (x *BlobRequest) Reset() {
 	*x = BlobRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[80]
+	mi := &file_daemon_control_tranship_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5579,7 +5648,7 @@ func (x *BlobRequest) String() string {
 func (*BlobRequest) ProtoMessage() {}
 
 func (x *BlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[80]
+	mi := &file_daemon_control_tranship_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5592,7 +5661,7 @@ func (x *BlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlobRequest.ProtoReflect.Descriptor instead.
 func (*BlobRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{80}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *BlobRequest) GetNamespace() string {
@@ -5618,7 +5687,7 @@ type BlobChunk struct {
 
 func (x *BlobChunk) Reset() {
 	*x = BlobChunk{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[81]
+	mi := &file_daemon_control_tranship_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5630,7 +5699,7 @@ func (x *BlobChunk) String() string {
 func (*BlobChunk) ProtoMessage() {}
 
 func (x *BlobChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[81]
+	mi := &file_daemon_control_tranship_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5643,7 +5712,7 @@ func (x *BlobChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlobChunk.ProtoReflect.Descriptor instead.
 func (*BlobChunk) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{81}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *BlobChunk) GetData() []byte {
@@ -5662,7 +5731,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[82]
+	mi := &file_daemon_control_tranship_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5674,7 +5743,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[82]
+	mi := &file_daemon_control_tranship_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5687,7 +5756,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{82}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *TokenRequest) GetTtlMs() int64 {
@@ -5708,7 +5777,7 @@ type TokenResponse struct {
 
 func (x *TokenResponse) Reset() {
 	*x = TokenResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[83]
+	mi := &file_daemon_control_tranship_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5720,7 +5789,7 @@ func (x *TokenResponse) String() string {
 func (*TokenResponse) ProtoMessage() {}
 
 func (x *TokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[83]
+	mi := &file_daemon_control_tranship_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5733,7 +5802,7 @@ func (x *TokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResponse.ProtoReflect.Descriptor instead.
 func (*TokenResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{83}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *TokenResponse) GetToken() string {
@@ -5766,7 +5835,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[84]
+	mi := &file_daemon_control_tranship_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5778,7 +5847,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[84]
+	mi := &file_daemon_control_tranship_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5791,7 +5860,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{84}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *RevokeRequest) GetNode() string {
@@ -5811,7 +5880,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[85]
+	mi := &file_daemon_control_tranship_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5823,7 +5892,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[85]
+	mi := &file_daemon_control_tranship_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5836,7 +5905,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{85}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *RevokeResponse) GetTold() []string {
@@ -5862,7 +5931,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[86]
+	mi := &file_daemon_control_tranship_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5874,7 +5943,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[86]
+	mi := &file_daemon_control_tranship_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5887,7 +5956,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{86}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -5905,7 +5974,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[87]
+	mi := &file_daemon_control_tranship_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5917,7 +5986,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[87]
+	mi := &file_daemon_control_tranship_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5930,7 +5999,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{87}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{88}
 }
 
 type Papers struct {
@@ -5945,7 +6014,7 @@ type Papers struct {
 
 func (x *Papers) Reset() {
 	*x = Papers{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[88]
+	mi := &file_daemon_control_tranship_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5957,7 +6026,7 @@ func (x *Papers) String() string {
 func (*Papers) ProtoMessage() {}
 
 func (x *Papers) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[88]
+	mi := &file_daemon_control_tranship_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5970,7 +6039,7 @@ func (x *Papers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Papers.ProtoReflect.Descriptor instead.
 func (*Papers) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{88}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *Papers) GetStatement() []byte {
@@ -6011,7 +6080,7 @@ type ExchangeRequest struct {
 
 func (x *ExchangeRequest) Reset() {
 	*x = ExchangeRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[89]
+	mi := &file_daemon_control_tranship_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6023,7 +6092,7 @@ func (x *ExchangeRequest) String() string {
 func (*ExchangeRequest) ProtoMessage() {}
 
 func (x *ExchangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[89]
+	mi := &file_daemon_control_tranship_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6036,7 +6105,7 @@ func (x *ExchangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeRequest.ProtoReflect.Descriptor instead.
 func (*ExchangeRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{89}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ExchangeRequest) GetNumber() uint64 {
@@ -6063,7 +6132,7 @@ type ExchangeResponse struct {
 
 func (x *ExchangeResponse) Reset() {
 	*x = ExchangeResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[90]
+	mi := &file_daemon_control_tranship_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6075,7 +6144,7 @@ func (x *ExchangeResponse) String() string {
 func (*ExchangeResponse) ProtoMessage() {}
 
 func (x *ExchangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[90]
+	mi := &file_daemon_control_tranship_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6088,7 +6157,7 @@ func (x *ExchangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExchangeResponse.ProtoReflect.Descriptor instead.
 func (*ExchangeResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{90}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ExchangeResponse) GetNumber() uint64 {
@@ -6114,7 +6183,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[91]
+	mi := &file_daemon_control_tranship_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6126,7 +6195,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[91]
+	mi := &file_daemon_control_tranship_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6139,7 +6208,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{91}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *RenewRequest) GetRequest() []byte {
@@ -6158,7 +6227,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[92]
+	mi := &file_daemon_control_tranship_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6170,7 +6239,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[92]
+	mi := &file_daemon_control_tranship_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6183,7 +6252,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{92}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *RenewResponse) GetCertificate() []byte {
@@ -6201,7 +6270,7 @@ type DepartRequest struct {
 
 func (x *DepartRequest) Reset() {
 	*x = DepartRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[93]
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6213,7 +6282,7 @@ func (x *DepartRequest) String() string {
 func (*DepartRequest) ProtoMessage() {}
 
 func (x *DepartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[93]
+	mi := &file_daemon_control_tranship_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6226,7 +6295,7 @@ func (x *DepartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DepartRequest.ProtoReflect.Descriptor instead.
 func (*DepartRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{93}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
 }
 
 type DepartResponse struct {
@@ -6237,7 +6306,7 @@ type DepartResponse struct {
 
 func (x *DepartResponse) Reset() {
 	*x = DepartResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6249,7 +6318,7 @@ func (x *DepartResponse) String() string {
 func (*DepartResponse) ProtoMessage() {}
 
 func (x *DepartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[94]
+	mi := &file_daemon_control_tranship_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6262,7 +6331,7 @@ func (x *DepartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DepartResponse.ProtoReflect.Descriptor instead.
 func (*DepartResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{94}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
 }
 
 type FetchRequest struct {
@@ -6277,7 +6346,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6289,7 +6358,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[95]
+	mi := &file_daemon_control_tranship_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6302,7 +6371,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{95}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *FetchRequest) GetId() string {
@@ -6343,7 +6412,7 @@ type PageRun struct {
 
 func (x *PageRun) Reset() {
 	*x = PageRun{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6355,7 +6424,7 @@ func (x *PageRun) String() string {
 func (*PageRun) ProtoMessage() {}
 
 func (x *PageRun) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[96]
+	mi := &file_daemon_control_tranship_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6368,7 +6437,7 @@ func (x *PageRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageRun.ProtoReflect.Descriptor instead.
 func (*PageRun) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{96}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *PageRun) GetAddress() uint64 {
@@ -6396,7 +6465,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6408,7 +6477,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[97]
+	mi := &file_daemon_control_tranship_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6421,7 +6490,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{97}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *FetchResponse) GetContent() []byte {
@@ -6454,7 +6523,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6466,7 +6535,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[98]
+	mi := &file_daemon_control_tranship_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6479,7 +6548,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{98}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ReleaseRequest) GetId() string {
@@ -6497,7 +6566,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6509,7 +6578,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[99]
+	mi := &file_daemon_control_tranship_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6522,7 +6591,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{99}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
 }
 
 type HistoryRequest struct {
@@ -6535,7 +6604,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6547,7 +6616,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[100]
+	mi := &file_daemon_control_tranship_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6560,7 +6629,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{100}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *HistoryRequest) GetNamespace() string {
@@ -6587,7 +6656,7 @@ type HistoryResponse struct {
 
 func (x *HistoryResponse) Reset() {
 	*x = HistoryResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6599,7 +6668,7 @@ func (x *HistoryResponse) String() string {
 func (*HistoryResponse) ProtoMessage() {}
 
 func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[101]
+	mi := &file_daemon_control_tranship_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6612,7 +6681,7 @@ func (x *HistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryResponse.ProtoReflect.Descriptor instead.
 func (*HistoryResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{101}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *HistoryResponse) GetBlocks() [][]byte {
@@ -6637,7 +6706,7 @@ type ClockRequest struct {
 
 func (x *ClockRequest) Reset() {
 	*x = ClockRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6649,7 +6718,7 @@ func (x *ClockRequest) String() string {
 func (*ClockRequest) ProtoMessage() {}
 
 func (x *ClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[102]
+	mi := &file_daemon_control_tranship_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6662,7 +6731,7 @@ func (x *ClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockRequest.ProtoReflect.Descriptor instead.
 func (*ClockRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{102}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
 }
 
 type ClockResponse struct {
@@ -6674,7 +6743,7 @@ type ClockResponse struct {
 
 func (x *ClockResponse) Reset() {
 	*x = ClockResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6686,7 +6755,7 @@ func (x *ClockResponse) String() string {
 func (*ClockResponse) ProtoMessage() {}
 
 func (x *ClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[103]
+	mi := &file_daemon_control_tranship_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6699,7 +6768,7 @@ func (x *ClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClockResponse.ProtoReflect.Descriptor instead.
 func (*ClockResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{103}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ClockResponse) GetUnixNs() int64 {
@@ -6717,7 +6786,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6729,7 +6798,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[104]
+	mi := &file_daemon_control_tranship_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6742,7 +6811,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{104}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
 }
 
 type StatusResponse struct {
@@ -6756,7 +6825,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6768,7 +6837,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[105]
+	mi := &file_daemon_control_tranship_proto_msgTypes[106]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6781,7 +6850,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{105}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
 }
 
 func (x *StatusResponse) GetNode() *Node {
@@ -6825,7 +6894,7 @@ type ReserveRequest struct {
 
 func (x *ReserveRequest) Reset() {
 	*x = ReserveRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6837,7 +6906,7 @@ func (x *ReserveRequest) String() string {
 func (*ReserveRequest) ProtoMessage() {}
 
 func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[106]
+	mi := &file_daemon_control_tranship_proto_msgTypes[107]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6850,7 +6919,7 @@ func (x *ReserveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveRequest.ProtoReflect.Descriptor instead.
 func (*ReserveRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{106}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
 }
 
 func (x *ReserveRequest) GetId() string {
@@ -6947,7 +7016,7 @@ type ReserveResponse struct {
 
 func (x *ReserveResponse) Reset() {
 	*x = ReserveResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6959,7 +7028,7 @@ func (x *ReserveResponse) String() string {
 func (*ReserveResponse) ProtoMessage() {}
 
 func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[107]
+	mi := &file_daemon_control_tranship_proto_msgTypes[108]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6972,7 +7041,7 @@ func (x *ReserveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveResponse.ProtoReflect.Descriptor instead.
 func (*ReserveResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{107}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
 }
 
 func (x *ReserveResponse) GetFindings() []*Finding {
@@ -7000,7 +7069,7 @@ type PrepareRequest struct {
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7012,7 +7081,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[108]
+	mi := &file_daemon_control_tranship_proto_msgTypes[109]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7025,7 +7094,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{108}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
 }
 
 func (x *PrepareRequest) GetId() string {
@@ -7059,7 +7128,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7071,7 +7140,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[109]
+	mi := &file_daemon_control_tranship_proto_msgTypes[110]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7084,7 +7153,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{109}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
 }
 
 func (x *PrepareResponse) GetMissingBlobs() []string {
@@ -7110,7 +7179,7 @@ type RedirectRequest struct {
 
 func (x *RedirectRequest) Reset() {
 	*x = RedirectRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7122,7 +7191,7 @@ func (x *RedirectRequest) String() string {
 func (*RedirectRequest) ProtoMessage() {}
 
 func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[110]
+	mi := &file_daemon_control_tranship_proto_msgTypes[111]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7135,7 +7204,7 @@ func (x *RedirectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectRequest.ProtoReflect.Descriptor instead.
 func (*RedirectRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{110}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
 }
 
 func (x *RedirectRequest) GetId() string {
@@ -7153,7 +7222,7 @@ type RedirectResponse struct {
 
 func (x *RedirectResponse) Reset() {
 	*x = RedirectResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7165,7 +7234,7 @@ func (x *RedirectResponse) String() string {
 func (*RedirectResponse) ProtoMessage() {}
 
 func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[111]
+	mi := &file_daemon_control_tranship_proto_msgTypes[112]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7178,7 +7247,7 @@ func (x *RedirectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedirectResponse.ProtoReflect.Descriptor instead.
 func (*RedirectResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{111}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
 }
 
 type SealRequest struct {
@@ -7193,7 +7262,7 @@ type SealRequest struct {
 
 func (x *SealRequest) Reset() {
 	*x = SealRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7205,7 +7274,7 @@ func (x *SealRequest) String() string {
 func (*SealRequest) ProtoMessage() {}
 
 func (x *SealRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[112]
+	mi := &file_daemon_control_tranship_proto_msgTypes[113]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7218,7 +7287,7 @@ func (x *SealRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
 func (*SealRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{112}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
 }
 
 func (x *SealRequest) GetId() string {
@@ -7258,7 +7327,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7270,7 +7339,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[113]
+	mi := &file_daemon_control_tranship_proto_msgTypes[114]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7283,7 +7352,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{113}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
 }
 
 func (x *SealResponse) GetUnixNs() int64 {
@@ -7302,7 +7371,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7314,7 +7383,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[114]
+	mi := &file_daemon_control_tranship_proto_msgTypes[115]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7327,7 +7396,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{114}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
 }
 
 func (x *CommitRequest) GetId() string {
@@ -7350,7 +7419,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7362,7 +7431,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[115]
+	mi := &file_daemon_control_tranship_proto_msgTypes[116]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7375,7 +7444,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{115}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
 }
 
 func (x *CommitResponse) GetRunning() bool {
@@ -7423,7 +7492,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7435,7 +7504,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[116]
+	mi := &file_daemon_control_tranship_proto_msgTypes[117]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7448,7 +7517,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{116}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
 }
 
 func (x *AbortRequest) GetId() string {
@@ -7473,7 +7542,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7485,7 +7554,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[117]
+	mi := &file_daemon_control_tranship_proto_msgTypes[118]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7498,7 +7567,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{117}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
 }
 
 type DecisionRequest struct {
@@ -7510,7 +7579,7 @@ type DecisionRequest struct {
 
 func (x *DecisionRequest) Reset() {
 	*x = DecisionRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7522,7 +7591,7 @@ func (x *DecisionRequest) String() string {
 func (*DecisionRequest) ProtoMessage() {}
 
 func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[118]
+	mi := &file_daemon_control_tranship_proto_msgTypes[119]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7535,7 +7604,7 @@ func (x *DecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRequest.ProtoReflect.Descriptor instead.
 func (*DecisionRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{118}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
 }
 
 func (x *DecisionRequest) GetId() string {
@@ -7554,7 +7623,7 @@ type DecisionResponse struct {
 
 func (x *DecisionResponse) Reset() {
 	*x = DecisionResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7566,7 +7635,7 @@ func (x *DecisionResponse) String() string {
 func (*DecisionResponse) ProtoMessage() {}
 
 func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[119]
+	mi := &file_daemon_control_tranship_proto_msgTypes[120]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7579,7 +7648,7 @@ func (x *DecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionResponse.ProtoReflect.Descriptor instead.
 func (*DecisionResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{119}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
 }
 
 func (x *DecisionResponse) GetDecision() string {
@@ -7597,7 +7666,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7609,7 +7678,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[120]
+	mi := &file_daemon_control_tranship_proto_msgTypes[121]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7622,7 +7691,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{120}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
 }
 
 type PlanResponse struct {
@@ -7644,7 +7713,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7656,7 +7725,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[121]
+	mi := &file_daemon_control_tranship_proto_msgTypes[122]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7669,7 +7738,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{121}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
 }
 
 func (x *PlanResponse) GetNode() string {
@@ -7759,7 +7828,7 @@ type PlanSpan struct {
 
 func (x *PlanSpan) Reset() {
 	*x = PlanSpan{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7771,7 +7840,7 @@ func (x *PlanSpan) String() string {
 func (*PlanSpan) ProtoMessage() {}
 
 func (x *PlanSpan) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[122]
+	mi := &file_daemon_control_tranship_proto_msgTypes[123]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7784,7 +7853,7 @@ func (x *PlanSpan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSpan.ProtoReflect.Descriptor instead.
 func (*PlanSpan) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{122}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
 }
 
 func (x *PlanSpan) GetUntilMs() int64 {
@@ -7813,7 +7882,7 @@ type HeldRoom struct {
 
 func (x *HeldRoom) Reset() {
 	*x = HeldRoom{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7825,7 +7894,7 @@ func (x *HeldRoom) String() string {
 func (*HeldRoom) ProtoMessage() {}
 
 func (x *HeldRoom) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[123]
+	mi := &file_daemon_control_tranship_proto_msgTypes[124]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7838,7 +7907,7 @@ func (x *HeldRoom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldRoom.ProtoReflect.Descriptor instead.
 func (*HeldRoom) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{123}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
 }
 
 func (x *HeldRoom) GetShard() string {
@@ -7879,7 +7948,7 @@ type PeerFault struct {
 
 func (x *PeerFault) Reset() {
 	*x = PeerFault{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7891,7 +7960,7 @@ func (x *PeerFault) String() string {
 func (*PeerFault) ProtoMessage() {}
 
 func (x *PeerFault) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[124]
+	mi := &file_daemon_control_tranship_proto_msgTypes[125]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7904,7 +7973,7 @@ func (x *PeerFault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerFault.ProtoReflect.Descriptor instead.
 func (*PeerFault) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{124}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
 }
 
 func (x *PeerFault) GetNode() string {
@@ -7931,7 +8000,7 @@ type DecisionsRequest struct {
 
 func (x *DecisionsRequest) Reset() {
 	*x = DecisionsRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7943,7 +8012,7 @@ func (x *DecisionsRequest) String() string {
 func (*DecisionsRequest) ProtoMessage() {}
 
 func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[125]
+	mi := &file_daemon_control_tranship_proto_msgTypes[126]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -7956,7 +8025,7 @@ func (x *DecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsRequest.ProtoReflect.Descriptor instead.
 func (*DecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{125}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
 }
 
 func (x *DecisionsRequest) GetSinceUnixMs() int64 {
@@ -7982,7 +8051,7 @@ type DecisionsResponse struct {
 
 func (x *DecisionsResponse) Reset() {
 	*x = DecisionsResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -7994,7 +8063,7 @@ func (x *DecisionsResponse) String() string {
 func (*DecisionsResponse) ProtoMessage() {}
 
 func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[126]
+	mi := &file_daemon_control_tranship_proto_msgTypes[127]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8007,7 +8076,7 @@ func (x *DecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionsResponse.ProtoReflect.Descriptor instead.
 func (*DecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{126}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
 }
 
 func (x *DecisionsResponse) GetDecisions() []*BalanceDecision {
@@ -8047,7 +8116,7 @@ type BalanceDecision struct {
 
 func (x *BalanceDecision) Reset() {
 	*x = BalanceDecision{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8059,7 +8128,7 @@ func (x *BalanceDecision) String() string {
 func (*BalanceDecision) ProtoMessage() {}
 
 func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[127]
+	mi := &file_daemon_control_tranship_proto_msgTypes[128]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8072,7 +8141,7 @@ func (x *BalanceDecision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceDecision.ProtoReflect.Descriptor instead.
 func (*BalanceDecision) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{127}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
 }
 
 func (x *BalanceDecision) GetId() uint64 {
@@ -8241,7 +8310,7 @@ type BalanceCost struct {
 
 func (x *BalanceCost) Reset() {
 	*x = BalanceCost{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8253,7 +8322,7 @@ func (x *BalanceCost) String() string {
 func (*BalanceCost) ProtoMessage() {}
 
 func (x *BalanceCost) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[128]
+	mi := &file_daemon_control_tranship_proto_msgTypes[129]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8266,7 +8335,7 @@ func (x *BalanceCost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BalanceCost.ProtoReflect.Descriptor instead.
 func (*BalanceCost) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{128}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
 }
 
 func (x *BalanceCost) GetBytes() float64 {
@@ -8308,7 +8377,7 @@ type AskedTarget struct {
 
 func (x *AskedTarget) Reset() {
 	*x = AskedTarget{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8320,7 +8389,7 @@ func (x *AskedTarget) String() string {
 func (*AskedTarget) ProtoMessage() {}
 
 func (x *AskedTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[129]
+	mi := &file_daemon_control_tranship_proto_msgTypes[130]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8333,7 +8402,7 @@ func (x *AskedTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskedTarget.ProtoReflect.Descriptor instead.
 func (*AskedTarget) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{129}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{130}
 }
 
 func (x *AskedTarget) GetNode() string {
@@ -8366,7 +8435,7 @@ type RoomRequest struct {
 
 func (x *RoomRequest) Reset() {
 	*x = RoomRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[130]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8378,7 +8447,7 @@ func (x *RoomRequest) String() string {
 func (*RoomRequest) ProtoMessage() {}
 
 func (x *RoomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[130]
+	mi := &file_daemon_control_tranship_proto_msgTypes[131]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8391,7 +8460,7 @@ func (x *RoomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
 func (*RoomRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{130}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
 }
 
 func (x *RoomRequest) GetImages() []string {
@@ -8422,7 +8491,7 @@ type RoomResponse struct {
 
 func (x *RoomResponse) Reset() {
 	*x = RoomResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[131]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8434,7 +8503,7 @@ func (x *RoomResponse) String() string {
 func (*RoomResponse) ProtoMessage() {}
 
 func (x *RoomResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[131]
+	mi := &file_daemon_control_tranship_proto_msgTypes[132]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8447,7 +8516,7 @@ func (x *RoomResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomResponse.ProtoReflect.Descriptor instead.
 func (*RoomResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{132}
 }
 
 func (x *RoomResponse) GetZone() string {
@@ -8548,7 +8617,7 @@ type BookRequest struct {
 
 func (x *BookRequest) Reset() {
 	*x = BookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[132]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8560,7 +8629,7 @@ func (x *BookRequest) String() string {
 func (*BookRequest) ProtoMessage() {}
 
 func (x *BookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[132]
+	mi := &file_daemon_control_tranship_proto_msgTypes[133]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8573,7 +8642,7 @@ func (x *BookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookRequest.ProtoReflect.Descriptor instead.
 func (*BookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{132}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{133}
 }
 
 func (x *BookRequest) GetNamespace() string {
@@ -8678,7 +8747,7 @@ type BookResponse struct {
 
 func (x *BookResponse) Reset() {
 	*x = BookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[133]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8690,7 +8759,7 @@ func (x *BookResponse) String() string {
 func (*BookResponse) ProtoMessage() {}
 
 func (x *BookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[133]
+	mi := &file_daemon_control_tranship_proto_msgTypes[134]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8703,7 +8772,7 @@ func (x *BookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BookResponse.ProtoReflect.Descriptor instead.
 func (*BookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{133}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{134}
 }
 
 func (x *BookResponse) GetVeto() string {
@@ -8738,7 +8807,7 @@ type UnbookRequest struct {
 
 func (x *UnbookRequest) Reset() {
 	*x = UnbookRequest{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[134]
+	mi := &file_daemon_control_tranship_proto_msgTypes[135]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8750,7 +8819,7 @@ func (x *UnbookRequest) String() string {
 func (*UnbookRequest) ProtoMessage() {}
 
 func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[134]
+	mi := &file_daemon_control_tranship_proto_msgTypes[135]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8763,7 +8832,7 @@ func (x *UnbookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookRequest.ProtoReflect.Descriptor instead.
 func (*UnbookRequest) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{134}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{135}
 }
 
 func (x *UnbookRequest) GetNamespace() string {
@@ -8795,7 +8864,7 @@ type UnbookResponse struct {
 
 func (x *UnbookResponse) Reset() {
 	*x = UnbookResponse{}
-	mi := &file_daemon_control_tranship_proto_msgTypes[135]
+	mi := &file_daemon_control_tranship_proto_msgTypes[136]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -8807,7 +8876,7 @@ func (x *UnbookResponse) String() string {
 func (*UnbookResponse) ProtoMessage() {}
 
 func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_daemon_control_tranship_proto_msgTypes[135]
+	mi := &file_daemon_control_tranship_proto_msgTypes[136]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -8820,7 +8889,7 @@ func (x *UnbookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbookResponse.ProtoReflect.Descriptor instead.
 func (*UnbookResponse) Descriptor() ([]byte, []int) {
-	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{135}
+	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{136}
 }
 
 var File_daemon_control_tranship_proto protoreflect.FileDescriptor
@@ -9219,7 +9288,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\tseason_ms\x18\x05 \x01(\x03R\bseasonMs\x12\x1a\n" +
 	"\bborrowed\x18\x06 \x01(\tR\bborrowed\x128\n" +
 	"\bhorizons\x18\a \x03(\v2\x1c.tranship.v1.ForecastHorizonR\bhorizons\x12-\n" +
-	"\x04path\x18\b \x03(\v2\x19.tranship.v1.ForecastPathR\x04path\"\xb1\x03\n" +
+	"\x04path\x18\b \x03(\v2\x19.tranship.v1.ForecastPathR\x04path\"\xe7\x03\n" +
 	"\x15ChangeWorkloadRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1b\n" +
@@ -9231,13 +9300,20 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x06expect\x18\b \x01(\tR\x06expect\x12\x1c\n" +
 	"\tforwarded\x18\t \x01(\bR\tforwarded\x12F\n" +
 	"\x06prefer\x18\n" +
-	" \x03(\v2..tranship.v1.ChangeWorkloadRequest.PreferEntryR\x06prefer\x1a9\n" +
+	" \x03(\v2..tranship.v1.ChangeWorkloadRequest.PreferEntryR\x06prefer\x124\n" +
+	"\aplanned\x18\v \x03(\v2\x1a.tranship.v1.PlannedShardsR\aplanned\x1a9\n" +
 	"\vPreferEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
 	"\a_shardsB\a\n" +
 	"\x05_cpusB\x0f\n" +
-	"\r_memory_bytes\"`\n" +
+	"\r_memory_bytes\"\x9f\x01\n" +
+	"\rPlannedShards\x12\x1b\n" +
+	"\tspec_json\x18\x01 \x01(\fR\bspecJson\x128\n" +
+	"\x04node\x18\x02 \x03(\v2$.tranship.v1.PlannedShards.NodeEntryR\x04node\x1a7\n" +
+	"\tNodeEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"`\n" +
 	"\fWorkloadStep\x12\x0e\n" +
 	"\x02op\x18\x01 \x01(\tR\x02op\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\tR\x05shard\x12\x12\n" +
@@ -9289,12 +9365,13 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"3\n" +
 	"\x17WorkloadRecordsResponse\x12\x18\n" +
-	"\arecords\x18\x01 \x03(\fR\arecords\"e\n" +
+	"\arecords\x18\x01 \x03(\fR\arecords\"\x7f\n" +
 	"\x11PlaceShardRequest\x12\x1b\n" +
 	"\tspec_json\x18\x01 \x01(\fR\bspecJson\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\rR\x05index\x12\x1d\n" +
 	"\n" +
-	"image_from\x18\x03 \x03(\tR\timageFrom\"X\n" +
+	"image_from\x18\x03 \x03(\tR\timageFrom\x12\x18\n" +
+	"\aprepare\x18\x04 \x01(\bR\aprepare\"X\n" +
 	"\x12PlaceShardResponse\x12(\n" +
 	"\x05shard\x18\x01 \x01(\v2\x12.tranship.v1.ShardR\x05shard\x12\x18\n" +
 	"\arefused\x18\x02 \x01(\tR\arefused\"G\n" +
@@ -9625,7 +9702,7 @@ func file_daemon_control_tranship_proto_rawDescGZIP() []byte {
 	return file_daemon_control_tranship_proto_rawDescData
 }
 
-var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 147)
+var file_daemon_control_tranship_proto_msgTypes = make([]protoimpl.MessageInfo, 149)
 var file_daemon_control_tranship_proto_goTypes = []any{
 	(*Shard)(nil),                   // 0: tranship.v1.Shard
 	(*Mount)(nil),                   // 1: tranship.v1.Mount
@@ -9688,97 +9765,99 @@ var file_daemon_control_tranship_proto_goTypes = []any{
 	(*ForecastPath)(nil),            // 58: tranship.v1.ForecastPath
 	(*ForecastResponse)(nil),        // 59: tranship.v1.ForecastResponse
 	(*ChangeWorkloadRequest)(nil),   // 60: tranship.v1.ChangeWorkloadRequest
-	(*WorkloadStep)(nil),            // 61: tranship.v1.WorkloadStep
-	(*WorkloadEvent)(nil),           // 62: tranship.v1.WorkloadEvent
-	(*WorkloadPlan)(nil),            // 63: tranship.v1.WorkloadPlan
-	(*WorkloadResult)(nil),          // 64: tranship.v1.WorkloadResult
-	(*ListWorkloadsRequest)(nil),    // 65: tranship.v1.ListWorkloadsRequest
-	(*ListWorkloadsResponse)(nil),   // 66: tranship.v1.ListWorkloadsResponse
-	(*Workload)(nil),                // 67: tranship.v1.Workload
-	(*PutWorkloadRequest)(nil),      // 68: tranship.v1.PutWorkloadRequest
-	(*PutWorkloadResponse)(nil),     // 69: tranship.v1.PutWorkloadResponse
-	(*WorkloadRecordsRequest)(nil),  // 70: tranship.v1.WorkloadRecordsRequest
-	(*WorkloadRecordsResponse)(nil), // 71: tranship.v1.WorkloadRecordsResponse
-	(*PlaceShardRequest)(nil),       // 72: tranship.v1.PlaceShardRequest
-	(*PlaceShardResponse)(nil),      // 73: tranship.v1.PlaceShardResponse
-	(*ResizeShardRequest)(nil),      // 74: tranship.v1.ResizeShardRequest
-	(*ResizeShardResponse)(nil),     // 75: tranship.v1.ResizeShardResponse
-	(*EvictShardRequest)(nil),       // 76: tranship.v1.EvictShardRequest
-	(*EvictShardResponse)(nil),      // 77: tranship.v1.EvictShardResponse
-	(*ImageRequest)(nil),            // 78: tranship.v1.ImageRequest
-	(*ImageResponse)(nil),           // 79: tranship.v1.ImageResponse
-	(*BlobRequest)(nil),             // 80: tranship.v1.BlobRequest
-	(*BlobChunk)(nil),               // 81: tranship.v1.BlobChunk
-	(*TokenRequest)(nil),            // 82: tranship.v1.TokenRequest
-	(*TokenResponse)(nil),           // 83: tranship.v1.TokenResponse
-	(*RevokeRequest)(nil),           // 84: tranship.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 85: tranship.v1.RevokeResponse
-	(*LeaveRequest)(nil),            // 86: tranship.v1.LeaveRequest
-	(*LeaveResponse)(nil),           // 87: tranship.v1.LeaveResponse
-	(*Papers)(nil),                  // 88: tranship.v1.Papers
-	(*ExchangeRequest)(nil),         // 89: tranship.v1.ExchangeRequest
-	(*ExchangeResponse)(nil),        // 90: tranship.v1.ExchangeResponse
-	(*RenewRequest)(nil),            // 91: tranship.v1.RenewRequest
-	(*RenewResponse)(nil),           // 92: tranship.v1.RenewResponse
-	(*DepartRequest)(nil),           // 93: tranship.v1.DepartRequest
-	(*DepartResponse)(nil),          // 94: tranship.v1.DepartResponse
-	(*FetchRequest)(nil),            // 95: tranship.v1.FetchRequest
-	(*PageRun)(nil),                 // 96: tranship.v1.PageRun
-	(*FetchResponse)(nil),           // 97: tranship.v1.FetchResponse
-	(*ReleaseRequest)(nil),          // 98: tranship.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 99: tranship.v1.ReleaseResponse
-	(*HistoryRequest)(nil),          // 100: tranship.v1.HistoryRequest
-	(*HistoryResponse)(nil),         // 101: tranship.v1.HistoryResponse
-	(*ClockRequest)(nil),            // 102: tranship.v1.ClockRequest
-	(*ClockResponse)(nil),           // 103: tranship.v1.ClockResponse
-	(*StatusRequest)(nil),           // 104: tranship.v1.StatusRequest
-	(*StatusResponse)(nil),          // 105: tranship.v1.StatusResponse
-	(*ReserveRequest)(nil),          // 106: tranship.v1.ReserveRequest
-	(*ReserveResponse)(nil),         // 107: tranship.v1.ReserveResponse
-	(*PrepareRequest)(nil),          // 108: tranship.v1.PrepareRequest
-	(*PrepareResponse)(nil),         // 109: tranship.v1.PrepareResponse
-	(*RedirectRequest)(nil),         // 110: tranship.v1.RedirectRequest
-	(*RedirectResponse)(nil),        // 111: tranship.v1.RedirectResponse
-	(*SealRequest)(nil),             // 112: tranship.v1.SealRequest
-	(*SealResponse)(nil),            // 113: tranship.v1.SealResponse
-	(*CommitRequest)(nil),           // 114: tranship.v1.CommitRequest
-	(*CommitResponse)(nil),          // 115: tranship.v1.CommitResponse
-	(*AbortRequest)(nil),            // 116: tranship.v1.AbortRequest
-	(*AbortResponse)(nil),           // 117: tranship.v1.AbortResponse
-	(*DecisionRequest)(nil),         // 118: tranship.v1.DecisionRequest
-	(*DecisionResponse)(nil),        // 119: tranship.v1.DecisionResponse
-	(*PlanRequest)(nil),             // 120: tranship.v1.PlanRequest
-	(*PlanResponse)(nil),            // 121: tranship.v1.PlanResponse
-	(*PlanSpan)(nil),                // 122: tranship.v1.PlanSpan
-	(*HeldRoom)(nil),                // 123: tranship.v1.HeldRoom
-	(*PeerFault)(nil),               // 124: tranship.v1.PeerFault
-	(*DecisionsRequest)(nil),        // 125: tranship.v1.DecisionsRequest
-	(*DecisionsResponse)(nil),       // 126: tranship.v1.DecisionsResponse
-	(*BalanceDecision)(nil),         // 127: tranship.v1.BalanceDecision
-	(*BalanceCost)(nil),             // 128: tranship.v1.BalanceCost
-	(*AskedTarget)(nil),             // 129: tranship.v1.AskedTarget
-	(*RoomRequest)(nil),             // 130: tranship.v1.RoomRequest
-	(*RoomResponse)(nil),            // 131: tranship.v1.RoomResponse
-	(*BookRequest)(nil),             // 132: tranship.v1.BookRequest
-	(*BookResponse)(nil),            // 133: tranship.v1.BookResponse
-	(*UnbookRequest)(nil),           // 134: tranship.v1.UnbookRequest
-	(*UnbookResponse)(nil),          // 135: tranship.v1.UnbookResponse
-	nil,                             // 136: tranship.v1.Shard.LabelsEntry
-	nil,                             // 137: tranship.v1.RunRequest.LabelsEntry
-	nil,                             // 138: tranship.v1.Node.LabelsEntry
-	nil,                             // 139: tranship.v1.HostLoad.RatesEntry
-	nil,                             // 140: tranship.v1.ShardLoad.RatesEntry
-	nil,                             // 141: tranship.v1.ShardLoad.AbsentEntry
-	nil,                             // 142: tranship.v1.LoadPoint.MeanEntry
-	nil,                             // 143: tranship.v1.LoadPoint.PeakEntry
-	nil,                             // 144: tranship.v1.ChangeWorkloadRequest.PreferEntry
-	nil,                             // 145: tranship.v1.WorkloadRecordsRequest.KnownEntry
-	nil,                             // 146: tranship.v1.RoomResponse.LabelsEntry
+	(*PlannedShards)(nil),           // 61: tranship.v1.PlannedShards
+	(*WorkloadStep)(nil),            // 62: tranship.v1.WorkloadStep
+	(*WorkloadEvent)(nil),           // 63: tranship.v1.WorkloadEvent
+	(*WorkloadPlan)(nil),            // 64: tranship.v1.WorkloadPlan
+	(*WorkloadResult)(nil),          // 65: tranship.v1.WorkloadResult
+	(*ListWorkloadsRequest)(nil),    // 66: tranship.v1.ListWorkloadsRequest
+	(*ListWorkloadsResponse)(nil),   // 67: tranship.v1.ListWorkloadsResponse
+	(*Workload)(nil),                // 68: tranship.v1.Workload
+	(*PutWorkloadRequest)(nil),      // 69: tranship.v1.PutWorkloadRequest
+	(*PutWorkloadResponse)(nil),     // 70: tranship.v1.PutWorkloadResponse
+	(*WorkloadRecordsRequest)(nil),  // 71: tranship.v1.WorkloadRecordsRequest
+	(*WorkloadRecordsResponse)(nil), // 72: tranship.v1.WorkloadRecordsResponse
+	(*PlaceShardRequest)(nil),       // 73: tranship.v1.PlaceShardRequest
+	(*PlaceShardResponse)(nil),      // 74: tranship.v1.PlaceShardResponse
+	(*ResizeShardRequest)(nil),      // 75: tranship.v1.ResizeShardRequest
+	(*ResizeShardResponse)(nil),     // 76: tranship.v1.ResizeShardResponse
+	(*EvictShardRequest)(nil),       // 77: tranship.v1.EvictShardRequest
+	(*EvictShardResponse)(nil),      // 78: tranship.v1.EvictShardResponse
+	(*ImageRequest)(nil),            // 79: tranship.v1.ImageRequest
+	(*ImageResponse)(nil),           // 80: tranship.v1.ImageResponse
+	(*BlobRequest)(nil),             // 81: tranship.v1.BlobRequest
+	(*BlobChunk)(nil),               // 82: tranship.v1.BlobChunk
+	(*TokenRequest)(nil),            // 83: tranship.v1.TokenRequest
+	(*TokenResponse)(nil),           // 84: tranship.v1.TokenResponse
+	(*RevokeRequest)(nil),           // 85: tranship.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 86: tranship.v1.RevokeResponse
+	(*LeaveRequest)(nil),            // 87: tranship.v1.LeaveRequest
+	(*LeaveResponse)(nil),           // 88: tranship.v1.LeaveResponse
+	(*Papers)(nil),                  // 89: tranship.v1.Papers
+	(*ExchangeRequest)(nil),         // 90: tranship.v1.ExchangeRequest
+	(*ExchangeResponse)(nil),        // 91: tranship.v1.ExchangeResponse
+	(*RenewRequest)(nil),            // 92: tranship.v1.RenewRequest
+	(*RenewResponse)(nil),           // 93: tranship.v1.RenewResponse
+	(*DepartRequest)(nil),           // 94: tranship.v1.DepartRequest
+	(*DepartResponse)(nil),          // 95: tranship.v1.DepartResponse
+	(*FetchRequest)(nil),            // 96: tranship.v1.FetchRequest
+	(*PageRun)(nil),                 // 97: tranship.v1.PageRun
+	(*FetchResponse)(nil),           // 98: tranship.v1.FetchResponse
+	(*ReleaseRequest)(nil),          // 99: tranship.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 100: tranship.v1.ReleaseResponse
+	(*HistoryRequest)(nil),          // 101: tranship.v1.HistoryRequest
+	(*HistoryResponse)(nil),         // 102: tranship.v1.HistoryResponse
+	(*ClockRequest)(nil),            // 103: tranship.v1.ClockRequest
+	(*ClockResponse)(nil),           // 104: tranship.v1.ClockResponse
+	(*StatusRequest)(nil),           // 105: tranship.v1.StatusRequest
+	(*StatusResponse)(nil),          // 106: tranship.v1.StatusResponse
+	(*ReserveRequest)(nil),          // 107: tranship.v1.ReserveRequest
+	(*ReserveResponse)(nil),         // 108: tranship.v1.ReserveResponse
+	(*PrepareRequest)(nil),          // 109: tranship.v1.PrepareRequest
+	(*PrepareResponse)(nil),         // 110: tranship.v1.PrepareResponse
+	(*RedirectRequest)(nil),         // 111: tranship.v1.RedirectRequest
+	(*RedirectResponse)(nil),        // 112: tranship.v1.RedirectResponse
+	(*SealRequest)(nil),             // 113: tranship.v1.SealRequest
+	(*SealResponse)(nil),            // 114: tranship.v1.SealResponse
+	(*CommitRequest)(nil),           // 115: tranship.v1.CommitRequest
+	(*CommitResponse)(nil),          // 116: tranship.v1.CommitResponse
+	(*AbortRequest)(nil),            // 117: tranship.v1.AbortRequest
+	(*AbortResponse)(nil),           // 118: tranship.v1.AbortResponse
+	(*DecisionRequest)(nil),         // 119: tranship.v1.DecisionRequest
+	(*DecisionResponse)(nil),        // 120: tranship.v1.DecisionResponse
+	(*PlanRequest)(nil),             // 121: tranship.v1.PlanRequest
+	(*PlanResponse)(nil),            // 122: tranship.v1.PlanResponse
+	(*PlanSpan)(nil),                // 123: tranship.v1.PlanSpan
+	(*HeldRoom)(nil),                // 124: tranship.v1.HeldRoom
+	(*PeerFault)(nil),               // 125: tranship.v1.PeerFault
+	(*DecisionsRequest)(nil),        // 126: tranship.v1.DecisionsRequest
+	(*DecisionsResponse)(nil),       // 127: tranship.v1.DecisionsResponse
+	(*BalanceDecision)(nil),         // 128: tranship.v1.BalanceDecision
+	(*BalanceCost)(nil),             // 129: tranship.v1.BalanceCost
+	(*AskedTarget)(nil),             // 130: tranship.v1.AskedTarget
+	(*RoomRequest)(nil),             // 131: tranship.v1.RoomRequest
+	(*RoomResponse)(nil),            // 132: tranship.v1.RoomResponse
+	(*BookRequest)(nil),             // 133: tranship.v1.BookRequest
+	(*BookResponse)(nil),            // 134: tranship.v1.BookResponse
+	(*UnbookRequest)(nil),           // 135: tranship.v1.UnbookRequest
+	(*UnbookResponse)(nil),          // 136: tranship.v1.UnbookResponse
+	nil,                             // 137: tranship.v1.Shard.LabelsEntry
+	nil,                             // 138: tranship.v1.RunRequest.LabelsEntry
+	nil,                             // 139: tranship.v1.Node.LabelsEntry
+	nil,                             // 140: tranship.v1.HostLoad.RatesEntry
+	nil,                             // 141: tranship.v1.ShardLoad.RatesEntry
+	nil,                             // 142: tranship.v1.ShardLoad.AbsentEntry
+	nil,                             // 143: tranship.v1.LoadPoint.MeanEntry
+	nil,                             // 144: tranship.v1.LoadPoint.PeakEntry
+	nil,                             // 145: tranship.v1.ChangeWorkloadRequest.PreferEntry
+	nil,                             // 146: tranship.v1.PlannedShards.NodeEntry
+	nil,                             // 147: tranship.v1.WorkloadRecordsRequest.KnownEntry
+	nil,                             // 148: tranship.v1.RoomResponse.LabelsEntry
 }
 var file_daemon_control_tranship_proto_depIdxs = []int32{
-	136, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
+	137, // 0: tranship.v1.Shard.labels:type_name -> tranship.v1.Shard.LabelsEntry
 	1,   // 1: tranship.v1.RunRequest.mounts:type_name -> tranship.v1.Mount
-	137, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
+	138, // 2: tranship.v1.RunRequest.labels:type_name -> tranship.v1.RunRequest.LabelsEntry
 	0,   // 3: tranship.v1.RunResponse.shard:type_name -> tranship.v1.Shard
 	0,   // 4: tranship.v1.ListShardsResponse.shards:type_name -> tranship.v1.Shard
 	0,   // 5: tranship.v1.InspectResponse.shard:type_name -> tranship.v1.Shard
@@ -9787,7 +9866,7 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	19,  // 8: tranship.v1.DrainResult.moved:type_name -> tranship.v1.DrainedShard
 	19,  // 9: tranship.v1.DrainResult.stayed:type_name -> tranship.v1.DrainedShard
 	23,  // 10: tranship.v1.Node.versions:type_name -> tranship.v1.Versions
-	138, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
+	139, // 11: tranship.v1.Node.labels:type_name -> tranship.v1.Node.LabelsEntry
 	22,  // 12: tranship.v1.ListNodesResponse.nodes:type_name -> tranship.v1.Node
 	23,  // 13: tranship.v1.VersionResponse.versions:type_name -> tranship.v1.Versions
 	29,  // 14: tranship.v1.CheckResponse.findings:type_name -> tranship.v1.Finding
@@ -9803,168 +9882,170 @@ var file_daemon_control_tranship_proto_depIdxs = []int32{
 	37,  // 24: tranship.v1.ResolveResponse.migration:type_name -> tranship.v1.Migration
 	47,  // 25: tranship.v1.LoadResponse.hosts:type_name -> tranship.v1.HostLoad
 	48,  // 26: tranship.v1.LoadResponse.shards:type_name -> tranship.v1.ShardLoad
-	139, // 27: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
+	140, // 27: tranship.v1.HostLoad.rates:type_name -> tranship.v1.HostLoad.RatesEntry
 	46,  // 28: tranship.v1.HostLoad.sources:type_name -> tranship.v1.SignalSource
-	140, // 29: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
-	141, // 30: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
-	142, // 31: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
-	143, // 32: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
+	141, // 29: tranship.v1.ShardLoad.rates:type_name -> tranship.v1.ShardLoad.RatesEntry
+	142, // 30: tranship.v1.ShardLoad.absent:type_name -> tranship.v1.ShardLoad.AbsentEntry
+	143, // 31: tranship.v1.LoadPoint.mean:type_name -> tranship.v1.LoadPoint.MeanEntry
+	144, // 32: tranship.v1.LoadPoint.peak:type_name -> tranship.v1.LoadPoint.PeakEntry
 	50,  // 33: tranship.v1.PointsResponse.points:type_name -> tranship.v1.LoadPoint
 	55,  // 34: tranship.v1.ForecastHorizon.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	56,  // 35: tranship.v1.ForecastHorizon.members:type_name -> tranship.v1.ForecastWeight
 	55,  // 36: tranship.v1.ForecastPath.quantiles:type_name -> tranship.v1.ForecastQuantiles
 	57,  // 37: tranship.v1.ForecastResponse.horizons:type_name -> tranship.v1.ForecastHorizon
 	58,  // 38: tranship.v1.ForecastResponse.path:type_name -> tranship.v1.ForecastPath
-	144, // 39: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
-	63,  // 40: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
-	64,  // 41: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
-	61,  // 42: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
-	67,  // 43: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
-	0,   // 44: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
-	145, // 45: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
-	0,   // 46: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
-	0,   // 47: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
-	88,  // 48: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
-	88,  // 49: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
-	96,  // 50: tranship.v1.FetchRequest.runs:type_name -> tranship.v1.PageRun
-	22,  // 51: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
-	0,   // 52: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
-	0,   // 53: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
-	23,  // 54: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
-	1,   // 55: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
-	29,  // 56: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
-	34,  // 57: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
-	122, // 58: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
-	127, // 59: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	123, // 60: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
-	124, // 61: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
-	127, // 62: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
-	128, // 63: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
-	128, // 64: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
-	129, // 65: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
-	146, // 66: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
-	128, // 67: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
-	2,   // 68: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
-	4,   // 69: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
-	6,   // 70: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
-	8,   // 71: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
-	10,  // 72: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
-	12,  // 73: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
-	24,  // 74: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
-	26,  // 75: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
-	14,  // 76: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 77: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 78: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	28,  // 79: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
-	31,  // 80: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
-	38,  // 81: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
-	40,  // 82: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
-	42,  // 83: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
-	44,  // 84: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
-	49,  // 85: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
-	52,  // 86: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
-	54,  // 87: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
-	60,  // 88: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	65,  // 89: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
-	60,  // 90: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
-	68,  // 91: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
-	70,  // 92: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
-	72,  // 93: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
-	74,  // 94: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
-	76,  // 95: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
-	78,  // 96: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
-	80,  // 97: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
-	82,  // 98: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
-	84,  // 99: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
-	86,  // 100: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
-	89,  // 101: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
-	91,  // 102: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
-	93,  // 103: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
-	14,  // 104: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
-	16,  // 105: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
-	20,  // 106: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
-	104, // 107: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
-	102, // 108: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
-	106, // 109: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
-	108, // 110: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
-	110, // 111: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
-	112, // 112: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
-	114, // 113: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
-	116, // 114: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
-	44,  // 115: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
-	100, // 116: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
-	2,   // 117: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
-	118, // 118: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
-	95,  // 119: tranship.v1.Peer.Fetch:input_type -> tranship.v1.FetchRequest
-	98,  // 120: tranship.v1.Peer.Release:input_type -> tranship.v1.ReleaseRequest
-	120, // 121: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
-	125, // 122: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
-	130, // 123: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
-	132, // 124: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
-	134, // 125: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
-	3,   // 126: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
-	5,   // 127: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
-	7,   // 128: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
-	9,   // 129: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
-	11,  // 130: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
-	13,  // 131: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
-	25,  // 132: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
-	27,  // 133: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
-	15,  // 134: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 135: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 136: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	30,  // 137: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
-	32,  // 138: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
-	39,  // 139: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
-	41,  // 140: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
-	43,  // 141: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
-	45,  // 142: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
-	51,  // 143: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
-	53,  // 144: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
-	59,  // 145: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
-	62,  // 146: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
-	66,  // 147: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
-	62,  // 148: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
-	69,  // 149: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
-	71,  // 150: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
-	73,  // 151: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
-	75,  // 152: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
-	77,  // 153: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
-	79,  // 154: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
-	81,  // 155: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
-	83,  // 156: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
-	85,  // 157: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
-	87,  // 158: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
-	90,  // 159: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
-	92,  // 160: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
-	94,  // 161: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
-	15,  // 162: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
-	17,  // 163: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
-	21,  // 164: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
-	105, // 165: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
-	103, // 166: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
-	107, // 167: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
-	109, // 168: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
-	111, // 169: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
-	113, // 170: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
-	115, // 171: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
-	117, // 172: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
-	45,  // 173: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
-	101, // 174: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
-	3,   // 175: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
-	119, // 176: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
-	97,  // 177: tranship.v1.Peer.Fetch:output_type -> tranship.v1.FetchResponse
-	99,  // 178: tranship.v1.Peer.Release:output_type -> tranship.v1.ReleaseResponse
-	121, // 179: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
-	126, // 180: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
-	131, // 181: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
-	133, // 182: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
-	135, // 183: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
-	126, // [126:184] is the sub-list for method output_type
-	68,  // [68:126] is the sub-list for method input_type
-	68,  // [68:68] is the sub-list for extension type_name
-	68,  // [68:68] is the sub-list for extension extendee
-	0,   // [0:68] is the sub-list for field type_name
+	145, // 39: tranship.v1.ChangeWorkloadRequest.prefer:type_name -> tranship.v1.ChangeWorkloadRequest.PreferEntry
+	61,  // 40: tranship.v1.ChangeWorkloadRequest.planned:type_name -> tranship.v1.PlannedShards
+	146, // 41: tranship.v1.PlannedShards.node:type_name -> tranship.v1.PlannedShards.NodeEntry
+	64,  // 42: tranship.v1.WorkloadEvent.plan:type_name -> tranship.v1.WorkloadPlan
+	65,  // 43: tranship.v1.WorkloadEvent.result:type_name -> tranship.v1.WorkloadResult
+	62,  // 44: tranship.v1.WorkloadPlan.steps:type_name -> tranship.v1.WorkloadStep
+	68,  // 45: tranship.v1.ListWorkloadsResponse.workloads:type_name -> tranship.v1.Workload
+	0,   // 46: tranship.v1.Workload.shards:type_name -> tranship.v1.Shard
+	147, // 47: tranship.v1.WorkloadRecordsRequest.known:type_name -> tranship.v1.WorkloadRecordsRequest.KnownEntry
+	0,   // 48: tranship.v1.PlaceShardResponse.shard:type_name -> tranship.v1.Shard
+	0,   // 49: tranship.v1.ResizeShardResponse.shard:type_name -> tranship.v1.Shard
+	89,  // 50: tranship.v1.ExchangeRequest.papers:type_name -> tranship.v1.Papers
+	89,  // 51: tranship.v1.ExchangeResponse.papers:type_name -> tranship.v1.Papers
+	97,  // 52: tranship.v1.FetchRequest.runs:type_name -> tranship.v1.PageRun
+	22,  // 53: tranship.v1.StatusResponse.node:type_name -> tranship.v1.Node
+	0,   // 54: tranship.v1.StatusResponse.shards:type_name -> tranship.v1.Shard
+	0,   // 55: tranship.v1.ReserveRequest.shard:type_name -> tranship.v1.Shard
+	23,  // 56: tranship.v1.ReserveRequest.versions:type_name -> tranship.v1.Versions
+	1,   // 57: tranship.v1.ReserveRequest.mounts:type_name -> tranship.v1.Mount
+	29,  // 58: tranship.v1.ReserveResponse.findings:type_name -> tranship.v1.Finding
+	34,  // 59: tranship.v1.CommitResponse.steps:type_name -> tranship.v1.Phase
+	123, // 60: tranship.v1.PlanResponse.spans:type_name -> tranship.v1.PlanSpan
+	128, // 61: tranship.v1.PlanResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	124, // 62: tranship.v1.PlanResponse.held:type_name -> tranship.v1.HeldRoom
+	125, // 63: tranship.v1.PlanResponse.faults:type_name -> tranship.v1.PeerFault
+	128, // 64: tranship.v1.DecisionsResponse.decisions:type_name -> tranship.v1.BalanceDecision
+	129, // 65: tranship.v1.BalanceDecision.expected:type_name -> tranship.v1.BalanceCost
+	129, // 66: tranship.v1.BalanceDecision.real:type_name -> tranship.v1.BalanceCost
+	130, // 67: tranship.v1.BalanceDecision.asked:type_name -> tranship.v1.AskedTarget
+	148, // 68: tranship.v1.RoomResponse.labels:type_name -> tranship.v1.RoomResponse.LabelsEntry
+	129, // 69: tranship.v1.UnbookRequest.cost:type_name -> tranship.v1.BalanceCost
+	2,   // 70: tranship.v1.Shards.Run:input_type -> tranship.v1.RunRequest
+	4,   // 71: tranship.v1.Shards.List:input_type -> tranship.v1.ListShardsRequest
+	6,   // 72: tranship.v1.Shards.Inspect:input_type -> tranship.v1.InspectRequest
+	8,   // 73: tranship.v1.Shards.Logs:input_type -> tranship.v1.LogsRequest
+	10,  // 74: tranship.v1.Shards.Stop:input_type -> tranship.v1.StopRequest
+	12,  // 75: tranship.v1.Shards.Remove:input_type -> tranship.v1.RemoveRequest
+	24,  // 76: tranship.v1.Nodes.ListNodes:input_type -> tranship.v1.ListNodesRequest
+	26,  // 77: tranship.v1.Nodes.Version:input_type -> tranship.v1.VersionRequest
+	14,  // 78: tranship.v1.Nodes.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 79: tranship.v1.Nodes.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 80: tranship.v1.Nodes.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	28,  // 81: tranship.v1.Migrations.Check:input_type -> tranship.v1.CheckRequest
+	31,  // 82: tranship.v1.Migrations.Migrate:input_type -> tranship.v1.MigrateRequest
+	38,  // 83: tranship.v1.Migrations.Cancel:input_type -> tranship.v1.CancelRequest
+	40,  // 84: tranship.v1.Migrations.ListMigrations:input_type -> tranship.v1.ListMigrationsRequest
+	42,  // 85: tranship.v1.Migrations.Resolve:input_type -> tranship.v1.ResolveRequest
+	44,  // 86: tranship.v1.Profiles.Load:input_type -> tranship.v1.LoadRequest
+	49,  // 87: tranship.v1.Profiles.Points:input_type -> tranship.v1.PointsRequest
+	52,  // 88: tranship.v1.Profiles.DirtyRate:input_type -> tranship.v1.DirtyRateRequest
+	54,  // 89: tranship.v1.Profiles.Forecast:input_type -> tranship.v1.ForecastRequest
+	60,  // 90: tranship.v1.Workloads.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	66,  // 91: tranship.v1.Workloads.ListWorkloads:input_type -> tranship.v1.ListWorkloadsRequest
+	60,  // 92: tranship.v1.WorkloadHosts.Change:input_type -> tranship.v1.ChangeWorkloadRequest
+	69,  // 93: tranship.v1.WorkloadHosts.Put:input_type -> tranship.v1.PutWorkloadRequest
+	71,  // 94: tranship.v1.WorkloadHosts.Records:input_type -> tranship.v1.WorkloadRecordsRequest
+	73,  // 95: tranship.v1.WorkloadHosts.Place:input_type -> tranship.v1.PlaceShardRequest
+	75,  // 96: tranship.v1.WorkloadHosts.Resize:input_type -> tranship.v1.ResizeShardRequest
+	77,  // 97: tranship.v1.WorkloadHosts.Evict:input_type -> tranship.v1.EvictShardRequest
+	79,  // 98: tranship.v1.WorkloadHosts.Image:input_type -> tranship.v1.ImageRequest
+	81,  // 99: tranship.v1.WorkloadHosts.Blob:input_type -> tranship.v1.BlobRequest
+	83,  // 100: tranship.v1.Cluster.Token:input_type -> tranship.v1.TokenRequest
+	85,  // 101: tranship.v1.Cluster.Revoke:input_type -> tranship.v1.RevokeRequest
+	87,  // 102: tranship.v1.Cluster.Leave:input_type -> tranship.v1.LeaveRequest
+	90,  // 103: tranship.v1.Pool.Exchange:input_type -> tranship.v1.ExchangeRequest
+	92,  // 104: tranship.v1.Pool.Renew:input_type -> tranship.v1.RenewRequest
+	94,  // 105: tranship.v1.Pool.Depart:input_type -> tranship.v1.DepartRequest
+	14,  // 106: tranship.v1.Pool.Cordon:input_type -> tranship.v1.CordonRequest
+	16,  // 107: tranship.v1.Pool.Drain:input_type -> tranship.v1.DrainRequest
+	20,  // 108: tranship.v1.Pool.StopDrain:input_type -> tranship.v1.StopDrainRequest
+	105, // 109: tranship.v1.Peer.Status:input_type -> tranship.v1.StatusRequest
+	103, // 110: tranship.v1.Peer.Clock:input_type -> tranship.v1.ClockRequest
+	107, // 111: tranship.v1.Peer.Reserve:input_type -> tranship.v1.ReserveRequest
+	109, // 112: tranship.v1.Peer.Prepare:input_type -> tranship.v1.PrepareRequest
+	111, // 113: tranship.v1.Peer.Redirect:input_type -> tranship.v1.RedirectRequest
+	113, // 114: tranship.v1.Peer.Seal:input_type -> tranship.v1.SealRequest
+	115, // 115: tranship.v1.Peer.Commit:input_type -> tranship.v1.CommitRequest
+	117, // 116: tranship.v1.Peer.Abort:input_type -> tranship.v1.AbortRequest
+	44,  // 117: tranship.v1.Peer.Load:input_type -> tranship.v1.LoadRequest
+	101, // 118: tranship.v1.Peer.History:input_type -> tranship.v1.HistoryRequest
+	2,   // 119: tranship.v1.Peer.Run:input_type -> tranship.v1.RunRequest
+	119, // 120: tranship.v1.Peer.Decision:input_type -> tranship.v1.DecisionRequest
+	96,  // 121: tranship.v1.Peer.Fetch:input_type -> tranship.v1.FetchRequest
+	99,  // 122: tranship.v1.Peer.Release:input_type -> tranship.v1.ReleaseRequest
+	121, // 123: tranship.v1.Balance.Plan:input_type -> tranship.v1.PlanRequest
+	126, // 124: tranship.v1.Balance.Decisions:input_type -> tranship.v1.DecisionsRequest
+	131, // 125: tranship.v1.Rooms.Room:input_type -> tranship.v1.RoomRequest
+	133, // 126: tranship.v1.Rooms.Book:input_type -> tranship.v1.BookRequest
+	135, // 127: tranship.v1.Rooms.Unbook:input_type -> tranship.v1.UnbookRequest
+	3,   // 128: tranship.v1.Shards.Run:output_type -> tranship.v1.RunResponse
+	5,   // 129: tranship.v1.Shards.List:output_type -> tranship.v1.ListShardsResponse
+	7,   // 130: tranship.v1.Shards.Inspect:output_type -> tranship.v1.InspectResponse
+	9,   // 131: tranship.v1.Shards.Logs:output_type -> tranship.v1.LogsChunk
+	11,  // 132: tranship.v1.Shards.Stop:output_type -> tranship.v1.StopResponse
+	13,  // 133: tranship.v1.Shards.Remove:output_type -> tranship.v1.RemoveResponse
+	25,  // 134: tranship.v1.Nodes.ListNodes:output_type -> tranship.v1.ListNodesResponse
+	27,  // 135: tranship.v1.Nodes.Version:output_type -> tranship.v1.VersionResponse
+	15,  // 136: tranship.v1.Nodes.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 137: tranship.v1.Nodes.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 138: tranship.v1.Nodes.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	30,  // 139: tranship.v1.Migrations.Check:output_type -> tranship.v1.CheckResponse
+	32,  // 140: tranship.v1.Migrations.Migrate:output_type -> tranship.v1.MigrateEvent
+	39,  // 141: tranship.v1.Migrations.Cancel:output_type -> tranship.v1.CancelResponse
+	41,  // 142: tranship.v1.Migrations.ListMigrations:output_type -> tranship.v1.ListMigrationsResponse
+	43,  // 143: tranship.v1.Migrations.Resolve:output_type -> tranship.v1.ResolveResponse
+	45,  // 144: tranship.v1.Profiles.Load:output_type -> tranship.v1.LoadResponse
+	51,  // 145: tranship.v1.Profiles.Points:output_type -> tranship.v1.PointsResponse
+	53,  // 146: tranship.v1.Profiles.DirtyRate:output_type -> tranship.v1.DirtyRateResponse
+	59,  // 147: tranship.v1.Profiles.Forecast:output_type -> tranship.v1.ForecastResponse
+	63,  // 148: tranship.v1.Workloads.Change:output_type -> tranship.v1.WorkloadEvent
+	67,  // 149: tranship.v1.Workloads.ListWorkloads:output_type -> tranship.v1.ListWorkloadsResponse
+	63,  // 150: tranship.v1.WorkloadHosts.Change:output_type -> tranship.v1.WorkloadEvent
+	70,  // 151: tranship.v1.WorkloadHosts.Put:output_type -> tranship.v1.PutWorkloadResponse
+	72,  // 152: tranship.v1.WorkloadHosts.Records:output_type -> tranship.v1.WorkloadRecordsResponse
+	74,  // 153: tranship.v1.WorkloadHosts.Place:output_type -> tranship.v1.PlaceShardResponse
+	76,  // 154: tranship.v1.WorkloadHosts.Resize:output_type -> tranship.v1.ResizeShardResponse
+	78,  // 155: tranship.v1.WorkloadHosts.Evict:output_type -> tranship.v1.EvictShardResponse
+	80,  // 156: tranship.v1.WorkloadHosts.Image:output_type -> tranship.v1.ImageResponse
+	82,  // 157: tranship.v1.WorkloadHosts.Blob:output_type -> tranship.v1.BlobChunk
+	84,  // 158: tranship.v1.Cluster.Token:output_type -> tranship.v1.TokenResponse
+	86,  // 159: tranship.v1.Cluster.Revoke:output_type -> tranship.v1.RevokeResponse
+	88,  // 160: tranship.v1.Cluster.Leave:output_type -> tranship.v1.LeaveResponse
+	91,  // 161: tranship.v1.Pool.Exchange:output_type -> tranship.v1.ExchangeResponse
+	93,  // 162: tranship.v1.Pool.Renew:output_type -> tranship.v1.RenewResponse
+	95,  // 163: tranship.v1.Pool.Depart:output_type -> tranship.v1.DepartResponse
+	15,  // 164: tranship.v1.Pool.Cordon:output_type -> tranship.v1.CordonResponse
+	17,  // 165: tranship.v1.Pool.Drain:output_type -> tranship.v1.DrainEvent
+	21,  // 166: tranship.v1.Pool.StopDrain:output_type -> tranship.v1.StopDrainResponse
+	106, // 167: tranship.v1.Peer.Status:output_type -> tranship.v1.StatusResponse
+	104, // 168: tranship.v1.Peer.Clock:output_type -> tranship.v1.ClockResponse
+	108, // 169: tranship.v1.Peer.Reserve:output_type -> tranship.v1.ReserveResponse
+	110, // 170: tranship.v1.Peer.Prepare:output_type -> tranship.v1.PrepareResponse
+	112, // 171: tranship.v1.Peer.Redirect:output_type -> tranship.v1.RedirectResponse
+	114, // 172: tranship.v1.Peer.Seal:output_type -> tranship.v1.SealResponse
+	116, // 173: tranship.v1.Peer.Commit:output_type -> tranship.v1.CommitResponse
+	118, // 174: tranship.v1.Peer.Abort:output_type -> tranship.v1.AbortResponse
+	45,  // 175: tranship.v1.Peer.Load:output_type -> tranship.v1.LoadResponse
+	102, // 176: tranship.v1.Peer.History:output_type -> tranship.v1.HistoryResponse
+	3,   // 177: tranship.v1.Peer.Run:output_type -> tranship.v1.RunResponse
+	120, // 178: tranship.v1.Peer.Decision:output_type -> tranship.v1.DecisionResponse
+	98,  // 179: tranship.v1.Peer.Fetch:output_type -> tranship.v1.FetchResponse
+	100, // 180: tranship.v1.Peer.Release:output_type -> tranship.v1.ReleaseResponse
+	122, // 181: tranship.v1.Balance.Plan:output_type -> tranship.v1.PlanResponse
+	127, // 182: tranship.v1.Balance.Decisions:output_type -> tranship.v1.DecisionsResponse
+	132, // 183: tranship.v1.Rooms.Room:output_type -> tranship.v1.RoomResponse
+	134, // 184: tranship.v1.Rooms.Book:output_type -> tranship.v1.BookResponse
+	136, // 185: tranship.v1.Rooms.Unbook:output_type -> tranship.v1.UnbookResponse
+	128, // [128:186] is the sub-list for method output_type
+	70,  // [70:128] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_daemon_control_tranship_proto_init() }
@@ -9981,7 +10062,7 @@ func file_daemon_control_tranship_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_daemon_control_tranship_proto_rawDesc), len(file_daemon_control_tranship_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   147,
+			NumMessages:   149,
 			NumExtensions: 0,
 			NumServices:   11,
 		},

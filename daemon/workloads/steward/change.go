@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -263,7 +264,35 @@ func (c *change) lookOnce(ctx context.Context) error {
 	for _, st := range c.s.Pool.Look(ctx) {
 		in.Hosts = append(in.Hosts, HostOf(st))
 	}
+	if c.req.GetDryRun() {
+		if err := pretend(in.Hosts, c.req.GetPlanned()); err != nil {
+			return connect.NewError(connect.CodeInvalidArgument, err)
+		}
+	}
 	c.plan = workloads.Make(in)
+	return nil
+}
+
+// pretend puts shards on hosts that a dry run would have started before.
+func pretend(hosts []workloads.Host, planned []*v1.PlannedShards) error {
+	for _, p := range planned {
+		spec, err := workloads.Decode(p.GetSpecJson())
+		if err != nil {
+			return err
+		}
+		for i := range hosts {
+			h := &hosts[i]
+			for _, name := range slices.Sorted(maps.Keys(p.GetNode())) {
+				if p.GetNode()[name] != h.Name {
+					continue
+				}
+				h.Shards = append(h.Shards, workloads.Shard{
+					Namespace: spec.Namespace, Name: name, Workload: spec.Name, Tenant: spec.Tenant, Running: true, Avoid: spec.Avoid,
+					RequestCPUs: spec.Size.CPURequest, RequestMemory: spec.Size.MemoryRequest, CPUs: spec.Size.CPULimit, Memory: spec.Size.MemoryLimit,
+				})
+			}
+		}
+	}
 	return nil
 }
 
@@ -360,6 +389,13 @@ func (c *change) ask(ctx context.Context, spec *workloads.Spec, step workloads.S
 		return "", err
 	}
 	raw, index := spec.Encode(), uint32(step.Index)
+	from := slices.DeleteFunc(c.s.pool(), func(n string) bool { return n == step.Node })
+	if step.Op == workloads.Replace { // what cannot be started is no reason to stop what runs
+		refused, err = host.place(ctx, &v1.PlaceShardRequest{SpecJson: raw, Index: index, ImageFrom: from, Prepare: true})
+		if err != nil || refused != "" {
+			return refused, err
+		}
+	}
 	if step.Op == workloads.Remove || step.Op == workloads.Replace {
 		refused, err = host.evict(ctx, &v1.EvictShardRequest{Namespace: spec.Namespace, Name: step.Shard, Workload: spec.Name})
 		if err != nil || refused != "" || step.Op == workloads.Remove {
@@ -369,7 +405,6 @@ func (c *change) ask(ctx context.Context, spec *workloads.Spec, step workloads.S
 	if step.Op == workloads.Change {
 		return host.resize(ctx, &v1.ResizeShardRequest{SpecJson: raw, Index: index})
 	}
-	from := slices.DeleteFunc(c.s.pool(), func(n string) bool { return n == step.Node })
 	return host.place(ctx, &v1.PlaceShardRequest{SpecJson: raw, Index: index, ImageFrom: from})
 }
 

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"strconv"
 	"time"
 
@@ -90,6 +92,9 @@ func (s here) place(ctx context.Context, r *v1.PlaceShardRequest) (string, error
 	if err := s.needImage(ctx, spec.Namespace, spec.Image, r.GetImageFrom()); err != nil {
 		return "", err
 	}
+	if r.GetPrepare() {
+		return lacking(spec, index), s.Runtime.EnsureImage(ctx, spec.Namespace, spec.Image)
+	}
 	s.placing.Lock()
 	defer s.placing.Unlock()
 	if id := s.MigrationOf(spec.Namespace, name); id != "" {
@@ -110,18 +115,59 @@ func (s here) place(ctx context.Context, r *v1.PlaceShardRequest) (string, error
 	if why := workloads.Unfit(spec, name, &own, nil); why != "" {
 		return "it " + why, nil
 	}
+	if why := lacking(spec, index); why != "" {
+		return why, nil
+	}
 	if err := s.Book.begin(spec.Namespace, name); err != nil {
 		return "", err
 	}
 	if err := failpoint.Hit(ctx, "workload.place"); err != nil {
 		return "", err
 	}
-	_, err = s.Runtime.Run(ctx, runSpec(spec, index))
+	err = s.start(ctx, spec, index)
 	err = errors.Join(err, s.Book.end(spec.Namespace, name))
 	if errors.Is(err, runtime.ErrInvalid) || errors.Is(err, runtime.ErrExists) {
 		return err.Error(), nil
 	}
 	return "", err
+}
+
+// lacking says which volume of a shard this host has not, and what to do; "" when
+// all are here. One that moves with its shard begins as an empty directory.
+func lacking(spec *workloads.Spec, index int) string {
+	for _, v := range spec.Volumes {
+		source := spec.SourceOf(v, index)
+		_, err := os.Stat(source)
+		if err == nil || errors.Is(err, fs.ErrNotExist) && v.Kind == string(runtime.MountCopy) {
+			continue
+		}
+		return fmt.Sprintf("volume %s: %v: a shared volume has to be on every host that may run a shard", v.Destination, err)
+	}
+	return ""
+}
+
+// start runs a shard. What it made for one that does not start, it removes.
+func (s here) start(ctx context.Context, spec *workloads.Spec, index int) (err error) {
+	var made []string
+	defer func() {
+		for _, dir := range made {
+			if err != nil {
+				_ = os.Remove(dir) // fails only where something is in it by now
+			}
+		}
+	}()
+	for _, v := range spec.Volumes {
+		source := spec.SourceOf(v, index)
+		if _, err := os.Stat(source); v.Kind != string(runtime.MountCopy) || !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := os.MkdirAll(source, 0o755); err != nil {
+			return fmt.Errorf("volume %s: %w", v.Destination, err)
+		}
+		made = append(made, source)
+	}
+	_, err = s.Runtime.Run(ctx, runSpec(spec, index))
+	return err
 }
 
 func runSpec(spec *workloads.Spec, index int) runtime.RunSpec {
@@ -226,6 +272,7 @@ func (s here) evict(ctx context.Context, r *v1.EvictShardRequest) (string, error
 // Images is what sending an image needs of daemon/runtime.
 type Images interface {
 	DescribeImage(ctx context.Context, namespace, ref string) (*runtime.Record, error)
+	EnsureImage(ctx context.Context, namespace, ref string) error
 	FetchImage(ctx context.Context, rec *runtime.Record, id string, open func(context.Context, digest.Digest) (io.ReadCloser, error)) error
 	OpenBlob(ctx context.Context, namespace string, d digest.Digest) (runtime.Blob, error)
 }

@@ -197,6 +197,12 @@ func (h *fakeHost) DescribeImage(context.Context, string, string) (*runtime.Reco
 	return &runtime.Record{}, nil
 }
 
+func (h *fakeHost) EnsureImage(_ context.Context, _, ref string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.failing("image", ref)
+}
+
 func (h *fakeHost) FetchImage(context.Context, *runtime.Record, string, func(context.Context, digest.Digest) (io.ReadCloser, error)) error {
 	return errors.New("not needed")
 }
