@@ -57,6 +57,7 @@ const (
 func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID]Mode) []allocate.Shard {
 	out := make([]allocate.Shard, 0, len(shards))
 	b.full = b.isFull(shards)
+	needed := anchors(shards)
 	for i := range shards {
 		s := &shards[i]
 		id := s.ID()
@@ -65,6 +66,9 @@ func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID
 		}
 		a := b.shardOf(now, s)
 		mode, pinned := b.policyOf(now, s, &a)
+		if by := needed[id]; pinned == "" && by != "" {
+			pinned = by + " is to stay near it"
+		}
 		if pinned != "" && a.Pinned == "" {
 			a.Pinned = pinned
 		}
@@ -88,6 +92,29 @@ func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID
 		}
 	}
 	slices.SortFunc(out, func(a, b allocate.Shard) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return out
+}
+
+// anchors are the shards that stay because others here are to be near their
+// workload: of each such workload one, the first by name. The result names who
+// needs it.
+func anchors(shards []Shard) map[allocate.ShardID]string {
+	out := map[allocate.ShardID]string{}
+	for i := range shards {
+		s := &shards[i]
+		for _, near := range words(s.Labels[runtime.LabelNear]) {
+			var first *Shard
+			for j := range shards {
+				o := &shards[j]
+				if o.Namespace == s.Namespace && o.Labels[runtime.LabelWorkload] == near && (first == nil || o.Name < first.Name) {
+					first = o
+				}
+			}
+			if first != nil {
+				out[first.ID()] = s.Name
+			}
+		}
+	}
 	return out
 }
 
