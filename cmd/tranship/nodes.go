@@ -2,7 +2,10 @@ package main
 
 import (
 	"io"
+	"maps"
+	"slices"
 	"strconv"
+	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -65,5 +68,23 @@ func printNodes(w io.Writer, nodes []control.Node) error {
 			formatSize(n.MemoryAvailableBytes) + " of " + formatSize(n.MemoryTotalBytes), n.Tracker, n.Versions.Tranship,
 		})
 	}
-	return printTable(w, []string{"NAME", "STATE", "ADDRESS", "ZONE", "SHARDS", "CPUS", "LOAD", "MEMORY FREE", "TRACKER", "VERSION"}, rows)
+	columns := []string{"NAME", "STATE", "ADDRESS", "ZONE", "SHARDS", "CPUS", "LOAD", "MEMORY FREE", "TRACKER", "VERSION"}
+	// What nobody has said of any host needs no column.
+	if slices.ContainsFunc(nodes, func(n control.Node) bool { return n.CostPerHour > 0 }) {
+		columns = append(columns, "COST/H")
+		for i, n := range nodes {
+			rows[i] = append(rows[i], strconv.FormatFloat(n.CostPerHour, 'g', 6, 64))
+		}
+	}
+	if slices.ContainsFunc(nodes, func(n control.Node) bool { return len(n.Labels) > 0 }) {
+		columns = append(columns, "LABELS")
+		for i, n := range nodes {
+			var labels []string
+			for _, k := range slices.Sorted(maps.Keys(n.Labels)) {
+				labels = append(labels, k+"="+n.Labels[k])
+			}
+			rows[i] = append(rows[i], orDash(strings.Join(labels, ",")))
+		}
+	}
+	return printTable(w, columns, rows)
 }
