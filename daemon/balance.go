@@ -268,13 +268,6 @@ func (b *balanced) Migrate(ctx context.Context, namespace, name, node string) (*
 	}
 	defer client.Close()
 	req := &v1.MigrateRequest{Namespace: namespace, Shard: name, Node: node}
-	b.mu.Lock()
-	if s := b.known[[2]string{namespace, name}]; s != nil {
-		if d, err := time.ParseDuration(s.Labels[runtime.LabelMaxBlackout]); err == nil && d > 0 {
-			req.MaxBlackoutMs = d.Milliseconds()
-		}
-	}
-	b.mu.Unlock()
 	stream, err := client.Migrations.Migrate(ctx, connect.NewRequest(req))
 	if err != nil {
 		return nil, err

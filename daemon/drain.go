@@ -183,9 +183,6 @@ func (m *mover) Shards(ctx context.Context) ([]drain.Shard, error) {
 				Namespace: ns, Name: s.Name, Memory: s.MemoryUsed, CPUs: cpus[[2]string{ns, s.Name}],
 				Near: s.Labels[runtime.LabelNear] != "",
 			}
-			if limit, err := time.ParseDuration(s.Labels[runtime.LabelMaxBlackout]); err == nil {
-				d.MaxBlackout = limit
-			}
 			if runtime.ForeignNamespace(ns) {
 				d.Stays, d.StaysCode = "namespace "+ns+" belongs to another orchestrator", "foreign-namespace"
 			}
@@ -231,12 +228,8 @@ func (m *mover) Move(ctx context.Context, s drain.Shard, to string) drain.Moved 
 	sctx, leave := context.WithCancel(context.WithoutCancel(ctx))
 	defer leave()
 	failed := func(err error) drain.Moved { return drain.Moved{Code: drain.CodeFailed, Reason: err.Error()} }
-	blackout := m.maxBlackout
-	if blackout == 0 {
-		blackout = s.MaxBlackout.Milliseconds()
-	}
 	stream, err := m.client.Migrations.Migrate(sctx, connect.NewRequest(&v1.MigrateRequest{
-		Namespace: s.Namespace, Shard: s.Name, Node: to, MaxBlackoutMs: blackout,
+		Namespace: s.Namespace, Shard: s.Name, Node: to, MaxBlackoutMs: m.maxBlackout,
 	}))
 	if err != nil {
 		return failed(err)

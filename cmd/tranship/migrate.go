@@ -42,7 +42,10 @@ func newMigrateCommand(g *globals) *cobra.Command {
 			}
 			defer client.Close()
 			req.Namespace, req.Shard, req.Node, req.ForceNamespace = g.namespace, args[0], args[1], g.forceNamespace
-			req.MaxBlackoutMs, req.DeadlineMs = maxBlackout.Milliseconds(), deadline.Milliseconds()
+			req.DeadlineMs = deadline.Milliseconds()
+			if cmd.Flags().Changed("max-blackout") { // else a workload may have said it
+				req.MaxBlackoutMs = maxBlackout.Milliseconds()
+			}
 			m := migration{client: client, progress: newProgress(os.Stderr)}
 			end, err := m.follow(cmd.Context(), req)
 			m.progress.end()
@@ -57,7 +60,7 @@ func newMigrateCommand(g *globals) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&req.Mode, "mode", "precopy", "precopy, postcopy or stop")
-	flags.DurationVar(&maxBlackout, "max-blackout", 300*time.Millisecond, "freeze only once the rest can be sent in this time")
+	flags.DurationVar(&maxBlackout, "max-blackout", 300*time.Millisecond, "freeze only once the rest can be sent in this time; what the shard's workload says comes before the default")
 	flags.StringVar(&bandwidth, "bandwidth", "", "limit of what is sent, like 500mbit or 50MB/s (default: none)")
 	flags.DurationVar(&deadline, "deadline", 5*time.Minute, "abort when it takes longer")
 	flags.BoolVar(&req.NoThrottle, "no-throttle", false, "do not slow a shard that writes faster than the link carries")

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 )
 
 // Shard is one that is to go.
@@ -24,8 +23,6 @@ type Shard struct {
 	CPUs   float64
 	// Near: it may only run where shards of other workloads do.
 	Near bool
-	// MaxBlackout is its workload's word; 0: it says nothing.
-	MaxBlackout time.Duration
 	// Stays, when not "", is why it is not even tried; StaysCode is for programs.
 	Stays, StaysCode string
 }

@@ -123,9 +123,6 @@ func normalise(req *v1.MigrateRequest) error {
 	if req.Mode == "" {
 		req.Mode = ModePreCopy
 	}
-	if req.MaxBlackoutMs == 0 {
-		req.MaxBlackoutMs = defaultMaxBlackout.Milliseconds()
-	}
 	if req.DeadlineMs == 0 {
 		req.DeadlineMs = defaultDeadline.Milliseconds()
 	}

@@ -224,8 +224,15 @@ func (o *outgoing) maxRounds() int {
 	return maxRounds
 }
 
+// maxBlackout is what was asked for, else the shard's own limit, else the default.
 func (o *outgoing) maxBlackout() time.Duration {
-	return time.Duration(o.req.GetMaxBlackoutMs()) * time.Millisecond
+	if ms := o.req.GetMaxBlackoutMs(); ms > 0 {
+		return time.Duration(ms) * time.Millisecond
+	}
+	if own, err := time.ParseDuration(o.rec.Labels[runtime.LabelMaxBlackout]); err == nil && own > 0 {
+		return own
+	}
+	return defaultMaxBlackout
 }
 
 // letGo closes what only an undo would have closed. May run twice.
