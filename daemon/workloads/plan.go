@@ -163,6 +163,7 @@ func Make(in Input) Plan {
 	}
 	p.notHidden()
 	if in.Want != nil {
+		p.noCycle()
 		p.count()
 		p.add(missing)
 	}
@@ -259,6 +260,9 @@ func (p *planner) keep(index int, at place) {
 	if p.moving(at) {
 		return
 	}
+	if why := p.misplaced(at, step.Op); why != "" {
+		p.refuse("%s is on %s, which %s: tranship migrate it to a host that may run it, and do this again", s.Name, at.host.Name, why)
+	}
 	if step.Op == Replace && at.host.Cordoned {
 		p.refuse("%s would be replaced (%s) on %s, which is cordoned: tranship uncordon it, or move the shard first", s.Name, step.Detail, at.host.Name)
 	}
@@ -267,6 +271,41 @@ func (p *planner) keep(index int, at place) {
 	}
 	p.grows(at)
 	p.Steps = append(p.Steps, step)
+}
+
+// misplaced says why a shard may not be where it is by the rules that are wanted,
+// "" when it may. Only who changes the rules is told, and who starts it anew:
+// else a shard that a person moved could not be changed any more.
+func (p *planner) misplaced(at place, op string) string {
+	rules := []string{"tranship.io/zones", "tranship.io/host-labels", "tranship.io/avoid", "tranship.io/near"}
+	if op == Change && !slices.ContainsFunc(rules, func(k string) bool { return at.shard.Policy[k] != p.in.Policy[k] }) {
+		return ""
+	}
+	want, h := *p.in.Want, *at.host
+	want.Size, want.Spread.PerZone = Size{}, 0
+	if op == Change {
+		want.Spread.PerHost = 0
+	}
+	// Room and cordon are others' business here.
+	h.Cordoned, h.Alive, h.CPUs, h.MemoryTotal, h.MemoryAvailable = false, true, maxCPUs, maxMemory, maxMemory
+	h.Shards = slices.DeleteFunc(slices.Clone(h.Shards), func(s Shard) bool { return s.Namespace == p.in.Namespace && s.Name == at.shard.Name })
+	return Unfit(&want, at.shard.Name, &h, nil)
+}
+
+// noCycle refuses a workload that closes a circle of those that are near each
+// other: once its shards were gone, none could be placed first.
+func (p *planner) noCycle() {
+	index := map[string]int{p.in.Want.Name: 0}
+	specs := []*Spec{p.in.Want}
+	for _, s := range p.in.Others {
+		if s.Namespace == p.in.Namespace {
+			index[s.Name] = len(specs)
+			specs = append(specs, s)
+		}
+	}
+	if cycle := cycleOf(specs, index); len(cycle) > 1 && slices.Contains(cycle, p.in.Want.Name) {
+		p.refuse("affinity.near: %s is a cycle, and none could be placed first: leave one of them out", strings.Join(cycle, " → "))
+	}
 }
 
 // differences of what can change in place, in words.

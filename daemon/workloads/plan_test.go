@@ -46,6 +46,7 @@ func TestAPlanIsTheDifference(t *testing.T) {
 		begun   []int
 		quota   Tenant
 		policy  string
+		rule    string // a label that is wanted too
 		steps   string // joined by "; "
 		refused string // a part of it
 	}{
@@ -152,6 +153,31 @@ func TestAPlanIsTheDifference(t *testing.T) {
 		},
 		{name: "near nobody", want: web(func(s *Spec) { s.Near = []string{"cache"} }), hosts: []Host{host("a")}, refused: "a runs no shard of cache"},
 		{
+			name: "near one that is near it", want: web(func(s *Spec) { s.Near = []string{"loop"} }),
+			hosts: []Host{host("a", is(0), is(1), Shard{Namespace: "default", Name: "loop-0", Workload: "loop"})}, refused: "affinity.near: web → loop → web is a cycle",
+			rule: "tranship.io/near=loop", steps: "~ web-0 near - → loop in place; ~ web-1 near - → loop in place",
+		},
+		{
+			name: "zones change under a shard", want: web(func(s *Spec) { s.Zones, s.Shards = []string{"eu"}, 1 }), hosts: []Host{host("a", is(0))}, rule: "tranship.io/zones=eu",
+			steps: "~ web-0 zones - → eu in place", refused: `web-0 is on a, which is in zone "", not in eu: tranship migrate it`,
+		},
+		{
+			name: "a shard that a person moved out of its zone can be changed", want: web(func(s *Spec) { s.Zones, s.Shards, s.Size.MemoryLimit = []string{"eu"}, 1, 512<<20 }), rule: "tranship.io/zones=eu",
+			hosts: []Host{host("a", is(0, func(s *Shard) { s.Policy["tranship.io/zones"] = "eu" }))}, steps: "~ web-0 memory 256M → 512M in place",
+		},
+		{
+			name: "it cannot be started anew there", want: web(func(s *Spec) { s.Zones, s.Shards, s.Image = []string{"eu"}, 1, "j" }), rule: "tranship.io/zones=eu",
+			hosts: []Host{host("a", is(0, func(s *Shard) { s.Policy["tranship.io/zones"] = "eu" }))}, steps: "± web-0 on a replaced: image i → j", refused: "web-0 is on a, which is in zone",
+		},
+		{
+			name: "one too many on a host is not started anew there", want: web(func(s *Spec) { s.Spread.PerHost, s.Image = 1, "j" }), hosts: []Host{host("a", is(0), is(1)), host("b")},
+			steps: "± web-0 on a replaced: image i → j; ± web-1 on a replaced: image i → j", refused: "web-0 is on a, which has 1 of its shards (spread.per_host = 1)",
+		},
+		{
+			name: "a full host's shard is started anew", want: web(func(s *Spec) { s.Shards, s.Image = 1, "j" }), hosts: []Host{{Name: "a", Alive: true, CPUs: 1, MemoryTotal: 1 << 20, Shards: []Shard{is(0)}}},
+			steps: "± web-0 on a replaced: image i → j",
+		},
+		{
 			name: "a foreign container has the name", want: web(func(s *Spec) { s.Shards = 1 }), hosts: []Host{host("a", Shard{Namespace: "default", Name: "web-0", Index: -1})},
 			refused: "a has a container web-0 that is not of the workload",
 		},
@@ -184,8 +210,11 @@ func TestAPlanIsTheDifference(t *testing.T) {
 			if c.policy != "" {
 				in.Policy["tranship.io/priority"] = c.policy
 			}
+			if k, v, some := strings.Cut(c.rule, "="); some {
+				in.Policy[k] = v
+			}
 			in.Tenants = map[string]Tenant{"shop": c.quota}
-			in.Others = []*Spec{{Name: "pay", Tenant: "shop", Shards: 1, Size: Size{CPURequest: 0.5, MemoryRequest: 64 << 20}}, {Name: "x", Tenant: "else", Shards: 100}}
+			in.Others = []*Spec{{Name: "pay", Tenant: "shop", Shards: 1, Size: Size{CPURequest: 0.5, MemoryRequest: 64 << 20}}, {Name: "x", Tenant: "else", Shards: 100}, {Name: "loop", Namespace: "default", Near: []string{"web"}}}
 			before := fmt.Sprint(c.hosts)
 			plan := Make(in)
 			var steps []string
