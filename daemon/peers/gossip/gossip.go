@@ -78,6 +78,7 @@ type Member struct {
 	Since  time.Time
 	Gossip string
 	Brief
+	meta string // the Brief as it came
 }
 
 // Gossip is this host's part. Safe for concurrent use.
@@ -267,13 +268,17 @@ func (g *Gossip) changed(n *memberlist.Node, state string) {
 	if err != nil {
 		brief = last.Brief // gate refuses what cannot be read, so this is of a brief before
 	}
+	meta := last.meta
+	if err == nil {
+		meta = string(n.Meta)
+	}
 	since := time.Now()
 	if known && last.State == state {
 		since = last.Since
 	}
 	g.members[n.Name] = Member{
 		Name: n.Name, State: state, Since: since, Brief: brief,
-		Gossip: net.JoinHostPort(n.Addr.String(), strconv.Itoa(int(n.Port))),
+		Gossip: net.JoinHostPort(n.Addr.String(), strconv.Itoa(int(n.Port))), meta: meta,
 	}
 	switch {
 	case state == Alive && last.State != Alive:
@@ -306,14 +311,22 @@ type gate Gossip
 var _ memberlist.AliveDelegate = (*gate)(nil)
 
 func (a *gate) NotifyAlive(n *memberlist.Node) error {
-	if err := pki.CheckName(n.Name); err != nil {
-		return err
+	g := (*Gossip)(a)
+	// Most of what comes was heard before, in a large pool a dozen times.
+	g.mu.Lock()
+	m, known := g.members[n.Name]
+	g.mu.Unlock()
+	if !known || m.meta != string(n.Meta) {
+		if err := pki.CheckName(n.Name); err != nil {
+			return err
+		}
+		brief, err := decodeBrief(n.Meta)
+		if err != nil {
+			return fmt.Errorf("%s: %w", n.Name, err)
+		}
+		m = Member{Name: n.Name, Brief: brief}
 	}
-	brief, err := decodeBrief(n.Meta)
-	if err != nil {
-		return fmt.Errorf("%s: %w", n.Name, err)
-	}
-	if (*Gossip)(a).gone(Member{Name: n.Name, Brief: brief}) {
+	if g.gone(m) {
 		return fmt.Errorf("%s was revoked", n.Name)
 	}
 	return nil
