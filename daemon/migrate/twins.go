@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/track"
@@ -31,9 +32,13 @@ func (o *outgoing) askTwins(ctx context.Context) error {
 	return err
 }
 
+// arrivalPatience is how long EachTwin waits for one that has just come: shards of
+// a host that is drained come one after the other, and a second places a gigabyte.
+const arrivalPatience = time.Second
+
 // EachTwin goes through the memory of shards of the same image and tenant that
-// run here, those of the same workload first. Shards that move are left out:
-// memory that has not arrived must not be touched.
+// run here, those of the same workload first. Only populated pages are read, which
+// waits for nobody.
 func (in *incoming) EachTwin(ctx context.Context, limit checkpoint.Pages, found func(transfer.Twin, []byte) error) error {
 	if err := in.enter(); err != nil {
 		return err
@@ -48,7 +53,7 @@ func (in *incoming) EachTwin(ctx context.Context, limit checkpoint.Pages, found 
 	}
 	search := &twinSearch{left: limit, found: found, buf: make([]byte, readChunk)}
 	for _, shard := range alike {
-		if in.m.moves(shardKey{in.rec.Namespace, shard.Name}) {
+		if !in.m.stays(ctx, shardKey{in.rec.Namespace, shard.Name}) {
 			continue
 		}
 		err := search.shard(ctx, shard)
@@ -77,11 +82,28 @@ func (in *incoming) ReadTwin(at transfer.Twin, dst []byte) error {
 	return errors.Join(readErr, err)
 }
 
-// moves says whether a migration has the shard.
-func (m *Manager) moves(key shardKey) bool {
+// stays says whether a shard is no migration's, or one that has brought it here:
+// then it waits a while for its memory. One that leaves may be gone before its pages
+// are asked for, and one whose memory is on another host yet may lose it.
+func (m *Manager) stays(ctx context.Context, key shardKey) bool {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.busy[key] != ""
+	id := m.busy[key]
+	in := m.incoming[id]
+	m.mu.Unlock()
+	if id == "" {
+		return true
+	}
+	if in == nil || in.entry.Mode == ModePostCopy && !in.pull.whole.Load() {
+		return false
+	}
+	patience := time.NewTimer(arrivalPatience)
+	defer patience.Stop()
+	select {
+	case <-in.ended:
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+	return true
 }
 
 var (

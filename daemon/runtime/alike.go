@@ -19,7 +19,7 @@ type Alike struct {
 
 // Alike lists the shards of this host that run the image of rec, in its namespace
 // and for its tenant: those of the same workload first, then by name. A shard that
-// is paused or that a migration is building is none of them.
+// is paused, or that a migration has not started yet, is none of them.
 func (r *Runtime) Alike(ctx context.Context, rec *Record) ([]Alike, error) {
 	ctx = in(ctx, rec.Namespace)
 	all, err := r.client.Containers(ctx, fmt.Sprintf("image==%q", rec.Image.Name))
@@ -39,7 +39,7 @@ func (r *Runtime) Alike(ctx context.Context, rec *Record) ([]Alike, error) {
 		if err != nil {
 			return nil, err
 		}
-		if s.Name == rec.Name || s.Status != StatusRunning || s.Incoming != "" || s.Labels[LabelTenant] != rec.Labels[LabelTenant] {
+		if s.Name == rec.Name || s.Status != StatusRunning || s.Labels[LabelTenant] != rec.Labels[LabelTenant] {
 			continue
 		}
 		cg, err := openCgroup(int(s.PID))
