@@ -77,9 +77,16 @@ func SpanEnd(i int) time.Duration { return horizon[i].until }
 // .9, .95 and .99.
 type Curve [5]float32
 
-// CurveOf makes a curve of a forecast.
-func CurveOf(q predict.Quantiles) Curve {
-	return Curve{float32(q.P10), float32(q.P50), float32(q.P90), float32(q.P95), float32(q.P99)}
+// CurveOf makes a curve of a forecast: rising and bounded, whatever it says.
+func CurveOf(q predict.Quantiles) (c Curve) {
+	last := float32(0)
+	for i, v := range [...]float64{q.P10, q.P50, q.P90, q.P95, q.P99} {
+		if f := float32(v); f >= last {
+			last = min(f, 1e30)
+		}
+		c[i] = last
+	}
+	return c
 }
 
 // Certain is the curve of a load that is known.
@@ -122,6 +129,7 @@ type Shard struct {
 	Priority int
 
 	Demand    Demand
+	Peak      Curve  // the most CPU within the horizon; no less than the last span's Demand counts
 	Usage     Amount // the last sample
 	SampledAt time.Time
 	Request   Amount // what it may count on; resizes never go below it
@@ -159,7 +167,7 @@ type Host struct {
 // target's Ledger knows.
 type Peer struct {
 	Host
-	Load    Demand // quantiles of the sum over its shards and reservations
+	Load    Demand // quantiles of the sum over its shards and reservations, at its peak in the last span
 	Usage   Amount // the last sample of that sum
 	Shards  int
 	Leaving bool // it is being emptied
@@ -312,6 +320,9 @@ func checkShard(s *Shard) error {
 		return fmt.Errorf("priority %d of %s is not between 0 and %d", s.Priority, s.ID, MaxPriority)
 	case !finite(s.Bytes) || !finite(s.Dirty):
 		return fmt.Errorf("memory or dirty rate of %s is negative or not a number", s.ID)
+	}
+	if !s.Peak.valid() {
+		return fmt.Errorf("forecast of the peak of %s is not a rising curve of loads", s.ID)
 	}
 	for r := range Resources {
 		if !finite(s.Usage[r]) || !finite(s.Request[r]) || !finite(s.Limit[r]) {

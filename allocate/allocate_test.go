@@ -83,7 +83,7 @@ func TestChanceOfOverload(t *testing.T) {
 		var j joint
 		j.reset(correlation)
 		for _, w := range workloads {
-			j.add(Workload(w), &noisy, 1)
+			j.add(&Shard{Workload: Workload(w), Demand: noisy}, 1)
 		}
 		return j.strain(&Amount{CPU: capacity}).chance[0]
 	}
@@ -105,6 +105,36 @@ func TestChanceOfOverload(t *testing.T) {
 	}
 }
 
+func TestThePeakOfASumIsNotTheSumOfPeaks(t *testing.T) {
+	// 1 at the end of the horizon, 2 at some time before, for certain.
+	chance := func(correlation, capacity float64, workloads ...string) [Spans]float64 {
+		var j joint
+		j.reset(correlation)
+		for _, w := range workloads {
+			j.add(&Shard{Workload: Workload(w), Demand: known(1, 0), Peak: Certain(2)}, 1)
+		}
+		return j.strain(&Amount{CPU: capacity}).chance
+	}
+	never, last := [Spans]float64{}, [Spans]float64{Spans - 1: 1}
+	for _, c := range []struct {
+		name      string
+		got, want [Spans]float64
+	}{
+		{"a shard is at its peak in the last span alone", chance(0, 1.9, "a"), last},
+		{"and not beyond it", chance(0, 2, "a"), never},
+		{"four shards of one workload come to eight", chance(0, 7.9, "a", "a", "a", "a"), last},
+		{"and not beyond it", chance(0, 8, "a", "a", "a", "a"), never},
+		{"of four workloads with nothing in common two surge together, as variances add up", chance(0, 5.9, "a", "b", "c", "d"), last},
+		{"and no more", chance(0, 6, "a", "b", "c", "d"), never},
+		{"those that do everything together come to eight", chance(1, 7.9, "a", "b", "c", "d"), last},
+		{"and not beyond it", chance(1, 8, "a", "b", "c", "d"), never},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, c.got, c.want)
+		}
+	}
+}
+
 func TestEveryOrderIsAPermutation(t *testing.T) {
 	for m := range ranks {
 		for i := range ranks[m] {
@@ -120,19 +150,20 @@ func TestEveryOrderIsAPermutation(t *testing.T) {
 }
 
 func TestTakingOutIsTheOppositeOfPuttingIn(t *testing.T) {
-	a, b := spread(0, 1, 2, 3, 4), spread(1, 2, 3, 5, 8)
+	a := Shard{Workload: "a", Demand: spread(0, 1, 2, 3, 4), Peak: Curve{1, 2, 3, 4, 5}}
+	b := Shard{Workload: "b", Demand: spread(1, 2, 3, 5, 8), Peak: Curve{1, 3, 4, 6, 9}}
 	var both, one joint
 	both.reset(0.3)
 	one.reset(0.3)
-	both.add("a", &a, 1)
-	both.add("b", &b, 1)
-	one.add("a", &a, 1)
+	both.add(&a, 1)
+	both.add(&b, 1)
+	one.add(&a, 1)
 	for c := 0.5; c < 12; c += 0.5 {
 		capacity := Amount{CPU: c}
-		if got, want := both.strainWith("b", &b, -1, &capacity), one.strain(&capacity); got.chance != want.chance {
+		if got, want := both.strainWith(&b, -1, &capacity), one.strain(&capacity); got.chance != want.chance {
 			t.Errorf("without b at %v: %v, want %v", c, got.chance, want.chance)
 		}
-		if got, want := one.strainWith("b", &b, 1, &capacity), both.strain(&capacity); got.chance != want.chance {
+		if got, want := one.strainWith(&b, 1, &capacity), both.strain(&capacity); got.chance != want.chance {
 			t.Errorf("with b at %v: %v, want %v", c, got.chance, want.chance)
 		}
 	}
@@ -510,7 +541,7 @@ func checkPlan(t *testing.T, seed uint64, v *View, plan Plan) {
 		var j joint
 		j.reset(priorCorrelation)
 		for i := range shards {
-			j.add(shards[i].Workload, &shards[i].Demand, 1)
+			j.add(&shards[i], 1)
 		}
 		return j.strain(&v.Host.Capacity)
 	}

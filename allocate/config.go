@@ -27,7 +27,8 @@ type Config struct {
 	// Accept: a target takes nothing that makes its overload likelier than
 	// this in any span but the last.
 	Accept float64
-	// Discount of later spans: rounds to come decide again, knowing more.
+	// Discount of later spans: rounds to come decide again, knowing more. What is
+	// counted of the last one is its peak, which seldom fills it.
 	Discount [Spans]float64
 	// Interference is the share of a second's work that copying takes at each end.
 	Interference float64
@@ -67,7 +68,7 @@ func (c Config) Defaults() Config {
 	def(&c.Margin, 2)
 	def(&c.Accept, 0.1)
 	if c.Discount == ([Spans]float64{}) {
-		c.Discount = [Spans]float64{1, 0.3, 0.1}
+		c.Discount = [Spans]float64{1, 0.3, 0.05}
 	}
 	def(&c.Interference, 0.1)
 	def(&c.Risk, 10*time.Second)

@@ -82,13 +82,27 @@ func (c *Curve) table(out *[scenarios]float32) {
 // joint is the demand of several shards, by scenario. Shards of one workload
 // have the same rank in each: they peak together. Workloads have a common rank
 // as often as the measured correlation asks for.
+//
+// In the last span CPU is what is asked for at the peak, which may come at any
+// time of the horizon: what a workload then wants beyond its load there (surge).
+// Shards of a workload surge at the same moment. Of different workloads no more
+// do than are correlated, and the sum of all peaks is not the peak of the sum:
+// surges add up as deviations do.
 type joint struct {
-	mix  int // index into mixes
-	load [Spans][Resources][scenarios]float32
+	mix    int // index into mixes
+	rho    float32
+	load   [Spans][Resources][scenarios]float32
+	surges []surge
+}
+
+// surge of a workload, by scenario.
+type surge struct {
+	of   Workload
+	more [scenarios]float32
 }
 
 func (j *joint) reset(correlation float64) {
-	*j = joint{mix: mixOf(correlation)}
+	*j = joint{mix: mixOf(correlation), rho: float32(correlation), surges: j.surges[:0]}
 }
 
 // mixOf: two workloads have both the common rank with probability mix², which
@@ -110,9 +124,17 @@ func (j *joint) rankOf(w Workload) *rank {
 	return &ranks[j.mix][(s^s>>8^s>>16)%shuffles]
 }
 
-// add puts the demand d of workload w in (sign 1) or takes it out (-1).
-func (j *joint) add(w Workload, d *Demand, sign float32) {
-	r := j.rankOf(w)
+// add puts the demand of s in (sign 1) or takes it out (-1).
+func (j *joint) add(s *Shard, sign float32) {
+	r, d := j.rankOf(s.Workload), &s.Demand
+	if s.surges() {
+		i := slices.IndexFunc(j.surges, func(o surge) bool { return o.of == s.Workload })
+		if i < 0 {
+			i = len(j.surges)
+			j.surges = append(j.surges, surge{of: s.Workload})
+		}
+		s.surge(r, sign, &j.surges[i].more)
+	}
 	var at [scenarios]float32
 	for i := range d {
 		for res := range d[i] {
@@ -135,6 +157,48 @@ func (j *joint) add(w Workload, d *Demand, sign float32) {
 	}
 }
 
+func (s *Shard) surges() bool { return s.Peak[4] > 0 }
+
+// surge adds to more what s wants at its peak beyond its load in the last span.
+func (s *Shard) surge(r *rank, sign float32, more *[scenarios]float32) {
+	var load, peak [scenarios]float32
+	s.Demand[Spans-1][CPU].table(&load)
+	s.Peak.table(&peak)
+	for k := range more {
+		more[k] += sign * max(0, peak[r[k]]-load[r[k]])
+	}
+}
+
+// atPeak is the CPU of the last span at its peak, s put in or taken out of the
+// surges but not of the load.
+func (j *joint) atPeak(s *Shard, r *rank, sign float32, out *[scenarios]float32) {
+	var sum, squares [scenarios]float32
+	also := func(more *[scenarios]float32) {
+		for k, v := range more {
+			v = max(0, v) // rounding
+			sum[k] += v
+			squares[k] += v * v
+		}
+	}
+	with := s != nil && s.surges()
+	for i := range j.surges {
+		more := j.surges[i].more
+		if with && j.surges[i].of == s.Workload {
+			s.surge(r, sign, &more)
+			with = false
+		}
+		also(&more)
+	}
+	if with {
+		var more [scenarios]float32
+		s.surge(r, sign, &more)
+		also(&more)
+	}
+	for k, v := range j.load[Spans-1][CPU] {
+		out[k] = v + float32(math.Sqrt(float64((1-j.rho)*squares[k]+j.rho*sum[k]*sum[k])))
+	}
+}
+
 // strain of a host by span: the probability that any resource is beyond
 // capacity, and the expected loss a second, in which an overload counts once and
 // the more the further it goes: a move that only makes it less is worth
@@ -146,15 +210,16 @@ type strain struct{ chance, loss [Spans]float64 }
 const excessLoss = 2
 
 // strain of what is in the sum.
-func (j *joint) strain(capacity *Amount) strain { return j.strainWith("", nil, 0, capacity) }
+func (j *joint) strain(capacity *Amount) strain { return j.strainWith(nil, 0, capacity) }
 
-// strainWith is the same with d of workload w put in or taken out.
-func (j *joint) strainWith(w Workload, d *Demand, sign float32, capacity *Amount) (out strain) {
+// strainWith is the same with s put in or taken out.
+func (j *joint) strainWith(s *Shard, sign float32, capacity *Amount) (out strain) {
 	var r *rank
-	if d != nil {
-		r = j.rankOf(w)
+	var d *Demand
+	if s != nil {
+		r, d = j.rankOf(s.Workload), &s.Demand
 	}
-	var at [scenarios]float32
+	var at, peak [scenarios]float32
 	for i := range horizon {
 		var excess [scenarios]float32 // of the worst resource, in capacities
 		for res := range capacity {
@@ -165,6 +230,10 @@ func (j *joint) strainWith(w Workload, d *Demand, sign float32, capacity *Amount
 			room := float32(capacity[res] * (1 + 1e-5))
 			inv := 1 / room
 			load := &j.load[i][res]
+			if Resource(res) == CPU && i == Spans-1 && (len(j.surges) > 0 || s != nil && s.surges()) {
+				j.atPeak(s, r, sign, &peak)
+				load = &peak
+			}
 			switch {
 			case d == nil || d[i][res][4] == 0:
 				for k, v := range load {
@@ -204,12 +273,16 @@ func (j *joint) top(i int, res Resource) float64 {
 	return float64(m)
 }
 
-// curves are the quantiles of the sum.
+// curves are the quantiles of the sum, in the last span at the peak.
 func (j *joint) curves() (d Demand) {
-	var sorted [scenarios]float32
+	var sorted, peak [scenarios]float32
 	for i := range d {
 		for res := range d[i] {
 			load := &j.load[i][res]
+			if Resource(res) == CPU && i == Spans-1 && len(j.surges) > 0 {
+				j.atPeak(nil, nil, 0, &peak)
+				load = &peak
+			}
 			lo, hi := load[0], load[0]
 			for _, v := range load {
 				lo, hi = min(lo, v), max(hi, v)

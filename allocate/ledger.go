@@ -78,7 +78,7 @@ func (l *Ledger) refuse(own Own, req *Request) *Veto {
 		for r := range usage {
 			usage[r] += o.Usage[r]
 		}
-		l.sum.add(o.Workload, &o.Demand, 1)
+		l.sum.add(o, 1)
 		return !slices.Contains(s.Avoid, o.Workload) && !slices.Contains(o.Avoid, s.Workload)
 	}
 	ok := true
@@ -100,7 +100,7 @@ func (l *Ledger) refuse(own Own, req *Request) *Veto {
 			return veto(VetoUsage, usage[r]-c)
 		}
 	}
-	l.sum.add(s.Workload, &s.Demand, 1)
+	l.sum.add(s, 1)
 	for i := range horizon {
 		// Memory has no overload to recover from.
 		if c := h.Capacity[Memory]; c > 0 && l.sum.top(i, Memory) > c*(1+1e-5) {

@@ -147,11 +147,11 @@ func (p *Planner) addUp(v *View) {
 	for i := range v.Shards {
 		s := &v.Shards[i]
 		if _, flying := p.out[s.ID]; !flying {
-			p.sum.add(s.Workload, &s.Demand, 1)
+			p.sum.add(s, 1)
 		}
 	}
 	for i := range v.Held {
-		p.sum.add(v.Held[i].Shard.Workload, &v.Held[i].Shard.Demand, 1)
+		p.sum.add(&v.Held[i].Shard, 1)
 	}
 }
 
@@ -279,7 +279,7 @@ func (r *turn) move(s *Shard, why Reason, benefit float64, cost MoveCost) {
 		Shard: s.ID, Priority: s.Priority, From: p.id, Targets: append([]Candidate(nil), p.cands...),
 		Reason: why, Benefit: benefit, Price: p.cfg.price(cost, s.Priority), Bytes: cost.Bytes, Takes: cost.Takes, Blackout: cost.Blackout,
 	})
-	p.sum.add(s.Workload, &s.Demand, -1)
+	p.sum.add(s, -1)
 	p.sumOf = 0 // it may be refused
 	r.strain = p.sum.strain(&r.v.Host.Capacity)
 }
@@ -318,7 +318,7 @@ const tie = 1.1
 func (r *turn) worth(s *Shard) (benefit, net float64, cost MoveCost) {
 	p := r.p
 	cost = r.v.Host.cost(s)
-	without := p.sum.strainWith(s.Workload, &s.Demand, -1, &r.v.Host.Capacity)
+	without := p.sum.strainWith(s, -1, &r.v.Host.Capacity)
 	// What happens before the move ends is not saved.
 	late := min(1, cost.Takes.Seconds()/horizon[0].until.Seconds())
 	w := r.weights[s.Priority]

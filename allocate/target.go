@@ -85,7 +85,11 @@ func (c *Curve) plus(o *Curve, rho float32) (out Curve) {
 func (p *Peer) after(s *Shard, rho float64) (chance [Spans]float64, load Demand) {
 	for i := range p.Load {
 		for r := range p.Load[i] {
-			load[i][r] = p.Load[i][r].plus(&s.Demand[i][r], float32(rho))
+			c := &s.Demand[i][r]
+			if Resource(r) == CPU && i == Spans-1 && s.Peak[4] > 0 {
+				c = &s.Peak // as if it came when the peer's does
+			}
+			load[i][r] = p.Load[i][r].plus(c, float32(rho))
 			if c := p.Capacity[r]; c > 0 {
 				chance[i] = max(chance[i], load[i][r].exceed(float32(c*(1+1e-5))))
 			}

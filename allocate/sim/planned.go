@@ -31,6 +31,7 @@ type planned struct {
 
 	forecasters []*predict.Forecaster
 	demands     []allocate.Demand
+	peaks       []allocate.Curve // of CPU
 	sampled     time.Time
 	resizes     int
 }
@@ -49,7 +50,7 @@ func newPlanned(w *world, oracle bool, clock func() time.Duration) (*planned, er
 	p := &planned{
 		w: w, oracle: oracle, clock: clock, rng: rand.New(rand.NewPCG(w.sc.Seed, 3)),
 		nodes: make([]node, len(w.hosts)), peers: make([]allocate.Peer, len(w.hosts)), plans: make([]allocate.Plan, len(w.hosts)),
-		demands: make([]allocate.Demand, len(w.specs)),
+		demands: make([]allocate.Demand, len(w.specs)), peaks: make([]allocate.Curve, len(w.specs)),
 	}
 	cfg := allocate.Config{Consolidate: w.sc.Consolidate}
 	for h := range w.hosts {
@@ -109,7 +110,7 @@ func (p *planned) add(i, h int) {
 // refresh puts the newest sample and forecast into a view.
 func (p *planned) refresh(n *node, k int) {
 	i, v := n.index[k], &n.view.Shards[k]
-	v.Demand = p.demands[i]
+	v.Demand, v.Peak = p.demands[i], p.peaks[i]
 	v.Usage = allocate.Amount{allocate.CPU: p.w.sample(i), allocate.Memory: p.w.memoryOf(i)}
 	v.Dirty = p.w.dirty(i)
 	v.SampledAt = p.sampled
@@ -173,13 +174,14 @@ func (p *planned) observe(c int) error {
 }
 
 func (p *planned) forecast(i int) error {
-	for s, h := range allocate.Horizons() {
-		q, err := p.forecasters[i].Forecast(h, predict.Value)
-		if err != nil {
-			return err
-		}
-		p.demands[i][s][allocate.CPU] = allocate.CurveOf(q)
+	o, err := allocate.Foresee(p.forecasters[i])
+	if err != nil {
+		return err
 	}
+	for s := range o.Spans {
+		p.demands[i][s][allocate.CPU] = o.Spans[s]
+	}
+	p.peaks[i] = o.Peak
 	return nil
 }
 
@@ -376,7 +378,7 @@ func (p *planned) revive(i int) int {
 	s := &w.specs[i]
 	req := allocate.Request{Reason: allocate.Overload, Shard: allocate.Shard{
 		ID: allocate.ShardID(s.id), Workload: allocate.Workload(s.workload),
-		Tenant: allocate.Tenant(s.tenant), Priority: s.priority, Demand: p.demands[i], Bytes: s.mem,
+		Tenant: allocate.Tenant(s.tenant), Priority: s.priority, Demand: p.demands[i], Peak: p.peaks[i], Bytes: s.mem,
 		Usage: allocate.Amount{allocate.CPU: w.sample(i), allocate.Memory: w.memoryOf(i)},
 	}}
 	for _, from := range [][]int{p.busy, p.idle} {

@@ -22,7 +22,6 @@ import (
 	"github.com/tranship/tranship/allocate"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/ebpf/profile"
-	"github.com/tranship/tranship/predict"
 )
 
 // Mode is how far the autopilot goes.
@@ -102,8 +101,10 @@ type Host interface {
 
 // Forecasts answer for this host's shards; *forecasts.Keeper is one.
 type Forecasts interface {
-	// Curves are the quantiles of a signal so far ahead of at, the newest sample.
-	Curves(namespace, name string, signal profile.Signal, ahead []time.Duration) (out []predict.Quantiles, at time.Time, err error)
+	// Newest is when a signal was sampled last.
+	Newest(namespace, name string, signal profile.Signal) (time.Time, error)
+	// Outlook is what a signal will be, from the newest sample on.
+	Outlook(namespace, name string, signal profile.Signal) (allocate.Outlook, error)
 }
 
 // Peer is another host, as far as it is known without asking.

@@ -210,18 +210,31 @@ func (r *rig) Migrate(_ context.Context, _, name, node string) (*v1.Migration, e
 	}}, nil
 }
 
-func (r *rig) Curves(_, name string, signal profile.Signal, ahead []time.Duration) ([]predict.Quantiles, time.Time, error) {
+// Newest is that every signal that has a forecast was sampled just now.
+func (r *rig) Newest(_, name string, signal profile.Signal) (time.Time, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.curves[name][signal]; !ok {
+		return time.Time{}, errors.New("not measured")
+	}
+	return r.clock().Truncate(10 * time.Second), nil
+}
+
+func (r *rig) Outlook(_, name string, signal profile.Signal) (allocate.Outlook, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	q, ok := r.curves[name][signal]
 	if !ok {
-		return nil, time.Time{}, errors.New("not measured")
+		return allocate.Outlook{}, errors.New("not measured")
 	}
-	out := make([]predict.Quantiles, len(ahead))
-	for i := range out {
-		out[i] = q
-	}
-	return out, r.clock().Truncate(10 * time.Second), nil
+	return allocate.Foresee(always(q))
+}
+
+// always is a load of which the same is forecast however far ahead.
+type always predict.Quantiles
+
+func (q always) Forecast(time.Duration, predict.Target) (predict.Quantiles, error) {
+	return predict.Quantiles(q), nil
 }
 
 func (r *rig) plan() *v1.PlanResponse {

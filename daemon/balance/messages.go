@@ -51,18 +51,26 @@ func demandOf(what string, in []float32) (d allocate.Demand, err error) {
 	}
 	for i := range d {
 		for r := range d[i] {
-			last := float32(0)
-			for q := range d[i][r] {
-				v := in[0]
-				in = in[1:]
-				if !(v >= last && v <= 1e30) {
-					return d, fmt.Errorf("%s: the quantiles of %v are %v after %v", what, allocate.Resource(r), v, last)
-				}
-				d[i][r][q], last = v, v
+			if d[i][r], err = curveOf(in); err != nil {
+				return d, fmt.Errorf("%s: the quantiles of %v are %w", what, allocate.Resource(r), err)
 			}
+			in = in[len(d[i][r]):]
 		}
 	}
 	return d, nil
+}
+
+// curveOf takes the quantiles that in begins with.
+func curveOf(in []float32) (c allocate.Curve, err error) {
+	last := float32(0)
+	for q := range c {
+		if v := in[q]; v >= last && v <= 1e30 {
+			c[q], last = v, v
+		} else {
+			return c, fmt.Errorf("%v after %v", v, last)
+		}
+	}
+	return c, nil
 }
 
 func flat(d *allocate.Demand) []float32 {
@@ -122,7 +130,7 @@ func bookMessage(namespace, name string, r *allocate.Request) *v1.BookRequest {
 	m := &v1.BookRequest{
 		Namespace: namespace, Name: name, Workload: string(s.Workload), Tenant: string(s.Tenant), Priority: uint32(s.Priority),
 		Demand: flat(&s.Demand), Usage: s.Usage[:], Bytes: s.Bytes, DirtyBytesPerSecond: s.Dirty, SpreadHost: uint32(s.Spread.PerHost),
-		Reason: string(r.Reason), TakesMs: r.Takes.Milliseconds(),
+		Reason: string(r.Reason), TakesMs: r.Takes.Milliseconds(), Peak: s.Peak[:],
 	}
 	for _, w := range s.Avoid {
 		m.Avoid = append(m.Avoid, string(w))
@@ -160,6 +168,15 @@ func requestOf(peer string, m *v1.BookRequest) (allocate.Request, error) {
 	errs = append(errs, err)
 	s.Demand, err = demandOf("forecast", m.GetDemand())
 	errs = append(errs, err)
+	switch peak := m.GetPeak(); len(peak) {
+	case 0: // a version that does not know of peaks
+	case len(s.Peak):
+		if s.Peak, err = curveOf(peak); err != nil {
+			errs = append(errs, fmt.Errorf("forecast of the peak: the quantiles are %w", err))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("forecast of the peak of %d numbers", len(peak)))
+	}
 	reason := allocate.Reason(m.GetReason())
 	if reason != allocate.Overload && reason != allocate.Consolidate && reason != allocate.Threshold {
 		errs = append(errs, fmt.Errorf("reason %.40q", m.GetReason()))

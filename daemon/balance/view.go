@@ -13,13 +13,13 @@ import (
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/profile"
-	"github.com/tranship/tranship/predict"
 )
 
 // known is what the loop keeps of a shard between rounds.
 type known struct {
 	at     time.Time // of the sample that demand was made with
 	demand allocate.Demand
+	peak   allocate.Curve
 	seen   time.Time
 }
 
@@ -147,7 +147,7 @@ func (b *Balancer) shardOf(now time.Time, s *Shard) allocate.Shard {
 		a.Data = []allocate.Data{{Digest: s.Image, Bytes: s.ImageBytes}}
 	}
 	b.foresee(now, s, k, &a)
-	a.SampledAt, a.Demand = k.at, k.demand
+	a.SampledAt, a.Demand, a.Peak = k.at, k.demand, k.peak
 	// A limit moves between what the shard counts on and what it may use at most.
 	// Whoever gave it neither gave it a limit to stay.
 	most := decimalLabel(s.Labels, runtime.LabelLimitCPUs)
@@ -216,18 +216,14 @@ var forecastOf = [allocate.Resources][]profile.Signal{
 func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard) {
 	if b.cfg.Reactive {
 		k.at = now
-		for i := range k.demand {
-			for r := range allocate.Resources {
-				k.demand[i][r] = allocate.Certain(a.Usage[r])
-			}
-		}
+		k.expect(&a.Usage)
 		return
 	}
-	_, at, err := b.cfg.Forecasts.Curves(s.Namespace, s.Name, profile.CPU, nil)
+	at, err := b.cfg.Forecasts.Newest(s.Namespace, s.Name, profile.CPU)
 	booked := b.booked[a.ID]
 	switch {
 	case booked != nil && booked.landed && now.Sub(booked.landedAt) < settling:
-		k.at, k.demand = booked.landedAt, booked.shard.Demand
+		k.at, k.demand, k.peak = booked.landedAt, booked.shard.Demand, booked.shard.Peak
 		return
 	case err != nil:
 		// Nothing is known: what it asks for, or uses.
@@ -235,55 +231,56 @@ func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard)
 			return
 		}
 		k.at = at
-		for i := range k.demand {
-			for r := range allocate.Resources {
-				k.demand[i][r] = allocate.Certain(max(a.Usage[r], a.Request[r]))
-			}
+		most := a.Usage
+		for r := range most {
+			most[r] = max(most[r], a.Request[r])
 		}
+		k.expect(&most)
 		return
 	case at.Equal(k.at):
 		return
 	}
 	k.at = at
+	k.expect(&a.Usage)
 	for r, signals := range forecastOf {
-		for i := range k.demand {
-			k.demand[i][r] = allocate.Certain(a.Usage[r])
-		}
 		for n, sig := range signals {
-			curves, _, err := b.cfg.Forecasts.Curves(s.Namespace, s.Name, sig, allocate.Horizons())
-			if err != nil || len(curves) != allocate.Spans {
+			o, err := b.cfg.Forecasts.Outlook(s.Namespace, s.Name, sig)
+			if err != nil {
 				continue // not measured here: as it is now
 			}
-			for i, q := range curves {
-				c := curveOf(q)
+			for i, c := range o.Spans {
 				if n > 0 {
 					c = larger(k.demand[i][r], c)
 				}
 				k.demand[i][r] = c
 			}
+			if allocate.Resource(r) == allocate.CPU {
+				k.peak = o.Peak
+			}
 		}
 	}
 	if b.full || s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
 		for i := range k.demand {
-			for q := range k.demand[i][allocate.CPU] {
-				k.demand[i][allocate.CPU][q] *= heldBackMore
-			}
+			more(&k.demand[i][allocate.CPU])
 		}
+		more(&k.peak)
 	}
 }
 
-// curveOf is a rising curve of loads, whatever the forecaster says.
-func curveOf(q predict.Quantiles) allocate.Curve {
-	c := allocate.CurveOf(q)
-	last := float32(0)
-	for i, v := range c {
-		if !(v >= last) {
-			v = last
+// expect that nothing changes.
+func (k *known) expect(u *allocate.Amount) {
+	for i := range k.demand {
+		for r, v := range u {
+			k.demand[i][r] = allocate.Certain(v)
 		}
-		last = min(v, 1e30)
-		c[i] = last
 	}
-	return c
+	k.peak = allocate.Certain(u[allocate.CPU])
+}
+
+func more(c *allocate.Curve) {
+	for q := range c {
+		c[q] *= heldBackMore
+	}
 }
 
 func larger(a, b allocate.Curve) allocate.Curve {

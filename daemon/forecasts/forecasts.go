@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tranship/tranship/allocate"
 	"github.com/tranship/tranship/ebpf/profile"
 	"github.com/tranship/tranship/predict"
 )
@@ -490,26 +491,27 @@ func (k *Keeper) Forecast(namespace, name string, signal profile.Signal, h time.
 	return f.Forecast(h, target)
 }
 
-// Curves are the quantiles of the value of a signal so far ahead of at, the end
-// of the newest ten seconds.
-func (k *Keeper) Curves(namespace, name string, signal profile.Signal, ahead []time.Duration) (out []predict.Quantiles, at time.Time, err error) {
+// Newest is the end of the newest ten seconds of a signal of a shard.
+func (k *Keeper) Newest(namespace, name string, signal profile.Signal) (time.Time, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	f, sh, err := k.find(namespace+"/"+name, signal)
+	_, sh, err := k.find(namespace+"/"+name, signal)
 	if err != nil {
-		return nil, time.Time{}, err
+		return time.Time{}, err
 	}
-	for _, h := range ahead {
-		if h > reach(f) {
-			return nil, time.Time{}, ErrReach
-		}
-		q, err := f.Forecast(h, predict.Value)
-		if err != nil {
-			return nil, time.Time{}, err
-		}
-		out = append(out, q)
+	return sh.until, nil
+}
+
+// Outlook is what is planned with of a signal of a shard, from its newest ten
+// seconds on.
+func (k *Keeper) Outlook(namespace, name string, signal profile.Signal) (allocate.Outlook, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	f, _, err := k.find(namespace+"/"+name, signal)
+	if err != nil {
+		return allocate.Outlook{}, err
 	}
-	return out, sh.until, nil
+	return allocate.Foresee(f)
 }
 
 // find looks a forecaster up. k.mu is held.

@@ -8611,6 +8611,7 @@ type BookRequest struct {
 	SpreadHost          uint32                 `protobuf:"varint,11,opt,name=spread_host,json=spreadHost,proto3" json:"spread_host,omitempty"`
 	Reason              string                 `protobuf:"bytes,12,opt,name=reason,proto3" json:"reason,omitempty"`
 	TakesMs             int64                  `protobuf:"varint,13,opt,name=takes_ms,json=takesMs,proto3" json:"takes_ms,omitempty"`
+	Peak                []float32              `protobuf:"fixed32,14,rep,packed,name=peak,proto3" json:"peak,omitempty"` // of CPU, quantiles; none: as the demand
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -8734,6 +8735,13 @@ func (x *BookRequest) GetTakesMs() int64 {
 		return x.TakesMs
 	}
 	return 0
+}
+
+func (x *BookRequest) GetPeak() []float32 {
+	if x != nil {
+		return x.Peak
+	}
+	return nil
 }
 
 type BookResponse struct {
@@ -9593,7 +9601,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x06images\x18\v \x03(\tR\x06images\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf2\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x03\n" +
 	"\vBookRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
@@ -9609,7 +9617,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\vspread_host\x18\v \x01(\rR\n" +
 	"spreadHost\x12\x16\n" +
 	"\x06reason\x18\f \x01(\tR\x06reason\x12\x19\n" +
-	"\btakes_ms\x18\r \x01(\x03R\atakesMs\"S\n" +
+	"\btakes_ms\x18\r \x01(\x03R\atakesMs\x12\x12\n" +
+	"\x04peak\x18\x0e \x03(\x02R\x04peak\"S\n" +
 	"\fBookResponse\x12\x12\n" +
 	"\x04veto\x18\x01 \x01(\tR\x04veto\x12\x14\n" +
 	"\x05words\x18\x02 \x01(\tR\x05words\x12\x19\n" +
