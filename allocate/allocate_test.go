@@ -135,6 +135,37 @@ func TestThePeakOfASumIsNotTheSumOfPeaks(t *testing.T) {
 	}
 }
 
+func TestAPeakThatTheHostCannotCarryMovesShardsInTime(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		peak  Curve
+		moves int
+	}{
+		{"a load that stays what it is", Certain(1), 0},
+		{"a peak that just fits", Certain(2), 0},
+		{"a peak beyond the host", Certain(3), 1},
+	} {
+		p := planner(t, Config{})
+		v := &View{Host: testHost("self", 6), Peers: quiet(4)}
+		for _, id := range []string{"a", "b", "c"} {
+			s := shard(id, 0, known(1, 1e9))
+			s.Workload, s.Peak = "w", c.peak
+			v.Shards = append(v.Shards, s)
+		}
+		plan := round(t, p, t0, v)
+		for i := 1; len(plan.Moves) == 0 && i < p.cfg.SustainK; i++ {
+			plan = round(t, p, t0.Add(time.Duration(i)*time.Minute), v)
+		}
+		if len(plan.Moves) != c.moves {
+			t.Errorf("%s: %d moves, want %d", c.name, len(plan.Moves), c.moves)
+		}
+		// Others learn of it, and send nothing that would be too much then.
+		if top := p.Self(v).Load[Spans-1][CPU][4]; math.Abs(float64(top-3*c.peak[4])) > 1e-5 {
+			t.Errorf("%s: a load of %v in the last span is told, want %v", c.name, top, 3*c.peak[4])
+		}
+	}
+}
+
 func TestEveryOrderIsAPermutation(t *testing.T) {
 	for m := range ranks {
 		for i := range ranks[m] {

@@ -93,7 +93,12 @@ type joint struct {
 	rho    float32
 	load   [Spans][Resources][scenarios]float32
 	surges []surge
+	all    surgeSum // of surges, unless stale
+	stale  bool
 }
+
+// surgeSum of several workloads by scenario: of their surges, and of the squares.
+type surgeSum struct{ sum, squares [scenarios]float32 }
 
 // surge of a workload, by scenario.
 type surge struct {
@@ -134,6 +139,7 @@ func (j *joint) add(s *Shard, sign float32) {
 			j.surges = append(j.surges, surge{of: s.Workload})
 		}
 		s.surge(r, sign, &j.surges[i].more)
+		j.stale = true
 	}
 	var at [scenarios]float32
 	for i := range d {
@@ -172,30 +178,33 @@ func (s *Shard) surge(r *rank, sign float32, more *[scenarios]float32) {
 // atPeak is the CPU of the last span at its peak, s put in or taken out of the
 // surges but not of the load.
 func (j *joint) atPeak(s *Shard, r *rank, sign float32, out *[scenarios]float32) {
-	var sum, squares [scenarios]float32
-	also := func(more *[scenarios]float32) {
-		for k, v := range more {
-			v = max(0, v) // rounding
-			sum[k] += v
-			squares[k] += v * v
+	if j.stale {
+		j.all, j.stale = surgeSum{}, false
+		for i := range j.surges {
+			j.all.add(&j.surges[i].more, 1)
 		}
 	}
-	with := s != nil && s.surges()
-	for i := range j.surges {
-		more := j.surges[i].more
-		if with && j.surges[i].of == s.Workload {
-			s.surge(r, sign, &more)
-			with = false
-		}
-		also(&more)
-	}
-	if with {
+	t := j.all
+	if s != nil && s.surges() {
 		var more [scenarios]float32
+		if i := slices.IndexFunc(j.surges, func(o surge) bool { return o.of == s.Workload }); i >= 0 {
+			more = j.surges[i].more
+			t.add(&more, -1)
+		}
 		s.surge(r, sign, &more)
-		also(&more)
+		t.add(&more, 1)
 	}
 	for k, v := range j.load[Spans-1][CPU] {
-		out[k] = v + float32(math.Sqrt(float64((1-j.rho)*squares[k]+j.rho*sum[k]*sum[k])))
+		sum, squares := max(0, t.sum[k]), max(0, t.squares[k]) // below by rounding
+		out[k] = v + float32(math.Sqrt(float64((1-j.rho)*squares+j.rho*sum*sum)))
+	}
+}
+
+func (t *surgeSum) add(more *[scenarios]float32, sign float32) {
+	for k, v := range more {
+		v = max(0, v) // below by rounding
+		t.sum[k] += sign * v
+		t.squares[k] += sign * v * v
 	}
 }
 

@@ -23,7 +23,7 @@ func asking(name string, cpus float64) *v1.BookRequest {
 		d[i][allocate.CPU], d[i][allocate.Memory] = allocate.Certain(cpus), allocate.Certain(64<<20)
 	}
 	r := allocate.Request{Reason: allocate.Overload, Takes: 2 * time.Second, Shard: allocate.Shard{
-		Workload: "w", Bytes: 64 << 20, Demand: d, Usage: allocate.Amount{allocate.CPU: cpus, allocate.Memory: 64 << 20},
+		Workload: "w", Bytes: 64 << 20, Demand: d, Peak: allocate.Certain(cpus), Usage: allocate.Amount{allocate.CPU: cpus, allocate.Memory: 64 << 20},
 	}}
 	return bookMessage("default", name, &r)
 }
@@ -211,6 +211,9 @@ func TestARequestThatCannotBeComputedWithCostsNothing(t *testing.T) {
 		"a priority of 10":   func(m *v1.BookRequest) { m.Priority = 10 },
 		"NaN":                func(m *v1.BookRequest) { m.Demand[7] = float32(math.NaN()) },
 		"half a forecast":    func(m *v1.BookRequest) { m.Demand = m.Demand[:30] },
+		"half a peak":        func(m *v1.BookRequest) { m.Peak = m.Peak[:2] },
+		"a peak that falls":  func(m *v1.BookRequest) { m.Peak = []float32{1, 2, 3, 2, 4} },
+		"a peak of NaN":      func(m *v1.BookRequest) { m.Peak[4] = float32(math.NaN()) },
 		"less than nothing":  func(m *v1.BookRequest) { m.Usage[1] = -5 },
 		"memory without end": func(m *v1.BookRequest) { m.Bytes = math.Inf(1) },
 		"a time before now":  func(m *v1.BookRequest) { m.TakesMs = -1 },
@@ -244,8 +247,12 @@ func TestRequestsSurviveTheWire(t *testing.T) {
 	if got := bookMessage("default", "a", &req); !proto.Equal(got, want) {
 		t.Errorf("%v\n%v", got, want)
 	}
-	if req.From != "host-2" || req.Shard.ID != "default/a" {
+	if req.From != "host-2" || req.Shard.ID != "default/a" || req.Shard.Peak != allocate.Certain(1.25) {
 		t.Errorf("%+v", req)
+	}
+	want.Peak = nil // as a host asks that knows of no peaks
+	if req, err := requestOf("host-2", want); err != nil || req.Shard.Peak != (allocate.Curve{}) {
+		t.Errorf("peak %v, %v", req.Shard.Peak, err)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
+	"github.com/tranship/tranship/allocate"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/ebpf/profile"
 	"github.com/tranship/tranship/predict"
@@ -193,6 +194,33 @@ func TestAShardThatWasTaughtKnowsItsPast(t *testing.T) {
 }
 
 // TestAShortLifeTravelsToo: of one that moves in its first minutes the samples do.
+func TestPlansAreMadeOfWhatTheForecastersSay(t *testing.T) {
+	k := open(t, filepath.Join(t.TempDir(), "forecasts.db"))
+	feedAll(k, "default/a", Labels{}, 0, 1500)
+	want, err := allocate.Foresee(alone(t, 1500, 0, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := k.Outlook("default", "a", profile.CPU)
+	if err != nil || got != want || want.Peak[1] <= want.Spans[allocate.Spans-1][1] {
+		t.Errorf("%+v, %v, want %+v with a peak beyond the value", got, err, want)
+	}
+	if at, err := k.Newest("default", "a", profile.CPU); err != nil || !at.Equal(begin.Add(1500*step)) {
+		t.Errorf("newest %v, %v", at, err)
+	}
+	for _, c := range []struct {
+		name   string
+		signal profile.Signal
+		want   error
+	}{{"b", profile.CPU, ErrUnknown}, {"a", profile.ReadBytes, ErrSignal}} {
+		_, none := k.Outlook("default", c.name, c.signal)
+		_, never := k.Newest("default", c.name, c.signal)
+		if !errors.Is(none, c.want) || !errors.Is(never, c.want) {
+			t.Errorf("%v of %s: %v, %v; want %v", c.signal, c.name, none, never, c.want)
+		}
+	}
+}
+
 func TestAShortLifeTravelsToo(t *testing.T) {
 	source := open(t, filepath.Join(t.TempDir(), "f.db"))
 	key, l := "default/web", Labels{"acme", "web"}
