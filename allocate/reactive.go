@@ -9,11 +9,41 @@ import (
 // customary one.
 const ReactiveThreshold = 0.8
 
-// react is the static threshold policy of Beloglazov & Buyya 2012 (THR, minimum
-// migration time, best fit decreasing), to compare with: a host above the
-// threshold in the last sample sheds the shards that move fastest until it is
-// below; a target must stay below. It forecasts nothing and weighs nothing, so
-// neither is there a cool-down. Rules, room and moves at a time hold all the same.
+// Shed is whom the static threshold policy of Beloglazov & Buyya 2012 (THR,
+// minimum migration time) moves away from a host whose shards used so much in the
+// last sample: those that move fastest, until it is at limit. usage and bytes are
+// of a shard; those that use nothing stay.
+func Shed[T any](used, limit float64, shards []T, usage, bytes func(T) float64) (out []T) {
+	shards = slices.Clone(shards)
+	slices.SortStableFunc(shards, func(a, b T) int { return cmp.Compare(bytes(a), bytes(b)) })
+	for _, s := range shards {
+		if used <= limit {
+			break
+		}
+		if u := usage(s); u > 0 {
+			used -= u
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// Fit of a shard on a host: the share of its CPU in use then, and whether
+// anything runs there without it.
+type Fit struct {
+	Fill float64
+	Runs bool
+}
+
+// Better by best fit: the fuller one, and one that runs nothing after all others.
+func (f Fit) Better(than Fit) bool {
+	return f.Runs && !than.Runs || f.Runs == than.Runs && f.Fill > than.Fill
+}
+
+// react is that policy with best fit decreasing, to compare with: a host above
+// the threshold sheds; a target must stay below. It forecasts nothing and weighs
+// nothing, so neither is there a cool-down. Rules, room and moves at a time hold
+// all the same.
 func (r *turn) react() {
 	p, v := r.p, r.v
 	limit := p.cfg.Threshold * v.Host.Capacity[CPU]
@@ -32,15 +62,7 @@ func (r *turn) react() {
 	if v.Host.Capacity[CPU] <= 0 || left <= limit {
 		return
 	}
-	slices.SortStableFunc(stay, func(a, b *Shard) int { return cmp.Compare(a.Bytes, b.Bytes) })
-	var moving []*Shard
-	for _, s := range stay {
-		if left <= limit {
-			break
-		}
-		left -= s.Usage[CPU]
-		moving = append(moving, s)
-	}
+	moving := Shed(left, limit, stay, func(s *Shard) float64 { return s.Usage[CPU] }, func(s *Shard) float64 { return s.Bytes })
 	slices.SortStableFunc(moving, func(a, b *Shard) int { return cmp.Compare(b.Usage[CPU], a.Usage[CPU]) })
 	r.sample()
 	comes := map[HostID]float64{} // in this plan
@@ -64,7 +86,7 @@ func (r *turn) react() {
 func (r *turn) bestFit(s *Shard, comes map[HostID]float64, out []Candidate) []Candidate {
 	cfg := r.p.cfg
 	cfg.NoReturn = 0
-	busy := false
+	var fits []Fit // of out
 	out = out[:0]
 	for _, peer := range r.p.peers {
 		c := peer.Capacity[CPU]
@@ -72,15 +94,18 @@ func (r *turn) bestFit(s *Shard, comes map[HostID]float64, out []Candidate) []Ca
 		if c <= 0 || with > cfg.Threshold*c || !peer.may(r.now, s, &cfg) {
 			continue
 		}
-		runs := peer.Shards > 0 || comes[peer.ID] > 0
-		if busy && !runs {
-			continue
+		fit := Fit{with / c, peer.Shards > 0 || comes[peer.ID] > 0}
+		at := 0
+		for at < len(fits) && !fit.Better(fits[at]) {
+			at++
 		}
-		if runs && !busy {
-			busy, out = true, out[:0]
-		}
-		out = append(out, Candidate{peer.ID, 1 - with/c})
+		fits, out = slices.Insert(fits, at, fit), slices.Insert(out, at, Candidate{peer.ID, 1 - fit.Fill})
 	}
-	slices.SortStableFunc(out, func(a, b Candidate) int { return cmp.Compare(a.Score, b.Score) })
+	for n := range fits {
+		if !fits[n].Runs && fits[0].Runs {
+			out = out[:n] // the others will do
+			break
+		}
+	}
 	return out[:min(len(out), cfg.Ask)]
 }

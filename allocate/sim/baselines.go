@@ -38,7 +38,7 @@ func (n *none) loads() []float64 {
 // use; one that runs nothing only if no other will do. -1: none.
 func (n *none) bestFit(load []float64, i int, limit float64, skip func(h int) bool) int {
 	w := n.w
-	best, fill, awake := -1, -1.0, false
+	best, most := -1, allocate.Fit{Fill: -1}
 	need, mem := w.sample(i), w.memoryOf(i)
 	for h := range w.hosts {
 		x := &w.hosts[h]
@@ -46,9 +46,8 @@ func (n *none) bestFit(load []float64, i int, limit float64, skip func(h int) bo
 		if f > limit || !x.up || x.used+mem > x.mem || h == w.state[i].host || skip != nil && skip(h) {
 			continue
 		}
-		on := len(x.shards)+x.coming > 0
-		if on && !awake || on == awake && f > fill {
-			best, fill, awake = h, f, on
+		if fit := (allocate.Fit{Fill: f, Runs: len(x.shards)+x.coming > 0}); fit.Better(most) {
+			best, most = h, fit
 		}
 	}
 	return best
@@ -87,17 +86,7 @@ func (p *reactive) round(fresh bool) error {
 		}
 		over[h] = true
 		stay := slices.DeleteFunc(slices.Clone(w.hosts[h].shards), func(i int) bool { return w.state[i].target >= 0 })
-		slices.SortStableFunc(stay, func(a, b int) int { return cmp.Compare(w.specs[a].mem, w.specs[b].mem) })
-		left := load[h]
-		for _, i := range stay {
-			if left <= limit {
-				break
-			}
-			if w.sample(i) > 0 {
-				left -= w.sample(i)
-				moving = append(moving, i)
-			}
-		}
+		moving = append(moving, allocate.Shed(load[h], limit, stay, w.sample, func(i int) float64 { return w.specs[i].mem })...)
 	}
 	slices.SortStableFunc(moving, func(a, b int) int { return cmp.Compare(w.sample(b), w.sample(a)) })
 	for _, i := range moving {
