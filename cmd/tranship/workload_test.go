@@ -51,7 +51,7 @@ func (o *owner) ListWorkloads(context.Context, *connect.Request[v1.ListWorkloads
 	}}}), nil
 }
 
-func startOwner(t *testing.T, o *owner) string {
+func startOwner(t *testing.T, o transhipv1connect.WorkloadsHandler) string {
 	t.Helper()
 	mux := http.NewServeMux()
 	mux.Handle(transhipv1connect.NewWorkloadsHandler(o))
@@ -144,6 +144,56 @@ func TestADryRunOfAFileTellsWhatItWouldHaveBegun(t *testing.T) {
 		if (len(last) == 1) != c.told || c.told && (last[0].GetNode()["cache-0"] != "host-2" || len(last[0].GetNode()) != 1 || !strings.Contains(string(last[0].GetSpecJson()), `"cache"`)) {
 			t.Errorf("%v: web is asked for with %v", c.args, last)
 		}
+	}
+}
+
+// stuck is an owner that gets nowhere, in a dry run or in earnest.
+type stuck struct {
+	owner
+	dry     bool
+	reached chan struct{}
+	left    chan struct{} // the daemon heard that nobody waits any more
+}
+
+func (s *stuck) Change(ctx context.Context, r *connect.Request[v1.ChangeWorkloadRequest], stream *connect.ServerStream[v1.WorkloadEvent]) error {
+	if r.Msg.GetDryRun() && !s.dry {
+		return s.owner.Change(ctx, r, stream)
+	}
+	if err := stream.Send(&v1.WorkloadEvent{Plan: s.plan}); err != nil {
+		return err
+	}
+	close(s.reached)
+	<-ctx.Done()
+	close(s.left)
+	return ctx.Err()
+}
+
+func TestCtrlCEndsAnApply(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "w.toml")
+	if err := os.WriteFile(file, []byte("[[workload]]\nname = \"web\"\nimage = \"i\"\nshards = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, dry := range []bool{true, false} {
+		s := &stuck{dry: dry, reached: make(chan struct{}), left: make(chan struct{})}
+		s.plan, s.outcome = &v1.WorkloadPlan{Workload: "web", Steps: []*v1.WorkloadStep{{Op: "add", Shard: "web-0", Node: "host-2"}}}, "done"
+		at := startOwner(t, s)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { <-s.reached; cancel() }()
+		root, g := newRoot()
+		var out, errs bytes.Buffer
+		root.SetOut(&out)
+		root.SetErr(&errs)
+		root.SetArgs([]string{"--host", at, "-o", "json", "workload", "apply", "-f", file})
+		err := root.ExecuteContext(ctx)
+		g.release()
+		if exitCode(err) != exitCancelled {
+			t.Errorf("while it is planned: %v: exit code %d: %v", dry, exitCode(err), err)
+		}
+		var doc control.WorkloadChangesDocument
+		if jerr := json.Unmarshal(out.Bytes(), &doc); jerr != nil || doc.SchemaVersion != 1 || !dry && (len(doc.Workloads) != 1 || doc.Workloads[0].Outcome != "cancelled") {
+			t.Errorf("%v: %s", jerr, out.String())
+		}
+		<-s.left
 	}
 }
 
