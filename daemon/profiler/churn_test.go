@@ -344,7 +344,91 @@ func TestASubjectWhoseFilesCannotBeReadKeepsItsOtherSignals(t *testing.T) {
 	})
 }
 
-// TestAHostWithoutAnyProgram has no probe at all, as on a locked-down kernel.
+// TestAShardBeyondAllSlotsIsCountedFromItsFiles starts one when every slot is taken.
+func TestAShardBeyondAllSlotsIsCountedFromItsFiles(t *testing.T) {
+	p, _ := running(t, nil)
+	if p.probe == nil {
+		testenv.Missing(t, "BPF: "+p.probeWhy.Error())
+	}
+	crowded := func() *container {
+		p.mu.Lock() // so that nobody gives back what belongs to no shard
+		defer p.mu.Unlock()
+		for i := 0; ; i++ {
+			_, err := p.probe.Track(fmt.Sprintf("crowd/%d", i), probe.Identity{Tasks: 1<<41 + uint64(i)})
+			if errors.Is(err, probe.ErrFull) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		c, err := startContainer("crowded")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := p.newSubject(c.task)
+		if err == nil {
+			err = p.insert(s)
+		}
+		if err != nil {
+			t.Fatal(errors.Join(err, c.stop()))
+		}
+		return c
+	}
+	c := crowded()
+	defer func() {
+		if err := c.stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+	eventually(t, "its CPU comes from a file, its waits from nowhere", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		s := p.subjects["churn/crowded"]
+		if s == nil {
+			t.Fatal("it is not profiled")
+		}
+		if s.slot >= 0 {
+			t.Fatalf("it has slot %d", s.slot)
+		}
+		last, ok := s.profile.Last()
+		if !ok {
+			return false
+		}
+		cpu, ok := last.Get(profile.CPU)
+		_, waits := last.Get(profile.Wait)
+		return ok && cpu > 0 && !waits
+	})
+}
+
+// refusedVariable makes the test below the process that may not load programs.
+const refusedVariable = "TRANSHIP_TEST_REFUSED"
+
+// TestAKernelThatRefusesPrograms runs without the capabilities for BPF, which is
+// what a locked-down kernel comes to.
+func TestAKernelThatRefusesPrograms(t *testing.T) {
+	if os.Getenv(refusedVariable) == "" {
+		testenv.NeedRoot(t)
+		again := exec.Command("setpriv", "--bounding-set", "-sys_admin,-bpf,-perfmon", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v")
+		again.Env = append(os.Environ(), refusedVariable+"=1")
+		out, err := again.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
+	p, f := running(t, nil)
+	if p.probe != nil {
+		for _, part := range probe.Parts {
+			if p.probe.Failed(part) == nil {
+				t.Errorf("%s counts without being allowed to", part)
+			}
+		}
+	}
+	countsFromFiles(t, p, f)
+}
+
+// TestAHostWithoutAnyProgram has no types of the kernel, and so no program.
 func TestAHostWithoutAnyProgram(t *testing.T) {
 	p, f := running(t, func(c *Config) { c.BTF = "/dev/null" })
 	for _, part := range probe.Parts {
@@ -352,6 +436,12 @@ func TestAHostWithoutAnyProgram(t *testing.T) {
 			t.Errorf("%s counts without the kernel's types", part)
 		}
 	}
+	countsFromFiles(t, p, f)
+}
+
+// countsFromFiles starts a container, whose CPU has to be known, and says so.
+func countsFromFiles(t *testing.T, p *Profiler, f *feed) {
+	t.Helper()
 	c, err := startContainer("files")
 	if err != nil {
 		t.Fatal(err)
@@ -369,6 +459,9 @@ func TestAHostWithoutAnyProgram(t *testing.T) {
 	for _, s := range p.Sources() {
 		if strings.HasPrefix(s.From, "bpf:") {
 			t.Errorf("%v claims to come from %s", s.Signal, s.From)
+		}
+		if s.Signal == profile.Wait && s.Why == "" {
+			t.Error("nobody says why waits are unknown")
 		}
 	}
 }

@@ -30,6 +30,9 @@ type files struct {
 	knowsInactive bool
 }
 
+// anything that files know.
+const anything = ^profile.Mask(0)
+
 func newFiles(place runtime.Place, instead profile.Mask) *files {
 	return &files{place: place, instead: instead, open: map[string]*os.File{}, buf: make([]byte, 16<<10)}
 }

@@ -143,7 +143,9 @@ func (p *Profiler) insert(s *subject) error {
 		id := probe.Identity{Tasks: s.files.place.Dirs["cpu"].ID, Block: s.files.place.Dirs["blkio"].ID, Netns: s.files.place.Netns}
 		slot, err := p.probe.Track(s.key, id)
 		if errors.Is(err, probe.ErrFull) {
-			p.log.Warn("profiles: more shards than slots", "shard", s.key, "err", err)
+			// Its cgroup's files know some of what no program counts for it.
+			s.files.instead = anything
+			p.log.Warn("profiles: more shards than slots; of this one only what files know", "shard", s.key, "err", err)
 		} else if err != nil {
 			return err
 		} else {
