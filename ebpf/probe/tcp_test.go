@@ -146,6 +146,81 @@ func TestTCPOfANetworkNamespace(t *testing.T) {
 	})
 }
 
+func TestConnectionsThatFindNoPlaceAreCountedAsLost(t *testing.T) {
+	r := newRig(t)
+	p := r.open("")
+	inNetns(t, func(inum uint32) {
+		slot, err := p.Track("net", Identity{Netns: inum})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer l.Close()
+		dial := func() {
+			t.Helper()
+			c, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { _ = c.Close() })
+			peer, err := l.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { _ = peer.Close() })
+		}
+		lost := func() uint64 {
+			t.Helper()
+			st, err := p.Stats()
+			if err != nil {
+				t.Error(err)
+			}
+			return st.ConnectionsLost
+		}
+		// Others' connections, in a namespace that is nobody's, take every place.
+		full := p.maps[tcpMapConnections]
+		var taken []uint64
+		for key := uint64(8); ; key += 8 {
+			if err := full.Put(key, uint32(1)); err != nil {
+				break
+			}
+			if taken = append(taken, key); len(taken) > int(full.MaxEntries()) {
+				t.Errorf("%d entries in a map of %d", len(taken), full.MaxEntries())
+				return
+			}
+		}
+		before := lost()
+		dial()
+		if n := lost() - before; n != 2 {
+			t.Errorf("%d lost of the two ends of a connection", n)
+		}
+		if now := connections(t, p, slot); now.Open != 0 {
+			t.Errorf("%+v", now)
+		}
+		for _, key := range taken {
+			if err := full.Delete(key); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+		before = lost()
+		dial()
+		if n := lost() - before; n != 0 {
+			t.Errorf("%d lost though there is room", n)
+		}
+		if now := connections(t, p, slot); now.Open != 2 {
+			t.Errorf("%+v", now)
+		}
+	})
+}
+
 func connections(t *testing.T, p *Probe, slot int) Connections {
 	t.Helper()
 	if err := p.Refresh(); err != nil {
