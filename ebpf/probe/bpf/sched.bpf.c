@@ -39,7 +39,7 @@
 
 struct seen {
 	u64 arrival; /* pid << 42 | run_delay in ns (42 bits) */
-	/* Page faults when it left. */
+	/* Page faults that are counted: as of its last turn that had any. */
 	u32 min_flt;
 	u32 maj_flt;
 };
@@ -72,15 +72,23 @@ static __always_inline void remember(struct cpu_state *r, struct task_struct *ta
 	r->maj_flt = task->maj_flt;
 }
 
-static __always_inline struct shard_usage *charge(struct cpu_state *r, struct task_struct *task, u32 cpu)
+static __always_inline struct shard_usage *charge(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
 {
 	struct shard_usage *u = usage_of(r->slot, cpu);
 
 	if (!u)
 		return 0;
 	u->cpu_ns += task->se.sum_exec_runtime - r->sum_exec;
-	u->minor_faults += task->min_flt - r->min_flt;
-	u->major_faults += task->maj_flt - r->maj_flt;
+	u64 minor = task->min_flt, major = task->maj_flt;
+	if (minor == r->min_flt && major == r->maj_flt)
+		return u; /* as in most turns */
+	u->minor_faults += minor - r->min_flt;
+	u->major_faults += major - r->maj_flt;
+	struct seen *entry = seen_of(pid);
+	if (entry && entry->arrival >> DELAY_BITS == pid) {
+		entry->min_flt = minor;
+		entry->maj_flt = major;
+	}
 	return u;
 }
 
@@ -99,8 +107,12 @@ static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, 
 			wait = clock - queued;
 	}
 	u64 have = entry->arrival, moved = 0;
-	if (have >> DELAY_BITS == pid)
+	if (have >> DELAY_BITS == pid) {
 		moved = (delay - have) & DELAY_MASK;
+	} else {
+		entry->min_flt = task->min_flt;
+		entry->maj_flt = task->maj_flt;
+	}
 	/* A younger task with that pid has waited less than its predecessor. */
 	if (moved > DELAY_MASK / 2)
 		moved = delay;
@@ -112,8 +124,9 @@ static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, 
 		u->wait[b]++;
 }
 
-/* missed makes up for the arrival of a task that nobody saw come. */
-static __always_inline void missed(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
+/* missed makes up for the arrival of a task that nobody saw come. It is rare, and
+ * a function of its own so that a switch has the registers for itself. */
+static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
 {
 	struct seen *entry = seen_of(pid);
 
@@ -121,33 +134,35 @@ static __always_inline void missed(struct cpu_state *r, struct task_struct *task
 	r->slot = slot_of_task(task, r);
 	remember(r, task);
 	if (r->slot == NO_SLOT)
-		return;
+		return 0;
 	/* Other classes leave the mark alone. */
 	if (task->prio >= MAX_RT_PRIO && task->policy != SCHED_EXT)
 		r->sum_exec = task->se.prev_sum_exec_runtime;
 	if (entry && entry->arrival >> DELAY_BITS == pid) {
-		r->min_flt -= (u32)r->min_flt - entry->min_flt;
-		r->maj_flt -= (u32)r->maj_flt - entry->maj_flt;
+		u32 minor = (u32)r->min_flt - entry->min_flt;
+		u32 major = (u32)r->maj_flt - entry->maj_flt;
+
+		/* A younger task with that pid has fewer than its predecessor. */
+		if (!((minor | major) >> 31)) {
+			r->min_flt -= minor;
+			r->maj_flt -= major;
+		}
 	}
 	arrive(task, pid, r->slot, cpu);
+	return 0;
 }
 
 /* leave adds what prev has gained, and one switch. */
 static __always_inline void leave(struct cpu_state *r, struct task_struct *prev, u64 pid, bool forced, u32 cpu)
 {
-	struct shard_usage *u = charge(r, prev, cpu);
-	struct seen *entry = seen_of(pid);
+	struct shard_usage *u = charge(r, prev, pid, cpu);
 
-	if (!u || !entry)
+	if (!u)
 		return;
 	if (forced)
 		u->forced++;
 	else
 		u->voluntary++;
-	if (entry->arrival >> DELAY_BITS == pid) {
-		entry->min_flt = prev->min_flt;
-		entry->maj_flt = prev->maj_flt;
-	}
 }
 
 SEC("tp_btf/sched_switch")
@@ -186,7 +201,7 @@ int BPF_PROG(attach_task, struct cgroup *to, const char *path, struct task_struc
 
 	if (!r || r->task != (u64)task)
 		return 0;
-	charge(r, task, cpu);
+	charge(r, task, (u32)task->pid, cpu);
 	remember(r, task);
 	r->slot = slot_of_task(task, r);
 	return 0;
@@ -202,7 +217,7 @@ static __always_inline void settle(struct task_struct *task)
 		return;
 	if (r->task != (u64)task)
 		missed(r, task, (u32)task->pid, cpu);
-	charge(r, task, cpu);
+	charge(r, task, (u32)task->pid, cpu);
 	remember(r, task);
 }
 

@@ -156,21 +156,19 @@ static __always_inline u32 slot_of(struct cgroup_subsys_state *css, u64 kind, st
 
 static __always_inline u32 bucket_of(u64 ns)
 {
-	u32 log = 0;
+	u32 b = 1;
 
 	if (ns > 1ULL << 36)
 		ns = 1ULL << 36;
-	u64 v = ns + (ns * 77324 >> 20); /* 2^30 / 10^9 = 1 + 77324 / 2^20 */
-	if (v >> 32) { log += 32; v >>= 32; }
-	if (v >> 16) { log += 16; v >>= 16; }
-	if (v >> 8) { log += 8; v >>= 8; }
-	if (v >> 4) { log += 4; v >>= 4; }
-	if (v >> 2) { log += 2; v >>= 2; }
-	if (v >> 1) log += 1;
-	if (log < 9)
+	u64 v = (ns + (ns * 77324 >> 20)) >> 10; /* 2^30 / 10^9 = 1 + 77324 / 2^20 */
+	if (!v)
 		return 0;
-	log -= 9;
-	return log < BUCKETS ? log : BUCKETS - 1;
+	if (v >> 16) { b += 16; v >>= 16; }
+	if (v >> 8) { b += 8; v >>= 8; }
+	if (v >> 4) { b += 4; v >>= 4; }
+	if (v >> 2) { b += 2; v >>= 2; }
+	if (v >> 1) b += 1;
+	return b < BUCKETS ? b : BUCKETS - 1;
 }
 
 #endif
