@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/rlimit"
 )
@@ -433,6 +434,24 @@ func CountRunTime() (close func() error, err error) {
 		return nil, fmt.Errorf("statistics of BPF programs: %w", err)
 	}
 	return c.Close, nil
+}
+
+// AttachEmpty has a program that does nothing run at every switch of the
+// scheduler, until close is called: what counting cannot cost less than.
+func AttachEmpty() (close func() error, err error) {
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "empty", Type: ebpf.Tracing, AttachType: ebpf.AttachTraceRawTp, AttachTo: "sched_switch", License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("empty program: %w", err)
+	}
+	defer p.Close() // the link keeps it
+	l, err := link.AttachTracing(link.TracingOptions{Program: p})
+	if err != nil {
+		return nil, fmt.Errorf("empty program: %w", err)
+	}
+	return l.Close, nil
 }
 
 // Remove ends all counting of the daemon with this directory, and forgets it.

@@ -10,7 +10,7 @@ func TestTheMediansBoundsHoldIt(t *testing.T) {
 	const times, truth = 400, 0.98
 	held := 0
 	for range times {
-		with, without := make([]float64, rounds), make([]float64, rounds)
+		with, without := make([]float64, leastRounds), make([]float64, leastRounds)
 		for i := range with {
 			with[i], without[i] = truth*(1+0.1*r.NormFloat64()), 1
 		}
