@@ -4,7 +4,10 @@ package e2e
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,6 +24,8 @@ type node struct {
 	Membership string `json:"membership"`
 	Error      string `json:"error"`
 	Cordoned   bool   `json:"cordoned"`
+	// Ends is the certificate's.
+	Ends time.Time `json:"certificate_ends"`
 }
 
 // nodesOf is the pool as a host sees it, by name.
@@ -272,5 +277,73 @@ func TestAHostLeavesJoinsByTokenAndIsRevoked(t *testing.T) {
 		if name != "host-9" && n.State == "alive" {
 			t.Errorf("%v after its revocation host-9 still reaches %+v", time.Since(revoked), n)
 		}
+	}
+}
+
+// aged gives a host a certificate that the CA signed long ago: of the same name,
+// ID and key, and near its end.
+func aged(t *testing.T, host string) {
+	t.Helper()
+	pemOf := func(at, name string) []byte {
+		t.Helper()
+		raw, err := os.ReadFile(inHost(t, at, "/etc/tranship/pki/"+name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(raw)
+		return block.Bytes
+	}
+	parse := func(der []byte) *x509.Certificate {
+		t.Helper()
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	key, err := x509.ParsePKCS8PrivateKey(pemOf("host-1", "ca.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := parse(pemOf(host, "node.crt"))
+	old.NotBefore, old.NotAfter = time.Now().Add(-80*24*time.Hour), time.Now().Add(10*24*time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, old, parse(pemOf("host-1", "ca.crt")), old.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(inHost(t, host, "/etc/tranship/pki/node.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ends is when the certificate of a host does, as nodes shows it.
+func ends(t *testing.T, host string) (id string, at time.Time) {
+	t.Helper()
+	n := nodesOf(t, host)[host]
+	return n.ID, n.Ends
+}
+
+func TestACertificateIsRenewedLongBeforeItEnds(t *testing.T) {
+	guard(t)
+	h := hostOf(t, "host-3")
+	id, _ := ends(t, "host-3")
+	aged(t, "host-3")
+	if err := h.KillDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.StartDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "a new certificate", func() bool { _, at := ends(t, "host-3"); return time.Until(at) > 80*24*time.Hour })
+	if _, err := os.Stat(inHost(t, "host-3", "/etc/tranship/pki/node.crt.next")); err == nil {
+		t.Error("the new certificate is there twice")
+	}
+	if now, _ := ends(t, "host-3"); now != id {
+		t.Errorf("host-3 was %s and is %s", id, now)
+	}
+	for _, at := range []string{"host-1", "host-2"} {
+		await(t, at+" and host-3 reach each other", func() bool {
+			return nodesOf(t, at)["host-3"].State == "alive" && nodesOf(t, "host-3")[at].State == "alive"
+		})
 	}
 }
