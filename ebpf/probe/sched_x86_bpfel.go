@@ -62,13 +62,13 @@ const (
 	schedMapCgroups      = "cgroups"
 	schedMapNetns        = "netns"
 	schedMapPercpu       = "percpu"
-	schedMapSeen         = "seen"
 	schedMapUsage        = "usage"
 	schedProgAttachTask  = "attach_task"
 	schedProgExitTask    = "exit_task"
 	schedProgFlush       = "flush"
 	schedProgSchedSwitch = "sched_switch"
 	schedVarCpus         = "cpus"
+	schedVarSeen         = "seen"
 	schedVarUnified      = "unified"
 )
 
@@ -127,7 +127,6 @@ type schedMapSpecs struct {
 	Cgroups *ebpf.MapSpec `ebpf:"cgroups"`
 	Netns   *ebpf.MapSpec `ebpf:"netns"`
 	Percpu  *ebpf.MapSpec `ebpf:"percpu"`
-	Seen    *ebpf.MapSpec `ebpf:"seen"`
 	Usage   *ebpf.MapSpec `ebpf:"usage"`
 }
 
@@ -136,6 +135,7 @@ type schedMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedVariableSpecs struct {
 	Cpus    *ebpf.VariableSpec `ebpf:"cpus"`
+	Seen    *ebpf.VariableSpec `ebpf:"seen"`
 	Unified *ebpf.VariableSpec `ebpf:"unified"`
 }
 
@@ -162,7 +162,6 @@ type schedMaps struct {
 	Cgroups *ebpf.Map `ebpf:"cgroups"`
 	Netns   *ebpf.Map `ebpf:"netns"`
 	Percpu  *ebpf.Map `ebpf:"percpu"`
-	Seen    *ebpf.Map `ebpf:"seen"`
 	Usage   *ebpf.Map `ebpf:"usage"`
 }
 
@@ -171,7 +170,6 @@ func (m *schedMaps) Close() error {
 		m.Cgroups,
 		m.Netns,
 		m.Percpu,
-		m.Seen,
 		m.Usage,
 	)
 }
@@ -181,6 +179,7 @@ func (m *schedMaps) Close() error {
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedVariables struct {
 	Cpus    *ebpf.Variable `ebpf:"cpus"`
+	Seen    *ebpf.Variable `ebpf:"seen"`
 	Unified *ebpf.Variable `ebpf:"unified"`
 }
 

@@ -26,7 +26,7 @@
  * is added before.
  *
  *   percpu  array  cpu         -> struct cpu_state (the task on that CPU)
- *   seen    array  pid % SEEN  -> struct seen
+ *   seen    array  pid % SEEN  -> struct seen (global data)
  */
 #include "shards.h"
 
@@ -44,18 +44,12 @@ struct seen {
 	u32 maj_flt;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SEEN);
-	__type(key, u32);
-	__type(value, struct seen);
-} seen SEC(".maps");
+/* Global, not a map of its own: nobody else reads it, and it needs no look-up. */
+struct seen seen[SEEN];
 
 static __always_inline struct seen *seen_of(u64 pid)
 {
-	u32 at = pid & (SEEN - 1);
-
-	return bpf_map_lookup_elem(&seen, &at);
+	return &seen[pid & (SEEN - 1)];
 }
 
 static __always_inline u32 slot_of_task(struct task_struct *task, struct cpu_state *state)
@@ -85,21 +79,20 @@ static __always_inline struct shard_usage *charge(struct cpu_state *r, struct ta
 	u->minor_faults += minor - r->min_flt;
 	u->major_faults += major - r->maj_flt;
 	struct seen *entry = seen_of(pid);
-	if (entry && entry->arrival >> DELAY_BITS == pid) {
+	if (entry->arrival >> DELAY_BITS == pid) {
 		entry->min_flt = minor;
 		entry->maj_flt = major;
 	}
 	return u;
 }
 
-static __always_inline void arrive(struct task_struct *task, u64 pid, u32 slot, u32 cpu)
+static __always_inline void arrive(struct task_struct *task, u64 pid, struct shard_usage *u)
 {
 	u64 queued = task->sched_info.last_queued, delay = task->sched_info.run_delay;
 	struct seen *entry = seen_of(pid);
-	struct shard_usage *u = usage_of(slot, cpu);
 	u64 wait = 0;
 
-	if (!u || !entry)
+	if (!u)
 		return;
 	if (queued) {
 		u64 clock = task->se.cfs_rq->rq->clock;
@@ -138,7 +131,7 @@ static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 
 	/* Other classes leave the mark alone. */
 	if (task->prio >= MAX_RT_PRIO && task->policy != SCHED_EXT)
 		r->sum_exec = task->se.prev_sum_exec_runtime;
-	if (entry && entry->arrival >> DELAY_BITS == pid) {
+	if (entry->arrival >> DELAY_BITS == pid) {
 		u32 minor = (u32)r->min_flt - entry->min_flt;
 		u32 major = (u32)r->maj_flt - entry->maj_flt;
 
@@ -148,21 +141,22 @@ static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 
 			r->maj_flt -= major;
 		}
 	}
-	arrive(task, pid, r->slot, cpu);
+	arrive(task, pid, usage_of(r->slot, cpu));
 	return 0;
 }
 
 /* leave adds what prev has gained, and one switch. */
-static __always_inline void leave(struct cpu_state *r, struct task_struct *prev, u64 pid, bool forced, u32 cpu)
+static __always_inline struct shard_usage *leave(struct cpu_state *r, struct task_struct *prev, u64 pid, bool forced, u32 cpu)
 {
 	struct shard_usage *u = charge(r, prev, pid, cpu);
 
 	if (!u)
-		return;
+		return 0;
 	if (forced)
 		u->forced++;
 	else
 		u->voluntary++;
+	return u;
 }
 
 SEC("tp_btf/sched_switch")
@@ -174,10 +168,11 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 	if (!r)
 		return 0;
 	u64 pid = (u32)prev->pid;
+	struct shard_usage *u = 0;
 	if (pid) {
 		if (r->task != (u64)prev)
 			missed(r, prev, pid, cpu);
-		leave(r, prev, pid, preempt || !prev->__state, cpu);
+		u = leave(r, prev, pid, preempt || !prev->__state, cpu);
 	}
 	pid = (u32)next->pid;
 	if (!pid) { /* idle */
@@ -185,9 +180,12 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 		return 0;
 	}
 	r->task = (u64)next;
-	r->slot = slot_of_task(next, r);
+	u32 slot = slot_of_task(next, r);
+	if (!u || slot != r->slot)
+		u = usage_of(slot, cpu);
+	r->slot = slot;
 	remember(r, next);
-	arrive(next, pid, r->slot, cpu);
+	arrive(next, pid, u);
 	return 0;
 }
 

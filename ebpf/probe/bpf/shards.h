@@ -147,8 +147,10 @@ static __always_inline u32 slot_of(struct cgroup_subsys_state *css, u64 kind, st
 	u64 *entry = &state->recent[serial & (RECENT - 1)];
 	u64 tag = serial << 32 | (u64)(state->generation & 0xfffff) << 12;
 	u64 have = *(volatile u64 *)entry;
-	if ((have & ~0xfffULL) == tag && have & 0xfff)
-		return (u32)(have & 0xfff) - 2;
+	/* Of the same tag there remains slot + 2, which is not 0. */
+	u64 slot_and_1 = (have ^ tag) - 1;
+	if (slot_and_1 < 0xfff)
+		return (u32)slot_and_1 - 1;
 	u32 slot = walk(css->cgroup, kind);
 	*(volatile u64 *)entry = tag | (((u64)slot + 2) & 0xfff);
 	return slot;
@@ -158,11 +160,11 @@ static __always_inline u32 bucket_of(u64 ns)
 {
 	u32 b = 1;
 
+	if (ns < 954) /* the first bound */
+		return 0;
 	if (ns > 1ULL << 36)
 		ns = 1ULL << 36;
 	u64 v = (ns + (ns * 77324 >> 20)) >> 10; /* 2^30 / 10^9 = 1 + 77324 / 2^20 */
-	if (!v)
-		return 0;
 	if (v >> 16) { b += 16; v >>= 16; }
 	if (v >> 8) { b += 8; v >>= 8; }
 	if (v >> 4) { b += 4; v >>= 4; }
