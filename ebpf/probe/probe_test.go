@@ -196,8 +196,14 @@ func TestCountsSurviveARestart(t *testing.T) {
 
 func TestASlotIsCleanWhenItIsTakenAgain(t *testing.T) {
 	r := newRig(t)
-	p := r.open("")
-	cg := r.cgroup("again")
+	// A host of its own: elsewhere others make cgroups, which take slots too.
+	own := r.cgroup("own")
+	p, err := Open(Config{Unified: r.unified, Host: own.id()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.Close() })
+	cg := r.cgroup(own.path + "/again")
 	slot, err := p.Track("a", cg.id())
 	if err != nil {
 		t.Fatal(err)
