@@ -70,6 +70,7 @@ func (r *replies) Write(b []byte) (int, error) {
 }
 
 func (r *replies) SetWriteDeadline(time.Time) error { return nil }
+func (r *replies) Context() context.Context         { return context.Background() }
 
 // EachTwin has one page.
 func (s *strict) EachTwin(_ context.Context, limit checkpoint.Pages, found func(Twin, []byte) error) error {

@@ -37,6 +37,7 @@ type receiver struct {
 type reply interface {
 	io.Writer
 	SetWriteDeadline(time.Time) error
+	Context() context.Context // ends when the peer will read no more
 }
 
 // workspace is the memory that one stream needs.

@@ -40,6 +40,7 @@ type Round struct {
 	epoch     uint64
 	links     []*link
 	readAgain func(pid checkpoint.PID, addr uint64, dst []byte) (there bool, err error)
+	asking    *asking // nil: no question was asked
 	copiesMu  sync.Mutex
 	copies    []copied // pages that were left out
 
@@ -333,6 +334,7 @@ func (r *Round) Close() (RoundStats, error) {
 	}
 	r.closed = true
 	r.gate.Unlock()
+	r.endAsking()
 
 	err := r.flush()
 	close(r.work)

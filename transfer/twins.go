@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/zeebo/xxh3"
@@ -20,15 +21,15 @@ import (
 // and their own start made of memory. Where such a shard runs at the destination
 // already, a page that it has is not sent.
 //
-//  1. Session.AskTwins, before the first round: the receiver looks through the
-//     memory of those shards and tells 32 bits of each page's hash;
+//  1. Round.AskTwins: the receiver looks through the memory of those shards and
+//     tells 32 bits of each page's hash, while the round goes on;
 //  2. Round.Pages leaves out a page whose hash may be among them;
 //  3. Round.Close names it by its whole hash, with the copies (copies.go);
 //  4. the receiver reads the other shard's page again, as that goes on running,
 //     and keeps it if it has that hash;
 //  5. what it has not, the sender sends.
 //
-// What was told holds for the next round: then both ends forget it.
+// What was told holds for that round: then both ends forget it.
 
 // Twin is where a page of another shard is: its Sink's matter.
 type Twin struct {
@@ -40,7 +41,8 @@ type Twin struct {
 type Twins interface {
 	// EachTwin calls found with at most limit pages of shards that are like the
 	// one that comes. data is a page, and valid only during the call; an error of
-	// found ends EachTwin and is returned. ctx ends with the connection.
+	// found ends EachTwin and is returned. ctx ends when nobody needs more of
+	// them.
 	EachTwin(ctx context.Context, limit checkpoint.Pages, found func(at Twin, data []byte) error) error
 	// ReadTwin fills dst, a page, with what is there now, whatever that is. An
 	// error says only that there is nothing.
@@ -51,102 +53,136 @@ type Twins interface {
 type twins struct {
 	seed  uint64
 	of    Twins
-	at    map[uint32]Twin // by tag: at most wire.MaxTwins
-	epoch uint64          // of the round that they are for; 0 before it
+	epoch uint64 // of the round that they are for; 0 before it
+
+	mu sync.Mutex
+	at map[uint32]Twin // by tag: at most wire.MaxTwins
 }
+
+// asking is a question for twins.
+type asking struct {
+	end  context.CancelCauseFunc
+	done chan struct{}
+}
+
+var errAllGiven = errors.New("all pages of the round have been given")
 
 // AskTwins asks which pages the receiver has of shards like this one, which has
-// so many pages, so that the next round need not send them. It returns how many
-// there are. It is no error if the receiver cannot tell, a *RemoteError, for
-// whoever can send them.
-func (s *Session) AskTwins(ctx context.Context, pages checkpoint.Pages) (checkpoint.Pages, error) {
-	tags, err := s.askTwins(ctx, min(pages, wire.MaxTwins))
-	if err != nil {
-		return 0, fmt.Errorf("pages of other shards on %s: %w", s.node, err)
-	}
-	s.memory.mu.Lock()
-	defer s.memory.mu.Unlock()
-	s.memory.twins = tags
-	return checkpoint.Pages(len(tags)), nil
+// so many pages, and leaves those out that are given once it is told of them. told
+// is called once, at the latest by Close, with how many there are. An error does
+// not break the round: all pages are sent then. It must be called before the first
+// page, after ReadAgain.
+func (r *Round) AskTwins(pages checkpoint.Pages, told func(n checkpoint.Pages, err error)) {
+	ctx, end := context.WithCancelCause(r.outer)
+	r.asking = &asking{end, make(chan struct{})}
+	go func() {
+		defer close(r.asking.done)
+		n, err := r.s.askTwins(ctx, max(0, min(pages, wire.MaxTwins)))
+		if ctx.Err() != nil {
+			err = nil // nobody needs the answer
+		}
+		if err != nil {
+			err = fmt.Errorf("pages of other shards on %s: %w", r.s.node, err)
+		}
+		told(n, err)
+	}()
 }
 
-func (s *Session) askTwins(ctx context.Context, pages checkpoint.Pages) (map[uint32]struct{}, error) {
+// endAsking waits for the end of a question, which nobody needs an answer to.
+func (r *Round) endAsking() {
+	if r.asking != nil {
+		r.asking.end(errAllGiven)
+		<-r.asking.done
+	}
+}
+
+func (s *Session) askTwins(ctx context.Context, pages checkpoint.Pages) (n checkpoint.Pages, err error) {
 	links, err := s.usable()
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	stream, err := links[0].conn.OpenStreamSync(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return 0, context.Cause(ctx)
 		}
-		return nil, linkError(err)
+		return 0, linkError(err)
 	}
 	stop := abortOn(ctx, stream)
-	tags, err := func() (map[uint32]struct{}, error) {
-		if _, err := s.write(ctx, stream, wire.Ask{Seed: s.memory.seed, Pages: uint64(max(pages, 0))}.Append(nil)); err != nil {
-			return nil, err
+	err = func() error {
+		if _, err := s.write(ctx, stream, wire.Ask{Seed: s.memory.seed, Pages: uint64(pages)}.Append(nil)); err != nil {
+			return err
 		}
 		if err := stream.Close(); err != nil {
-			return nil, err
+			return err
 		}
-		return readTags(stream, pages)
+		n, err = readTags(stream, pages, s.memory.tell)
+		return err
 	}()
 	var remote *RemoteError
 	switch {
 	case ctx.Err() != nil:
-		return nil, context.Cause(ctx)
+		return n, context.Cause(ctx)
 	case errors.As(err, &remote):
 	case violation(err) || cut(err):
 		err = &RemoteError{Code: CodeProtocol, Text: err.Error()}
 	case err != nil:
-		return nil, linkError(err)
+		return n, linkError(err)
 	}
 	if err != nil {
 		stream.CancelRead(streamAborted)
-		return nil, err
+		return n, err
 	}
 	stop()
-	return tags, nil
+	return n, nil
 }
 
 // readTags reads what answers an Ask.
-func readTags(r io.Reader, limit checkpoint.Pages) (map[uint32]struct{}, error) {
+func readTags(r io.Reader, limit checkpoint.Pages, tell func(tags []byte)) (n checkpoint.Pages, err error) {
 	br := bufio.NewReader(r)
-	tags := map[uint32]struct{}{}
 	var buf []byte
 	for {
 		t, body, grown, err := wire.ReadFrame(br, buf)
 		if err != nil {
-			return nil, unexpected(err)
+			return n, unexpected(err)
 		}
 		buf = grown
 		switch t {
 		case wire.TypeHave:
 			have, err := wire.ParseHave(body)
 			if err != nil {
-				return nil, err
+				return n, err
 			}
-			for b := have.Tags; len(b) > 0; b = b[wire.TagLen:] {
-				tags[binary.BigEndian.Uint32(b)] = struct{}{}
+			if n += checkpoint.Pages(len(have.Tags) / wire.TagLen); n > limit {
+				return n, fmt.Errorf("%d pages, asked for %d: %w", n, limit, wire.ErrLimit)
 			}
-			if len(tags) > int(limit) {
-				return nil, fmt.Errorf("%d pages, asked for %d: %w", len(tags), limit, wire.ErrLimit)
-			}
+			tell(have.Tags)
 		case wire.TypeAnswer:
 			answer, err := wire.ParseAnswer(body)
 			switch {
 			case err != nil:
-				return nil, err
+				return n, err
 			case answer.Code != "":
-				return nil, &RemoteError{Code: answer.Code, Text: answer.Text}
-			case answer.Bytes != uint64(len(tags)):
-				return nil, fmt.Errorf("%d pages, told of %d: %w", len(tags), answer.Bytes, wire.ErrMalformed)
+				return n, &RemoteError{Code: answer.Code, Text: answer.Text}
+			case answer.Bytes != uint64(n):
+				return n, fmt.Errorf("%d pages, told of %d: %w", n, answer.Bytes, wire.ErrMalformed)
 			}
-			return tags, nil
+			return n, nil
 		default:
-			return nil, fmt.Errorf("%v in place of pages: %w", t, wire.ErrMalformed)
+			return n, fmt.Errorf("%v in place of pages: %w", t, wire.ErrMalformed)
 		}
+	}
+}
+
+// tell notes pages that the receiver has.
+func (m *pageMemory) tell(tags []byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.twins == nil {
+		m.twins = map[uint32]struct{}{}
+	}
+	for ; len(tags) > 0; tags = tags[wire.TagLen:] {
+		m.twins[binary.BigEndian.Uint32(tags)] = struct{}{}
 	}
 }
 
@@ -168,7 +204,7 @@ func (m *pageMemory) forgetTwins() {
 var errAsked = &RemoteError{Code: CodeBusy, Text: "the last question for pages of other shards is being answered"}
 
 // tell answers an Ask: it writes the tags, and returns how many.
-func (r *receiver) tell(ask wire.Ask, stream reply) (uint64, error) {
+func (r *receiver) tell(ask wire.Ask, back reply) (uint64, error) {
 	of, ok := r.sink.(Twins)
 	if !ok || ask.Pages == 0 {
 		return 0, nil
@@ -178,27 +214,28 @@ func (r *receiver) tell(ask wire.Ask, stream reply) (uint64, error) {
 	}
 	defer r.in.asking.Unlock()
 	found := &twins{seed: ask.Seed, of: of, at: map[uint32]Twin{}}
-	tags := make([]byte, 0, wire.MaxTags*wire.TagLen)
+	r.in.told(found)
+	n, tags := uint64(0), make([]byte, 0, wire.MaxTags*wire.TagLen)
 	flush := func() error {
 		if len(tags) == 0 {
 			return nil
 		}
-		if err := stream.SetWriteDeadline(time.Now().Add(helloTimeout)); err != nil {
+		if err := back.SetWriteDeadline(time.Now().Add(helloTimeout)); err != nil {
 			return err
 		}
-		_, err := stream.Write(wire.Have{Tags: tags}.Append(nil))
+		_, err := back.Write(wire.Have{Tags: tags}.Append(nil))
 		tags = tags[:0]
 		return err
 	}
-	err := of.EachTwin(r.ctx, checkpoint.Pages(ask.Pages), func(at Twin, data []byte) error {
-		if encoding.IsZero(data) || len(found.at) == int(ask.Pages) {
+	err := of.EachTwin(back.Context(), checkpoint.Pages(ask.Pages), func(at Twin, data []byte) error {
+		if n == ask.Pages || encoding.IsZero(data) {
 			return nil
 		}
 		tag := uint32(xxh3.Hash128Seed(data, ask.Seed).Lo)
-		if _, have := found.at[tag]; have {
+		if !found.add(tag, at) {
 			return nil
 		}
-		found.at[tag] = at
+		n++
 		if tags = binary.BigEndian.AppendUint32(tags, tag); len(tags) == cap(tags) {
 			return flush()
 		}
@@ -208,13 +245,23 @@ func (r *receiver) tell(ask wire.Ask, stream reply) (uint64, error) {
 		err = flush()
 	}
 	if err != nil {
-		return 0, fmt.Errorf("pages of other shards: %w", err)
+		return n, fmt.Errorf("pages of other shards: %w", err)
 	}
-	r.in.told(found)
-	return uint64(len(found.at)), nil
+	return n, nil
 }
 
-// told keeps what the next round may refer to.
+// add enters a page, unless another has its tag.
+func (t *twins) add(tag uint32, at Twin) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, have := t.at[tag]; have {
+		return false
+	}
+	t.at[tag] = at
+	return true
+}
+
+// told keeps what a round may refer to.
 func (in *inbound) told(found *twins) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -229,6 +276,8 @@ func (in *inbound) readTwin(seed uint64, want xxh3.Uint128, dst []byte) bool {
 	if known == nil || known.seed != seed {
 		return false
 	}
+	known.mu.Lock()
 	at, ok := known.at[uint32(want.Lo)]
+	known.mu.Unlock()
 	return ok && known.of.ReadTwin(at, dst) == nil && xxh3.Hash128Seed(dst, seed) == want
 }

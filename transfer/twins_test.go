@@ -22,7 +22,8 @@ type neighbour struct {
 	memory []byte // of its one process, 77, from address 0
 	err    error  // of EachTwin
 	asked  checkpoint.Pages
-	inside chan struct{} // if not nil, EachTwin waits for it
+	// inside, if not nil, gets EachTwin's context, whose end EachTwin waits for.
+	inside chan context.Context
 	reads  int
 }
 
@@ -30,10 +31,11 @@ var _ Twins = (*neighbour)(nil)
 
 func (n *neighbour) accept(context.Context, string, string) (Sink, error) { return n, nil }
 
-func (n *neighbour) EachTwin(_ context.Context, limit checkpoint.Pages, found func(Twin, []byte) error) error {
+func (n *neighbour) EachTwin(ctx context.Context, limit checkpoint.Pages, found func(Twin, []byte) error) error {
 	if n.inside != nil {
-		n.inside <- struct{}{}
-		<-n.inside
+		n.inside <- ctx
+		<-ctx.Done()
+		return context.Cause(ctx)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -75,11 +77,42 @@ func beside(m *memory) *neighbour {
 	return &neighbour{store: newStore(), memory: bytes.Clone(m.procs[1])}
 }
 
-func ask(t *testing.T, s *Session, pages checkpoint.Pages, want checkpoint.Pages) {
+// comparing begins a round and has it ask for pages of other shards, of which it
+// must be told want.
+func comparing(t *testing.T, s *Session, m *memory, n int, pages, want checkpoint.Pages) *Round {
 	t.Helper()
-	if n, err := s.AskTwins(t.Context(), pages); err != nil || n != want {
-		t.Fatalf("%d pages of other shards, %v; want %d", n, err, want)
+	r, told, err := m.asking(t, s, n, pages)
+	if err != nil || told != want {
+		t.Errorf("told of %d pages, %v; want %d", told, err, want)
 	}
+	return r
+}
+
+func (m *memory) asking(t *testing.T, s *Session, n int, pages checkpoint.Pages) (r *Round, told checkpoint.Pages, err error) {
+	t.Helper()
+	r, err = s.Round(t.Context(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.ReadAgain(m.readAgain)
+	done := make(chan struct{})
+	r.AskTwins(pages, func(n checkpoint.Pages, e error) {
+		told, err = n, e
+		close(done)
+	})
+	<-done
+	return r, told, err
+}
+
+// finish sends the first pages and closes the round.
+func (m *memory) finish(t *testing.T, r *Round, to int) RoundStats {
+	t.Helper()
+	sendErr := m.send(r, 0, to, 20)
+	stats, err := r.Close()
+	if err := errors.Join(sendErr, err); err != nil {
+		t.Fatal(err)
+	}
+	return stats
 }
 
 func TestPagesOfAnotherShardAreNotSent(t *testing.T) {
@@ -89,11 +122,11 @@ func TestPagesOfAnotherShardAreNotSent(t *testing.T) {
 	sink := beside(m)
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
-	told, err := s.AskTwins(t.Context(), pages)
+	r, told, err := m.asking(t, s, 0, pages)
 	if err != nil || told > pages-10 || told < pages-15 { // one run in fourteen has two pages with one tag
 		t.Fatalf("told of %d pages, %v", told, err)
 	}
-	stats := m.referring(t, s, 0, pages)
+	stats := m.finish(t, r, pages)
 	sink.equal(t, m)
 	if stats.Twins != told || stats.Zeros != 10 || stats.Copies != 0 || stats.Sent != pages-10 {
 		t.Errorf("told of %d pages: %+v", told, stats)
@@ -112,10 +145,10 @@ func TestWhatTheOtherShardHasNoMoreIsSent(t *testing.T) {
 	sink := beside(m)
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
-	ask(t, s, pages, pages)
+	r := comparing(t, s, m, 0, pages, pages)
 	sink.overwrite(100, 101)
 	sink.overwrite(255, 300)
-	stats := m.referring(t, s, 0, pages)
+	stats := m.finish(t, r, pages)
 	sink.equal(t, m)
 	if stats.Twins != pages-46 || stats.Sent != pages {
 		t.Errorf("%+v", stats)
@@ -128,11 +161,11 @@ func TestADyingShardsPagesAreSent(t *testing.T) {
 	sink := beside(m)
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
-	ask(t, s, pages, pages)
+	r := comparing(t, s, m, 0, pages, pages)
 	sink.mu.Lock()
 	sink.memory = nil
 	sink.mu.Unlock()
-	stats := m.referring(t, s, 0, pages)
+	stats := m.finish(t, r, pages)
 	sink.equal(t, m)
 	if stats.Twins != 0 || stats.Sent != pages {
 		t.Errorf("%+v", stats)
@@ -145,8 +178,7 @@ func TestWhatWasToldHoldsForOneRound(t *testing.T) {
 	sink := beside(m)
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
-	ask(t, s, pages, pages)
-	m.referring(t, s, 0, 20)
+	m.finish(t, comparing(t, s, m, 0, pages, pages), 20)
 	if stats := m.referring(t, s, 1, pages); stats.Twins != 0 || stats.Sent != pages-20 || sink.looked() != 20 {
 		t.Errorf("%+v, %d pages were read", stats, sink.looked())
 	}
@@ -176,12 +208,12 @@ func TestOnlySomePagesOfOtherShardsAreAskedFor(t *testing.T) {
 	sink := beside(m)
 	h := newHost(t, hostOptions{accept: sink.accept})
 	s := h.dial(t, Options{})
-	ask(t, s, 200, 200)
-	if stats := m.referring(t, s, 0, 300); stats.Twins != 200 || stats.Sent != 300 {
+	if stats := m.finish(t, comparing(t, s, m, 0, 200, 200), 300); stats.Twins != 200 || stats.Sent != 300 {
 		t.Errorf("%+v", stats)
 	}
 	sink.equal(t, m)
-	ask(t, s, 1<<40, 300)
+	m.finish(t, comparing(t, s, m, 1, 1<<40, 300), 300)
+	m.finish(t, comparing(t, s, m, 2, -1, 0), 300)
 	sink.mu.Lock()
 	defer sink.mu.Unlock()
 	if sink.asked != wire.MaxTwins {
@@ -194,49 +226,63 @@ func TestAReceiverThatCannotTellIsNoError(t *testing.T) {
 	plain := newStore()
 	h := newHost(t, hostOptions{accept: plain.accept})
 	s := h.dial(t, Options{})
-	ask(t, s, 30, 0)
-	m.referring(t, s, 0, 30)
+	m.finish(t, comparing(t, s, m, 0, 30, 0), 30)
 	plain.equal(t, m)
 
 	sink := beside(m)
 	sink.err = errors.New("no memory today")
 	h = newHost(t, hostOptions{accept: sink.accept})
 	s = h.dial(t, Options{})
+	r, _, err := m.asking(t, s, 0, 30)
 	var remote *RemoteError
-	if _, err := s.AskTwins(t.Context(), 30); !errors.As(err, &remote) || remote.Code != CodeSink {
+	if !errors.As(err, &remote) || remote.Code != CodeSink {
 		t.Errorf("%v", err)
 	}
-	if stats := m.referring(t, s, 0, 30); stats.Twins != 0 {
+	m.finish(t, r, 30) // what came before the error may be used
+	sink.equal(t, m)
+}
+
+// A round that is over waits for no answer, and the receiver stops looking.
+func TestARoundEndsItsQuestion(t *testing.T) {
+	m := noiseMemory(46, 10)
+	sink := beside(m)
+	sink.inside = make(chan context.Context)
+	h := newHost(t, hostOptions{accept: sink.accept})
+	s := h.dial(t, Options{})
+	r, err := s.Round(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := make(chan error, 1)
+	r.ReadAgain(m.readAgain)
+	r.AskTwins(10, func(_ checkpoint.Pages, err error) { told <- err })
+	looking := <-sink.inside
+	if stats := m.finish(t, r, 10); stats.Twins != 0 || stats.Sent != 10 {
 		t.Errorf("%+v", stats)
 	}
+	if err := <-told; err != nil {
+		t.Errorf("told %v", err)
+	}
+	<-looking.Done()
 	sink.equal(t, m)
 }
 
 func TestOneQuestionForPagesIsAnsweredAtATime(t *testing.T) {
-	m := noiseMemory(46, 10)
+	m := noiseMemory(48, 10)
 	sink := beside(m)
-	sink.inside = make(chan struct{})
+	sink.inside = make(chan context.Context)
 	h := newHost(t, hostOptions{accept: sink.accept})
-	s := h.dial(t, Options{})
-	first := make(chan error, 1)
-	go func() {
-		_, err := s.AskTwins(t.Context(), 10)
-		first <- err
-	}()
+	p := h.raw(t, alpnPages)
+	p.hello()
+	ask := wire.Ask{Seed: 1, Pages: 10}.Append(nil)
+	first := p.say(ask)
 	<-sink.inside
+	nothing := func([]byte) { t.Error("told of pages") }
 	var remote *RemoteError
-	if _, err := s.AskTwins(t.Context(), 10); !errors.As(err, &remote) || remote.Code != CodeBusy {
+	if _, err := readTags(p.say(ask), 10, nothing); !errors.As(err, &remote) || remote.Code != CodeBusy {
 		t.Errorf("%v", err)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := s.AskTwins(ctx, 10); !errors.Is(err, context.Canceled) {
-		t.Errorf("%v", err)
-	}
-	sink.inside <- struct{}{}
-	if err := <-first; err != nil {
-		t.Error(err)
-	}
+	first.CancelRead(streamAborted)
 }
 
 // A peer may name pages by any hash: it gets what has it, or nothing.
@@ -251,8 +297,8 @@ func TestTheReceiverKeepsOnlyTwinsWithTheHash(t *testing.T) {
 		return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, is.Hi), is.Lo)
 	}
 	one := m.procs[1][:page]
-	if tags, err := readTags(p.say(wire.Ask{Seed: 42, Pages: 4}.Append(nil)), 4); err != nil || len(tags) != 4 {
-		t.Fatalf("%v, %v", tags, err)
+	if n, err := readTags(p.say(wire.Ask{Seed: 42, Pages: 4}.Append(nil)), 4, func([]byte) {}); err != nil || n != 4 {
+		t.Fatalf("%d pages, %v", n, err)
 	}
 	sameTag := sum(one, 42)
 	sameTag[0]++
@@ -285,8 +331,8 @@ func TestTagsAreRefused(t *testing.T) {
 		"after a failure":          join(wire.Answer{Code: "sink", Text: "broken"}),
 	} {
 		t.Run(name, func(t *testing.T) {
-			if tags, err := readTags(bytes.NewReader(answer), 1); err == nil {
-				t.Errorf("%v", tags)
+			if n, err := readTags(bytes.NewReader(answer), 1, func([]byte) {}); err == nil {
+				t.Errorf("%d pages", n)
 			}
 		})
 	}

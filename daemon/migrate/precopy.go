@@ -54,9 +54,6 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if o.tracker.Kind() == track.None || o.req.GetMode() == ModeStop {
 		return nil
 	}
-	if err := o.askTwins(ctx); err != nil {
-		return err
-	}
 	return o.rounds(ctx)
 }
 
@@ -205,6 +202,9 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 			err = track.ReadMemory(host[pid], addr, dst, func(uint64, checkpoint.Pages) { there = false })
 			return there, err
 		})
+		if o.tracker.Kind() != track.None {
+			r.AskTwins(o.pages(), o.toldOfTwins)
+		}
 	}
 	buf := make([]byte, readChunk)
 	for _, e := range extents {

@@ -15,21 +15,24 @@ import (
 
 var _ transfer.Twins = (*incoming)(nil)
 
-// askTwins asks the destination what it has of this shard's memory because shards
-// of the same image run there. One that cannot tell gets all of it.
-func (o *outgoing) askTwins(ctx context.Context) error {
+// pages is how many the shard has, at most.
+func (o *outgoing) pages() checkpoint.Pages {
 	memory, err := o.cgroup.MemoryCurrent()
 	if err != nil {
-		return err
+		return 0 // it has other troubles then
 	}
-	pages, err := o.session.AskTwins(ctx, checkpoint.Pages(memory/checkpoint.PageSize))
-	var remote *transfer.RemoteError
-	if errors.As(err, &remote) {
-		o.m.log.Warn("the destination does not tell what it has of shards like this one", "migration", o.entry.ID, "shard", o.entry.Shard, "err", err)
-		return nil
+	return checkpoint.Pages(memory / checkpoint.PageSize)
+}
+
+// toldOfTwins hears what the destination has of this shard's memory because shards
+// of the same image run there. One that cannot tell gets all of it.
+func (o *outgoing) toldOfTwins(pages checkpoint.Pages, err error) {
+	log := o.m.log.With("migration", o.entry.ID, "shard", o.entry.Shard)
+	if err != nil {
+		log.Warn("the destination does not tell what it has of shards like this one", "err", err)
+		return
 	}
-	o.m.log.Debug("pages of shards like this one", "migration", o.entry.ID, "shard", o.entry.Shard, "pages", pages)
-	return err
+	log.Debug("pages of shards like this one", "pages", pages)
 }
 
 // arrivalPatience is how long EachTwin waits for one that has just come: shards of

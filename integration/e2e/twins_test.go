@@ -18,7 +18,8 @@ func TestAShardBesideOneLikeItIsSentInPart(t *testing.T) {
 		must(t, "client", checker(t), "redis", "load", "--addr", addr, "--bytes", "32MiB")
 		c := startClient(t, name+" client", "redis", "run", "--addr", addr, "--no-reconnect", "--request-rate", "500", "--overwrite-rate", "1MB/s")
 		awaitConnections(t, ip, 1)
-		first[name] = mustMigrate(t, name, "host-1", "host-2")
+		// Slowly, so that the answer is there before most of the pages went.
+		first[name] = mustMigrate(t, name, "host-1", "host-2", "--bandwidth", "100mbit")
 		c.mustGoOn(t, 200)
 		c.end(t) // has compared every value with what it wrote
 	}
