@@ -76,7 +76,7 @@ func newWorkloadApplyCommand(g *globals) *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVarP(&path, "file", "f", "", "the workload file, TOML; - is standard input")
+	flags.StringVarP(&path, "file", "f", "", "the workload file, TOML or YAML; - is standard input")
 	flags.BoolVar(&dryRun, "dry-run", false, "show the difference, and do nothing")
 	flags.BoolVarP(&yes, "yes", "y", false, "do not ask, on a terminal")
 	return cmd

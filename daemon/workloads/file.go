@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,7 +17,7 @@ import (
 // MaxFile bounds a workload file.
 const MaxFile = 1 << 20
 
-// file is the TOML that people write: a list of [[workload]].
+// file is what people write, in TOML or YAML: a list of workloads.
 type file struct {
 	Workload []fileWorkload `toml:"workload"`
 }
@@ -125,22 +124,32 @@ func (m Mistake) Error() string {
 // which they can be applied: whom a workload is near comes first.
 func Parse(name string, raw []byte, namespace string) ([]*Spec, error) {
 	whole := func(format string, args ...any) error { return Mistake{File: name, Text: fmt.Sprintf(format, args...)} }
-	switch ext := strings.ToLower(filepath.Ext(name)); {
-	case ext == ".yaml" || ext == ".yml" || ext == ".json":
-		return nil, whole("workload files are TOML; write it as [[workload]] with name = \"…\" (see README) and call it .toml")
-	case len(raw) > MaxFile:
+	if len(raw) > MaxFile {
 		return nil, whole("%d bytes are too many; a workload file has at most %d", len(raw), MaxFile)
 	}
+	text, begin := raw, "[[workload]]"
+	lineOf := func(line int) int { return line }
+	var where lineMap
+	if isYAML(name, raw) {
+		var err error
+		if text, where, err = fromYAML(name, raw); err != nil {
+			return nil, err
+		}
+		begin = "workload: and a list"
+		lineOf = func(line int) int { return where.written(text, line) }
+	}
 	var f file
-	dec := toml.NewDecoder(bytes.NewReader(raw))
+	dec := toml.NewDecoder(bytes.NewReader(text))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&f); err != nil {
-		return nil, decodeMistakes(name, err)
+		return nil, decodeMistakes(name, err, lineOf)
 	}
 	if len(f.Workload) == 0 {
-		return nil, whole("no workload in it; begin one with [[workload]]")
+		return nil, whole("no workload in it; begin one with %s", begin)
 	}
-	where := lines(raw)
+	if where == nil {
+		where = lines(raw)
+	}
 	var errs []error
 	mistake := func(i int, key, text string) {
 		errs = append(errs, Mistake{name, where.of(i, key), text})
@@ -172,13 +181,15 @@ func Parse(name string, raw []byte, namespace string) ([]*Spec, error) {
 	return inOrder(specs, first), nil
 }
 
-func decodeMistakes(name string, err error) error {
+// decodeMistakes takes an error of decoding apart; lineOf is where in the file a
+// line of what was decoded is.
+func decodeMistakes(name string, err error, lineOf func(int) int) error {
 	var strict *toml.StrictMissingError
 	if errors.As(err, &strict) {
 		var errs []error
 		for _, e := range strict.Errors {
 			line, _ := e.Position()
-			errs = append(errs, Mistake{name, line, fmt.Sprintf("unknown key %s; remove it or correct its spelling", strings.Join(e.Key(), "."))})
+			errs = append(errs, Mistake{name, lineOf(line), fmt.Sprintf("unknown key %s; remove it or correct its spelling", strings.Join(e.Key(), "."))})
 		}
 		return errors.Join(errs...)
 	}
@@ -186,7 +197,7 @@ func decodeMistakes(name string, err error) error {
 	if errors.As(err, &syntax) {
 		line, _ := syntax.Position()
 		text := strings.TrimPrefix(syntax.Error(), "toml: ")
-		return Mistake{name, line, strings.ReplaceAll(text, "\n", " ") + "; correct the line"}
+		return Mistake{name, lineOf(line), strings.ReplaceAll(text, "\n", " ") + "; correct the line"}
 	}
 	return Mistake{File: name, Text: strings.ReplaceAll(strings.TrimPrefix(err.Error(), "toml: "), "\n", " ") + "; correct it"}
 }

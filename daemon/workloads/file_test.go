@@ -136,8 +136,8 @@ func TestEveryMistakeIsALineWithItsPlaceAndWhatToDo(t *testing.T) {
 			}
 		})
 	}
-	if _, err := Parse("w.yaml", []byte(ok), "default"); err == nil || !strings.Contains(err.Error(), "TOML") {
-		t.Error(err)
+	if _, err := Parse("w.yaml", []byte(ok), "default"); err == nil || !strings.HasPrefix(err.Error(), "w.yaml: ") {
+		t.Errorf("TOML is taken for YAML: %v", err)
 	}
 	_, err := Parse("w.toml", []byte(strings.Replace(ok, "= 1", "= -1", 1)+"priority = 10\nimages = 1\n"), "default")
 	if err == nil || !strings.Contains(err.Error(), "unknown key workload.images") {
@@ -174,33 +174,42 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("[[workload]]\nname=\"a\"\n\"im\\u0061ge\"='i'\nshards=1\nenv={ \"a b\"=\"c\" }\n[[workload.volumes]]\n"))
 	f.Add([]byte("workload=[{name=\"a\",image=\"i\",shards=0,size={cpus={request=nan}}}]"))
 	f.Add([]byte("[workload]\nname=1"))
+	f.Add([]byte(wholeYAML))
+	f.Add([]byte(wholeJSON))
+	f.Add([]byte("a: &a [b]\n? [c]\n: *a"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		specs, err := Parse("f.toml", raw, "default")
-		if err != nil {
-			for _, line := range strings.Split(err.Error(), "\n") {
-				if !strings.HasPrefix(line, "f.toml:") {
-					t.Errorf("a mistake without its place: %q", line)
-				}
-			}
-			return
-		}
-		seen := map[string]bool{}
-		for _, s := range specs {
-			if err := s.Validate(); err != nil {
-				t.Error(err)
-			}
-			back, err := Decode(s.Encode())
-			if err != nil || string(back.Encode()) != string(s.Encode()) {
-				t.Errorf("%v: %s", err, s.Encode())
-			}
-			for _, near := range s.Near {
-				for _, later := range specs {
-					if later.Name == near && !seen[near] {
-						t.Errorf("%s comes before %s, which it is near", s.Name, near)
-					}
-				}
-			}
-			seen[s.Name] = true
+		for _, name := range []string{"f.toml", "f.yaml"} {
+			fuzzParse(t, name, raw)
 		}
 	})
+}
+
+func fuzzParse(t *testing.T, name string, raw []byte) {
+	specs, err := Parse(name, raw, "default")
+	if err != nil {
+		for _, line := range strings.Split(err.Error(), "\n") {
+			if !strings.HasPrefix(line, name+":") {
+				t.Errorf("a mistake without its place: %q", line)
+			}
+		}
+		return
+	}
+	seen := map[string]bool{}
+	for _, s := range specs {
+		if err := s.Validate(); err != nil {
+			t.Error(err)
+		}
+		back, err := Decode(s.Encode())
+		if err != nil || string(back.Encode()) != string(s.Encode()) {
+			t.Errorf("%v: %s", err, s.Encode())
+		}
+		for _, near := range s.Near {
+			for _, later := range specs {
+				if later.Name == near && !seen[near] {
+					t.Errorf("%s comes before %s, which it is near", s.Name, near)
+				}
+			}
+		}
+		seen[s.Name] = true
+	}
 }
