@@ -29,28 +29,8 @@ func (in *incoming) fill(ctx context.Context) {
 		log.Error("fill", "err", err)
 		return
 	}
-	if in.pages != nil {
-		err := in.pages.awaitDone(ctx, log)
-		if ctx.Err() != nil {
-			return // the next daemon goes on waiting
-		}
-		if err != nil {
-			// Its missing pages may read as zeros from now on: a shard that runs on
-			// wrong memory is worse than none.
-			log.Error("pages of a shard are lost; it is stopped", "err", err)
-			if !in.stopForGood(ctx, err) {
-				return // the next daemon tries again
-			}
-		}
-		if err := in.pages.kill(ctx); err != nil {
-			log.Error("end the page server", "err", err)
-		}
-		if in.entry.Mode == ModePostCopy {
-			in.endPull()
-		}
-		if in.entry.Mode == ModePostCopy && err == nil {
-			in.isWhole() // or needs no page any more
-		}
+	if in.pages != nil && !in.endFilling(ctx) {
+		return // the next daemon goes on
 	}
 	if adoptErr != nil {
 		adoptErr = in.m.rt.Adopt(ctx, in.entry.Namespace, in.entry.Shard, in.entry.ID)
@@ -81,6 +61,58 @@ func (in *incoming) fill(ctx context.Context) {
 	}
 	in.m.forgetIncoming(in)
 	log.Info("shard arrived", "peer", in.entry.Peer)
+}
+
+// endFilling returns when every page is placed, or the shard that lacks one was
+// stopped, and nobody serves pages any more. False says that it could not.
+func (in *incoming) endFilling(ctx context.Context) bool {
+	log := in.m.log.With("migration", in.entry.ID, "shard", in.entry.Shard)
+	var lost error
+	if !in.entry.Placed {
+		lost = in.pages.awaitDone(ctx, log)
+		if ctx.Err() != nil {
+			return false
+		}
+		if lost != nil {
+			// Its missing pages may read as zeros from now on: a shard that runs on
+			// wrong memory is worse than none.
+			log.Error("pages of a shard are lost; it is stopped", "err", lost)
+			if !in.stopForGood(ctx, lost) {
+				return false
+			}
+		} else if err := in.notePlaced(); err != nil {
+			log.Error("journal", "err", err)
+			return false
+		}
+	}
+	if err := in.pages.kill(ctx); err != nil {
+		log.Error("end the page server", "err", err)
+	}
+	if err := failpoint.Hit(ctx, "destination.placed"); err != nil {
+		log.Error("fill", "err", err)
+		return false
+	}
+	if in.entry.Mode == ModePostCopy {
+		in.endPull()
+		if lost == nil {
+			in.isWhole() // or needs no page any more
+		}
+	}
+	return true
+}
+
+// notePlaced journals that all memory is in place. A daemon that found neither the
+// page server nor its last word would take the pages for lost otherwise: a server
+// that has placed everything is ended, and may not have come to that word.
+func (in *incoming) notePlaced() error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.entry.Placed = true
+	err := in.m.journal.Put(in.entry)
+	if err != nil {
+		in.entry.Placed = false
+	}
+	return err
 }
 
 const (

@@ -88,11 +88,13 @@ type Entry struct {
 	Bandwidth int64 `json:"bandwidth,omitempty"`
 
 	// Destination: what undo and completion need.
-	PageServerPID   int      `json:"page_server_pid,omitempty"`
-	PageServerStart uint64   `json:"page_server_start,omitempty"`
-	StartedUnixNS   int64    `json:"started_unix_ns,omitempty"`
-	MadeMounts      []string `json:"made_mounts,omitempty"`
-	MemoryBytes     int64    `json:"memory_bytes,omitempty"` // reserved
+	PageServerPID   int    `json:"page_server_pid,omitempty"`
+	PageServerStart uint64 `json:"page_server_start,omitempty"`
+	// Placed is set before the page server is ended: all memory is in place.
+	Placed        bool     `json:"placed,omitempty"`
+	StartedUnixNS int64    `json:"started_unix_ns,omitempty"`
+	MadeMounts    []string `json:"made_mounts,omitempty"`
+	MemoryBytes   int64    `json:"memory_bytes,omitempty"` // reserved
 
 	// ImageDigest is the xxh3 of the CRIU images, as sent or as received.
 	ImageDigest uint64 `json:"image_digest,omitempty"`

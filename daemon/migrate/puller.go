@@ -55,7 +55,7 @@ type pulling struct {
 // startPull begins to fetch what the shard lacks. May run twice. It begins before
 // the restore does, because CRIU's restorer may touch what is owed.
 func (in *incoming) startPull() {
-	if in.entry.Mode != ModePostCopy || in.pages == nil {
+	if in.entry.Mode != ModePostCopy || in.pages == nil || in.entry.Placed {
 		return
 	}
 	in.pull.once.Do(func() {

@@ -94,6 +94,7 @@ var destinationPoints = []struct{ point, at string }{
 	{"destination.commit", "host-2"}, // sealed: it comes back and the source, which has yielded, asks again
 	{"destination.restored", ""},     // the restore had ended: either is right
 	{"destination.fill", "host-2"},
+	{"destination.placed", "host-2"},
 }
 
 func TestKillingTheSourcesDaemonLeavesOneWholeCopy(t *testing.T) {
