@@ -77,6 +77,14 @@ func beside(m *memory) *neighbour {
 	return &neighbour{store: newStore(), memory: bytes.Clone(m.procs[1])}
 }
 
+// besideOne is a session with a host where a shard with the same memory runs.
+func besideOne(t *testing.T, seed uint64, pages int) (*memory, *neighbour, *Session) {
+	t.Helper()
+	m := noiseMemory(seed, pages)
+	sink := beside(m)
+	return m, sink, newHost(t, hostOptions{accept: sink.accept}).dial(t, Options{})
+}
+
 // comparing begins a round and has it ask for pages of other shards, of which it
 // must be told want.
 func comparing(t *testing.T, s *Session, m *memory, n int, pages, want checkpoint.Pages) *Round {
@@ -141,10 +149,7 @@ func TestPagesOfAnotherShardAreNotSent(t *testing.T) {
 
 func TestWhatTheOtherShardHasNoMoreIsSent(t *testing.T) {
 	const pages = 500
-	m := noiseMemory(41, pages)
-	sink := beside(m)
-	h := newHost(t, hostOptions{accept: sink.accept})
-	s := h.dial(t, Options{})
+	m, sink, s := besideOne(t, 41, pages)
 	r := comparing(t, s, m, 0, pages, pages)
 	sink.overwrite(100, 101)
 	sink.overwrite(255, 300)
@@ -157,10 +162,7 @@ func TestWhatTheOtherShardHasNoMoreIsSent(t *testing.T) {
 
 func TestADyingShardsPagesAreSent(t *testing.T) {
 	const pages = 100
-	m := noiseMemory(42, pages)
-	sink := beside(m)
-	h := newHost(t, hostOptions{accept: sink.accept})
-	s := h.dial(t, Options{})
+	m, sink, s := besideOne(t, 42, pages)
 	r := comparing(t, s, m, 0, pages, pages)
 	sink.mu.Lock()
 	sink.memory = nil
@@ -174,10 +176,7 @@ func TestADyingShardsPagesAreSent(t *testing.T) {
 
 func TestWhatWasToldHoldsForOneRound(t *testing.T) {
 	const pages = 60
-	m := noiseMemory(43, pages)
-	sink := beside(m)
-	h := newHost(t, hostOptions{accept: sink.accept})
-	s := h.dial(t, Options{})
+	m, sink, s := besideOne(t, 43, pages)
 	m.finish(t, comparing(t, s, m, 0, pages, pages), 20)
 	if stats := m.referring(t, s, 1, pages); stats.Twins != 0 || stats.Sent != pages-20 || sink.looked() != 20 {
 		t.Errorf("%+v, %d pages were read", stats, sink.looked())
@@ -204,10 +203,7 @@ func TestWhatWasToldHoldsForOneRound(t *testing.T) {
 }
 
 func TestOnlySomePagesOfOtherShardsAreAskedFor(t *testing.T) {
-	m := noiseMemory(44, 300)
-	sink := beside(m)
-	h := newHost(t, hostOptions{accept: sink.accept})
-	s := h.dial(t, Options{})
+	m, sink, s := besideOne(t, 44, 300)
 	if stats := m.finish(t, comparing(t, s, m, 0, 200, 200), 300); stats.Twins != 200 || stats.Sent != 300 {
 		t.Errorf("%+v", stats)
 	}

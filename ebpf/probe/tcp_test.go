@@ -64,16 +64,20 @@ func snmp(t *testing.T, name string) float64 {
 	return 0
 }
 
+// listening tracks the network namespace that it runs in and listens there.
+func listening(p *Probe, inum uint32) (slot int, l net.Listener, err error) {
+	if slot, err = p.Track("net", Identity{Netns: inum}); err != nil {
+		return 0, nil, err
+	}
+	l, err = net.Listen("tcp", "127.0.0.1:0")
+	return slot, l, err
+}
+
 func TestTCPOfANetworkNamespace(t *testing.T) {
 	r := newRig(t)
 	p := r.open("")
 	inNetns(t, func(inum uint32) {
-		slot, err := p.Track("net", Identity{Netns: inum})
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		slot, l, err := listening(p, inum)
 		if err != nil {
 			t.Error(err)
 			return
@@ -150,12 +154,7 @@ func TestConnectionsThatFindNoPlaceAreCountedAsLost(t *testing.T) {
 	r := newRig(t)
 	p := r.open("")
 	inNetns(t, func(inum uint32) {
-		slot, err := p.Track("net", Identity{Netns: inum})
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		slot, l, err := listening(p, inum)
 		if err != nil {
 			t.Error(err)
 			return
