@@ -89,6 +89,11 @@ func closeInherited(hostPID int, ours []int) (int, error) {
 	return closed, nil
 }
 
+// HandlesFaults says whether a process answers page faults of its own with a
+// userfaultfd. To read memory of it that is not populated may take as long as it
+// likes. False if the process has ended.
+func HandlesFaults(hostPID int) bool { return len(userfaultfds(hostPID)) > 0 }
+
 // userfaultfds lists the descriptors of a process that are userfaultfds.
 func userfaultfds(hostPID int) []int {
 	dir := fmt.Sprintf("/proc/%d/fd", hostPID)

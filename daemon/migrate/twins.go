@@ -41,7 +41,8 @@ const arrivalPatience = time.Second
 
 // EachTwin goes through the memory of shards of the same image and tenant that
 // run here, those of the same workload first. Only populated pages are read, which
-// waits for nobody.
+// waits for nobody, and should one be gone when it is read again, none of a process
+// that would have to bring it back itself.
 func (in *incoming) EachTwin(ctx context.Context, limit checkpoint.Pages, found func(transfer.Twin, []byte) error) error {
 	if err := in.enter(); err != nil {
 		return err
@@ -151,9 +152,15 @@ func (s *twinSearch) shard(ctx context.Context, shard runtime.Alike) error {
 		return err
 	}
 	for _, e := range extents {
+		if track.HandlesFaults(host[e.PID]) {
+			continue
+		}
 		if err := s.extent(ctx, host[e.PID], e); err != nil {
 			return err
 		}
+	}
+	if s.left == 0 {
+		return errEnough
 	}
 	return nil
 }
