@@ -381,11 +381,11 @@ func gathered(t *testing.T, members int, suspect func(name string)) []*Gossip {
 				t.Fatalf("member %d: %v", len(all), err)
 			}
 		}
-		behind, ill, limit := 1+len(all)/50, 8, 5*time.Minute
+		behind, ill := 1+len(all)/50, 8
 		if len(all) == members {
-			behind, ill, limit = 0, 0, 15*time.Minute
+			behind, ill = 0, 0
 		}
-		took := eventually(t, limit, fmt.Sprintf("all %d know each other", len(all)), func() bool {
+		took := eventually(t, 5*time.Minute, fmt.Sprintf("all %d know each other", len(all)), func() bool {
 			return !slices.ContainsFunc(all, func(g *Gossip) bool { return g.count() < len(all)-1-behind || g.list.GetHealthScore() > ill })
 		})
 		if first/200 != len(all)/200 || len(all) == members {
