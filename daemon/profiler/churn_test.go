@@ -334,14 +334,20 @@ func TestASubjectWhoseFilesCannotBeReadKeepsItsOtherSignals(t *testing.T) {
 	eventually(t, "its CPU is known, its memory not", func() bool {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		last, ok := s.profile.Last()
-		if !ok {
-			return false
-		}
-		_, memory := last.Get(profile.MemoryBytes)
-		cpu, ok := last.Get(profile.CPU)
-		return ok && cpu > 0 && !memory
+		return usesCPUWithout(s, profile.MemoryBytes)
 	})
+}
+
+// usesCPUWithout says whether a shard's last sample knows of CPU time and not of
+// another signal. Under the profiler's lock.
+func usesCPUWithout(s *subject, signal profile.Signal) bool {
+	last, ok := s.profile.Last()
+	if !ok {
+		return false
+	}
+	_, known := last.Get(signal)
+	cpu, ok := last.Get(profile.CPU)
+	return ok && cpu > 0 && !known
 }
 
 // TestAShardBeyondAllSlotsIsCountedFromItsFiles starts one when every slot is taken.
@@ -391,13 +397,7 @@ func TestAShardBeyondAllSlotsIsCountedFromItsFiles(t *testing.T) {
 		if s.slot >= 0 {
 			t.Fatalf("it has slot %d", s.slot)
 		}
-		last, ok := s.profile.Last()
-		if !ok {
-			return false
-		}
-		cpu, ok := last.Get(profile.CPU)
-		_, waits := last.Get(profile.Wait)
-		return ok && cpu > 0 && !waits
+		return usesCPUWithout(s, profile.Wait)
 	})
 }
 

@@ -64,25 +64,30 @@ func snmp(t *testing.T, name string) float64 {
 	return 0
 }
 
-// listening tracks the network namespace that it runs in and listens there.
-func listening(p *Probe, inum uint32) (slot int, l net.Listener, err error) {
-	if slot, err = p.Track("net", Identity{Netns: inum}); err != nil {
-		return 0, nil, err
-	}
-	l, err = net.Listen("tcp", "127.0.0.1:0")
-	return slot, l, err
-}
-
-func TestTCPOfANetworkNamespace(t *testing.T) {
+// withListener runs use in a network namespace that is tracked, where somebody
+// listens.
+func withListener(t *testing.T, use func(p *Probe, slot int, l net.Listener)) {
+	t.Helper()
 	r := newRig(t)
 	p := r.open("")
 	inNetns(t, func(inum uint32) {
-		slot, l, err := listening(p, inum)
+		slot, err := p.Track("net", Identity{Netns: inum})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		defer l.Close()
+		use(p, slot, l)
+	})
+}
+
+func TestTCPOfANetworkNamespace(t *testing.T) {
+	withListener(t, func(p *Probe, slot int, l net.Listener) {
 		go func() {
 			for {
 				c, err := l.Accept()
@@ -151,15 +156,7 @@ func TestTCPOfANetworkNamespace(t *testing.T) {
 }
 
 func TestConnectionsThatFindNoPlaceAreCountedAsLost(t *testing.T) {
-	r := newRig(t)
-	p := r.open("")
-	inNetns(t, func(inum uint32) {
-		slot, l, err := listening(p, inum)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer l.Close()
+	withListener(t, func(p *Probe, slot int, l net.Listener) {
 		dial := func() {
 			t.Helper()
 			c, err := net.Dial("tcp", l.Addr().String())
