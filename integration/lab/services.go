@@ -160,9 +160,26 @@ func writeNodeFiles(p plan, node nodePlan) error {
 	return os.WriteFile(filepath.Join(dir, "hosts"), []byte(hosts), 0o644)
 }
 
-// crashLoop is how many starts without an answer are enough to give up before
-// the deadline: the first may meet a leftover that the second does not.
-const crashLoop = 4
+// crashLoop is how many ends without an answer are enough to give up before the
+// deadline: the first start may meet a leftover that the second does not.
+const crashLoop = 3
+
+// crashes counts how often a service ended since it is waited for. What it was
+// killed before is not its fault.
+type crashes struct {
+	seen  bool
+	first int // start that was under way when it was looked at first
+}
+
+// loop takes a service's count of starts and says how often it ended, and whether
+// that is often enough.
+func (c *crashes) loop(starts int) (ended int, enough bool) {
+	if !c.seen {
+		c.seen, c.first = true, starts
+	}
+	ended = starts - c.first
+	return ended, ended >= crashLoop
+}
 
 // awaitService waits until a service answers on its socket.
 func awaitService(ctx context.Context, rec nodeRecord, name string) error {
@@ -170,6 +187,7 @@ func awaitService(ctx context.Context, rec nodeRecord, name string) error {
 	defer cancel()
 	logPath := filepath.Join(nodeDir(rec.Name), name+".log")
 	var fatal error
+	var count crashes
 	err := poll(ctx, func() (bool, error) {
 		reason := probe(ctx, rec, name)
 		if reason == nil {
@@ -179,9 +197,11 @@ func awaitService(ctx context.Context, rec nodeRecord, name string) error {
 			fatal = errors.New("the host's init ended")
 			return true, nil
 		}
-		if st, err := serviceOf(ctx, rec.Name, name); err == nil && st.Starts >= crashLoop {
-			fatal = fmt.Errorf("%s ended %d times", name, st.Starts-1)
-			return true, nil
+		if st, err := serviceOf(ctx, rec.Name, name); err == nil {
+			if ended, enough := count.loop(st.Starts); enough {
+				fatal = fmt.Errorf("%s ended %d times", name, ended)
+				return true, nil
+			}
 		}
 		return false, reason
 	})
