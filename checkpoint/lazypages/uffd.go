@@ -83,7 +83,8 @@ const (
 	// changing: an operation on the mappings is under way whose event must be
 	// read first (or has been read by a thread that has not yet gone on).
 	changing
-	// absent: the range is not registered, or spans two mappings.
+	// absent: the range is not registered, or spans two mappings, and no event
+	// that says so is outstanding.
 	absent
 	// gone: the process has exited or executed another program.
 	gone
@@ -96,6 +97,7 @@ func copyTo(fd int, addr uint64, src []byte) (checkpoint.Pages, outcome, error) 
 	arg := uffdCopy{dst: addr, src: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(src)))), length: uint64(len(src))}
 	errno := ioctl(fd, uffdioCopy, unsafe.Pointer(&arg))
 	n, out, err := classify(errno, arg.copied, arg.length)
+	out = orChanging(fd, out)
 	if err != nil {
 		err = fmt.Errorf("place %d bytes at %#x: %w", len(src), addr, err)
 	}
@@ -107,10 +109,28 @@ func zeroAt(fd int, addr uint64, n checkpoint.Pages) (checkpoint.Pages, outcome,
 	arg := uffdZeropage{uffdRange: uffdRange{addr, uint64(n.Bytes())}}
 	errno := ioctl(fd, uffdioZeropage, unsafe.Pointer(&arg))
 	done, out, err := classify(errno, arg.zeroed, arg.length)
+	out = orChanging(fd, out)
 	if err != nil {
 		err = fmt.Errorf("place %d zero pages at %#x: %w", n, addr, err)
 	}
 	return done, out, err
+}
+
+// orChanging doubts that a range is absent. The kernel looks whether mappings
+// change, then, since Linux 6.9 without a lock in between, for the mapping, and
+// only in a mapping that it has found does it look again (mfill_atomic of
+// mm/userfaultfd.c). One that leaves, or moves, meanwhile is not found although
+// its event has not been read. By now the event counts: a second question says so.
+func orChanging(fd int, out outcome) outcome {
+	if out != absent {
+		return out
+	}
+	// The first thing that is looked at; nothing can be copied to no range.
+	var nothing uffdCopy
+	if ioctl(fd, uffdioCopy, unsafe.Pointer(&nothing)) == unix.EAGAIN {
+		return changing
+	}
+	return absent
 }
 
 // wake lets the threads that wait for a page at addr try again.
