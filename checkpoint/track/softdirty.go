@@ -19,7 +19,9 @@ import (
 // The kernel reads and clears the bits in two calls, and what is written in
 // between would be lost, so a process is stopped, all its threads, for both.
 // It is not stopped the first time: the bits are cleared first and everything is
-// reported. New mappings carry the bit as a whole until it is cleared.
+// reported. New mappings carry the bit as a whole until it is cleared, and so does
+// one that the kernel joins with a new one beside it: a heap that grows is sent
+// once more.
 type softDirtyMethod struct{ log *slog.Logger }
 
 // The bit alone does not suffice. It stays clear when whole page tables move to
