@@ -51,13 +51,58 @@ func (b *blend) learn(cell int64, m *[members]float64, z, scale float64) {
 
 func (b *blend) weigh() {
 	weigh(b.loss[:b.count], b.weight[0][:], b.weight[1][:], b.weight[2][:])
+	share := b.share()
+	for i := range b.mix {
+		b.mix[i] = share[0]*b.weight[0][i] + share[1]*b.weight[1][i] + share[2]*b.weight[2][i]
+	}
+}
+
+// share of each tier.
+func (b *blend) share() [tiers]float32 {
 	share := [tiers]float32{0.5, 0.5, 0}
 	if !b.far {
 		var flat, steep [tiers]float32
 		weigh(b.tier[:], flat[:], share[:], steep[:])
 	}
-	for i := range b.mix {
-		b.mix[i] = share[0]*b.weight[0][i] + share[1]*b.weight[1][i] + share[2]*b.weight[2][i]
+	return share
+}
+
+// aside is what the members lose in one kind of origins that are not calm: few,
+// and where a load's usual best member is wrong.
+type aside struct {
+	loss [members]float32
+	mix  [members]float32
+	n    float64
+}
+
+// asideDoubt forecasts are the belief that the members rank here as elsewhere;
+// with 10, losses on the development series are the same.
+const asideDoubt = 30
+
+// learn is blend's, with the powers that b has learnt and, while there are few
+// outcomes, its ranking of the members.
+func (a *aside) learn(b *blend, m *[members]float64, z, scale float64) {
+	a.n = min(a.n+1, blendMemory)
+	rate := max(3/(a.n+3), 1.0/blendMemory)
+	own, usual := 0.0, 0.0
+	for i, v := range m[:b.count] {
+		a.loss[i] += float32(rate * (math.Abs(z-v)*scale - float64(a.loss[i])))
+		own += float64(a.loss[i])
+		usual += b.loss[i]
+	}
+	share := 0.0
+	if usual > 0 {
+		share = asideDoubt / (a.n + 1) * own / usual
+	}
+	var loss [members]float64
+	for i := range b.count {
+		loss[i] = float64(a.loss[i]) + share*b.loss[i]
+	}
+	var w [tiers][members]float32
+	weigh(loss[:b.count], w[0][:], w[1][:], w[2][:])
+	s := b.share()
+	for i := range a.mix {
+		a.mix[i] = s[0]*w[0][i] + s[1]*w[1][i] + s[2]*w[2][i]
 	}
 }
 

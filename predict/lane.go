@@ -15,6 +15,10 @@ const (
 	// guardHorizon: up to here "as now" is the forecast that a plain
 	// autoscaler makes, and being worse than it is inexcusable.
 	guardHorizon = 5 * time.Minute
+	// asideHorizon: up to here members are weighed by the origin's kind as well. An
+	// hour ahead the development series gain by it and the others do not, a day
+	// ahead those lose: too few outcomes that are independent.
+	asideHorizon = 15 * time.Minute
 	// shiftHorizon: up to here an interval recovers from a level shift at
 	// once, instead of when the residuals of the shift have left the window.
 	shiftHorizon = time.Hour
@@ -35,10 +39,12 @@ type lane struct {
 
 // half is what a lane has learnt about one target.
 type half struct {
-	stack   ridge  // z of the outcome from the features
-	width   ridge  // its absolute error from the scales
-	members blend  // which member to believe
-	tails   offset // residuals to quantiles
+	stack   ridge            // z of the outcome from the features
+	width   ridge            // its absolute error from the scales
+	members blend            // which member to believe
+	aside   [kinds - 1]aside // and where the origin is not calm
+	sorts   bool             // origins by kind, up to asideHorizon
+	tails   offset           // residuals to quantiles
 
 	doubt float64 // settled forecasts that say as much as one
 	kept  kept    // of all these, when a run outside began
@@ -80,6 +86,7 @@ func newLane(h time.Duration, step int64, lanes int) *lane {
 			// Windows that overlap mostly have the very same peak.
 			l.of[k].doubt = float64(steps) / float64(l.stride)
 		}
+		l.of[k].sorts = h <= asideHorizon
 		l.of[k].members.far = l.h > shiftHorizon
 		l.of[k].members.count = members
 		if Target(k) == Peak {
@@ -200,7 +207,16 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 	if e.rests() {
 		h.same += some * (equal(y, e.anchor) - h.same)
 	}
-	h.members.learn(e.cell, &m, z, e.scale)
+	kind := calm
+	if h.sorts {
+		kind = e.kind(t)
+	}
+	if kind == calm || h.n <= youth {
+		h.members.learn(e.cell, &m, z, e.scale)
+	}
+	if kind != calm {
+		h.aside[kind-1].learn(&h.members, &m, z, e.scale)
+	}
 	naive := e.anchor + e.scale*m[0]
 	long := max(1.0/5000, 1/max(h.n-guardStart, 1))
 	own, asNow := math.Abs(y-e.anchor-e.scale*float64(e.mid50[t])), math.Abs(y-naive)
@@ -234,6 +250,16 @@ func (h *half) learn(e *entry, t Target, y float64, hour int, work []float64) {
 		w = min(topWeight, h.errSlow/e.scale/max(miss, 1e-9))
 	}
 	h.stack.add(x, z, w, 1-gap/stackMemory, shrink*h.doubt, work)
+}
+
+// middle is what the members say from e.
+func (h *half) middle(e *entry, t Target, m *[members]float64) float64 {
+	if h.sorts {
+		if kind := e.kind(t); kind != calm && h.aside[kind-1].n > 0 {
+			return dot(&h.aside[kind-1].mix, m)
+		}
+	}
+	return h.members.forecast(m)
 }
 
 // dice says yes for one in n of all cells, in no rhythm: every other one would
@@ -279,8 +305,8 @@ func (h *half) regretLimit() float64 { return max(regretLeast, h.n/regretShare) 
 // kept is what a few outcomes on a new level distort before they are
 // recognised as one.
 type kept struct {
-	members [members]float64
-	tails   [len(judged)][ways]float64
+	members [members]float32
+	tails   [len(judged)][ways]float32
 	took    int
 
 	errFast, errSlow, lossOwn, lossNaive, lateOwn, lateNaive, regret float64
@@ -290,7 +316,15 @@ type kept struct {
 func (l *lane) keep() {
 	for k := range l.of {
 		h := &l.of[k]
-		h.kept = kept{h.members.loss, h.tails.loss, h.tails.took, h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive, h.regret}
+		for i, v := range h.members.loss {
+			h.kept.members[i] = float32(v)
+		}
+		for i := range h.tails.loss {
+			for j, v := range h.tails.loss[i] {
+				h.kept.tails[i][j] = float32(v)
+			}
+		}
+		h.kept = kept{h.kept.members, h.kept.tails, h.tails.took, h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive, h.regret}
 	}
 }
 
@@ -308,7 +342,14 @@ func (l *lane) shifted() {
 		h := &l.of[k]
 		// The errors of the run belong to the shift, not to the new level.
 		b := &h.kept
-		h.members.loss, h.tails.loss = b.members, b.tails
+		for i, v := range b.members {
+			h.members.loss[i] = float64(v)
+		}
+		for i := range b.tails {
+			for j, v := range b.tails[i] {
+				h.tails.loss[i][j] = float64(v)
+			}
+		}
 		h.errFast, h.errSlow, h.lossOwn, h.lossNaive, h.lateOwn, h.lateNaive, h.regret = b.errFast, b.errSlow, b.lossOwn, b.lossNaive, b.lateOwn, b.lateNaive, b.regret
 		h.members.weigh()
 		h.tails.relevel(mod(int64(h.tails.took-b.took), tookCycle))

@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 5
+const stateVersion = 6
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
@@ -68,10 +68,17 @@ func (s *state) int64(v *int64, lo, hi int64) {
 	}
 }
 
+// int is one of 32 bits.
 func (s *state) int(v *int, lo, hi int) {
-	w := int64(*v)
-	s.int64(&w, int64(lo), int64(hi))
-	*v = int(w)
+	if !s.reading {
+		s.buf = binary.LittleEndian.AppendUint32(s.buf, uint32(*v))
+	} else if b := s.take(4); b != nil {
+		if x := int(int32(binary.LittleEndian.Uint32(b))); x < lo || x > hi {
+			s.fail("%d is not within [%d, %d]", x, lo, hi)
+		} else {
+			*v = x
+		}
+	}
 }
 
 func (s *state) bool(v *bool) {
@@ -277,8 +284,8 @@ func (s *state) lane(l *lane, open int64) {
 	s.int64(&l.peaks.cur, -1, anyTime)
 	s.floats(l.peaks.top, true)
 	for i := range l.peaks.seen {
-		n := int64(l.peaks.seen[i])
-		s.int64(&n, 0, l.stride)
+		n := int(l.peaks.seen[i])
+		s.int(&n, 0, int(min(l.stride, math.MaxInt32)))
 		l.peaks.seen[i] = int32(n)
 	}
 	for i := range l.wait {
@@ -335,18 +342,23 @@ func (s *state) half(h *half) {
 	}
 	s.floats(h.members.mix[:], false)
 	s.int(&h.members.due, 0, 8)
+	for i := range h.aside {
+		if !h.sorts {
+			break
+		}
+		a := &h.aside[i]
+		s.count(&a.n)
+		s.floats(a.loss[:], false)
+		s.floats(a.mix[:], false)
+	}
 	s.offset(&h.tails)
 	s.count(&h.n)
 	s.bool(&h.borrowed)
 	s.float(&h.errFast, &h.errSlow, &h.lossOwn, &h.lossNaive, &h.lateOwn, &h.lateNaive, &h.regret, &h.same, &h.cover90, &h.cover95)
 	b := &h.kept
-	for i := range b.members {
-		s.float(&b.members[i])
-	}
+	s.floats(b.members[:], false)
 	for i := range b.tails {
-		for j := range b.tails[i] {
-			s.float(&b.tails[i][j])
-		}
+		s.floats(b.tails[i][:], false)
 	}
 	s.int(&b.took, 0, tookCycle-1)
 	s.float(&b.errFast, &b.errSlow, &b.lossOwn, &b.lossNaive, &b.lateOwn, &b.lateNaive, &b.regret)
