@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -12,8 +13,10 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers/cluster"
+	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/daemon/workloads"
 	"github.com/tranship/tranship/daemon/workloads/steward"
+	"github.com/tranship/tranship/transfer"
 )
 
 // startWorkloads opens the book of workloads and removes what an earlier life
@@ -32,11 +35,47 @@ func (h *host) startWorkloads(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.steward = steward.New(steward.Config{
+	conf := steward.Config{
 		Node: h.cfg.Node, Book: book, Pool: &workloadPool{h: h, book: book, met: met}, Runtime: h.rt, Tenants: tenants,
-		MigrationOf: h.moves.MigrationOf, Log: h.log,
-	})
+		MigrationOf: h.moves.MigrationOf, Caller: transfer.PeerFrom, Log: h.log,
+	}
+	if h.cluster != nil {
+		ca, err := pki.ReadCert(h.cfg.PKI.CA)
+		if err != nil {
+			return fmt.Errorf("workloads: %w", err)
+		}
+		conf.Seals = &recordSeals{ca: ca, cert: h.cfg.PKI.Cert, key: h.cfg.PKI.Key}
+	}
+	h.steward = steward.New(conf)
 	return h.steward.Recover(ctx)
+}
+
+// recordSeals seals workloads' records with this host's pair as its files are now:
+// certificates are renewed.
+type recordSeals struct {
+	ca        *x509.Certificate
+	cert, key string
+}
+
+var _ steward.Seals = (*recordSeals)(nil)
+
+// sealPurpose is in what is signed, so that nothing else that a host signs is a
+// workload's record.
+const sealPurpose = "workload"
+
+// Seal is as this host.
+func (s *recordSeals) Seal(statement []byte) (pki.Seal, error) {
+	pair, err := pki.LoadPair(s.cert, s.key)
+	if err != nil {
+		return pki.Seal{}, fmt.Errorf("certificate of this host: %w", err)
+	}
+	return pki.MakeSeal(pair, sealPurpose, statement)
+}
+
+// Open names who sealed it.
+func (s *recordSeals) Open(seal pki.Seal, statement []byte) (string, error) {
+	host, err := seal.Open(s.ca, sealPurpose, statement)
+	return host.Name, err
 }
 
 // workloadPool is this host's pool for the steward: the hosts that membership

@@ -2,6 +2,7 @@ package control
 
 import (
 	"encoding/json"
+	"time"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
@@ -46,18 +47,22 @@ type WorkloadChangesDocument struct {
 
 // Workload is one workload and what runs of it.
 type Workload struct {
-	Name       string          `json:"name"`
-	Namespace  string          `json:"namespace"`
-	Tenant     string          `json:"tenant"`
-	Owner      string          `json:"owner"` // "": nobody applied it
-	Generation uint64          `json:"generation"`
-	Priority   uint32          `json:"priority"`
-	Wanted     uint32          `json:"wanted"`
-	Running    int             `json:"running"`
-	Joined     int             `json:"joined"` // containers that joined by label
-	Autopilot  string          `json:"autopilot"`
-	Spec       json.RawMessage `json:"spec"`
-	Shards     []Shard         `json:"shards"`
+	Name       string `json:"name"`
+	Namespace  string `json:"namespace"`
+	Tenant     string `json:"tenant"`
+	Owner      string `json:"owner"` // "": nobody applied it
+	Generation uint64 `json:"generation"`
+	// ChangedFrom is the host at which the last change was said, to its owner or
+	// through another host; ChangedAt is by the owner's clock.
+	ChangedFrom string          `json:"changed_from"`
+	ChangedAt   string          `json:"changed_at"`
+	Priority    uint32          `json:"priority"`
+	Wanted      uint32          `json:"wanted"`
+	Running     int             `json:"running"`
+	Joined      int             `json:"joined"` // containers that joined by label
+	Autopilot   string          `json:"autopilot"`
+	Spec        json.RawMessage `json:"spec"`
+	Shards      []Shard         `json:"shards"`
 }
 
 // labelIndex is on shards that an owner started, and not on those that joined.
@@ -68,6 +73,10 @@ func WorkloadOf(m *v1.Workload) Workload {
 	w := Workload{
 		Name: m.GetName(), Namespace: m.GetNamespace(), Tenant: m.GetTenant(), Owner: m.GetOwner(), Generation: m.GetGeneration(),
 		Priority: m.GetPriority(), Wanted: m.GetWanted(), Autopilot: m.GetAutopilot(), Spec: m.GetSpecJson(), Shards: []Shard{},
+	}
+	w.ChangedFrom = m.GetChangedFrom()
+	if at := m.GetChangedAtUnixMs(); at > 0 {
+		w.ChangedAt = time.UnixMilli(at).UTC().Format(time.RFC3339)
 	}
 	if len(w.Spec) == 0 {
 		w.Spec = json.RawMessage("null")

@@ -4903,19 +4903,21 @@ func (x *ListWorkloadsResponse) GetUnreachableNodes() []string {
 }
 
 type Workload struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
-	Tenant        string                 `protobuf:"bytes,3,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	Owner         string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"` // the host that decides; "": nobody applied it, containers joined by label
-	Generation    uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`
-	Priority      uint32                 `protobuf:"varint,6,opt,name=priority,proto3" json:"priority,omitempty"`
-	Wanted        uint32                 `protobuf:"varint,7,opt,name=wanted,proto3" json:"wanted,omitempty"` // shards
-	Autopilot     string                 `protobuf:"bytes,8,opt,name=autopilot,proto3" json:"autopilot,omitempty"`
-	SpecJson      []byte                 `protobuf:"bytes,9,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
-	Shards        []*Shard               `protobuf:"bytes,10,rep,name=shards,proto3" json:"shards,omitempty"` // and those that joined by label
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Namespace       string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Tenant          string                 `protobuf:"bytes,3,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Owner           string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"` // the host that decides; "": nobody applied it, containers joined by label
+	Generation      uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`
+	Priority        uint32                 `protobuf:"varint,6,opt,name=priority,proto3" json:"priority,omitempty"`
+	Wanted          uint32                 `protobuf:"varint,7,opt,name=wanted,proto3" json:"wanted,omitempty"` // shards
+	Autopilot       string                 `protobuf:"bytes,8,opt,name=autopilot,proto3" json:"autopilot,omitempty"`
+	SpecJson        []byte                 `protobuf:"bytes,9,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
+	Shards          []*Shard               `protobuf:"bytes,10,rep,name=shards,proto3" json:"shards,omitempty"`                                               // and those that joined by label
+	ChangedFrom     string                 `protobuf:"bytes,11,opt,name=changed_from,json=changedFrom,proto3" json:"changed_from,omitempty"`                  // the host at which the last change was said
+	ChangedAtUnixMs int64                  `protobuf:"varint,12,opt,name=changed_at_unix_ms,json=changedAtUnixMs,proto3" json:"changed_at_unix_ms,omitempty"` // by the owner's clock
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Workload) Reset() {
@@ -5016,6 +5018,20 @@ func (x *Workload) GetShards() []*Shard {
 		return x.Shards
 	}
 	return nil
+}
+
+func (x *Workload) GetChangedFrom() string {
+	if x != nil {
+		return x.ChangedFrom
+	}
+	return ""
+}
+
+func (x *Workload) GetChangedAtUnixMs() int64 {
+	if x != nil {
+		return x.ChangedAtUnixMs
+	}
+	return 0
 }
 
 type PutWorkloadRequest struct {
@@ -9346,7 +9362,7 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"y\n" +
 	"\x15ListWorkloadsResponse\x123\n" +
 	"\tworkloads\x18\x01 \x03(\v2\x15.tranship.v1.WorkloadR\tworkloads\x12+\n" +
-	"\x11unreachable_nodes\x18\x02 \x03(\tR\x10unreachableNodes\"\xa5\x02\n" +
+	"\x11unreachable_nodes\x18\x02 \x03(\tR\x10unreachableNodes\"\xf5\x02\n" +
 	"\bWorkload\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x16\n" +
@@ -9360,7 +9376,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\tautopilot\x18\b \x01(\tR\tautopilot\x12\x1b\n" +
 	"\tspec_json\x18\t \x01(\fR\bspecJson\x12*\n" +
 	"\x06shards\x18\n" +
-	" \x03(\v2\x12.tranship.v1.ShardR\x06shards\",\n" +
+	" \x03(\v2\x12.tranship.v1.ShardR\x06shards\x12!\n" +
+	"\fchanged_from\x18\v \x01(\tR\vchangedFrom\x12+\n" +
+	"\x12changed_at_unix_ms\x18\f \x01(\x03R\x0fchangedAtUnixMs\",\n" +
 	"\x12PutWorkloadRequest\x12\x16\n" +
 	"\x06record\x18\x01 \x01(\fR\x06record\"?\n" +
 	"\x13PutWorkloadResponse\x12\x14\n" +

@@ -16,6 +16,7 @@ import (
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
+	"github.com/tranship/tranship/daemon/workloads"
 )
 
 // Local answers the command line.
@@ -50,6 +51,7 @@ func (l Local) ListWorkloads(ctx context.Context, r *connect.Request[v1.ListWork
 		}
 		add(&v1.Workload{
 			Name: rec.Name, Namespace: spec.Namespace, Tenant: spec.Tenant, Owner: rec.Owner, Generation: rec.Generation,
+			ChangedFrom: rec.From, ChangedAtUnixMs: rec.At.UnixMilli(),
 			Priority: uint32(spec.Priority), Wanted: uint32(spec.Shards), Autopilot: spec.Autopilot, SpecJson: rec.Spec,
 		})
 	}
@@ -88,13 +90,13 @@ func (p Peers) Change(ctx context.Context, r *connect.Request[v1.ChangeWorkloadR
 	return p.Steward.Change(ctx, r.Msg, stream.Send)
 }
 
-// Put takes a record unless one stands against it.
-func (p Peers) Put(_ context.Context, r *connect.Request[v1.PutWorkloadRequest]) (*connect.Response[v1.PutWorkloadResponse], error) {
-	rec, err := decodeRecord(r.Msg.GetRecord())
-	if err != nil {
+// Put takes a record that its owner sealed, unless one stands against it.
+func (p Peers) Put(ctx context.Context, r *connect.Request[v1.PutWorkloadRequest]) (*connect.Response[v1.PutWorkloadResponse], error) {
+	taken, have, err := p.heard(p.Caller(ctx), r.Msg.GetRecord())
+	if errors.Is(err, errRecord) {
+		p.Log.Warn("a record is not believed", "peer", p.Caller(ctx), "err", err)
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
-	taken, have, err := p.Book.Offer(rec, p.pool())
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
@@ -131,9 +133,28 @@ func (p Peers) Records(_ context.Context, r *connect.Request[v1.WorkloadRecordsR
 	return connect.NewResponse(resp), nil
 }
 
+// asked writes down which host had a shard started, changed or removed here.
+func (p Peers) asked(ctx context.Context, op, shard, refused string, err error) {
+	p.Log.Info("asked by another host", "op", op, "shard", shard, "peer", p.Caller(ctx), "refused", refused, "err", err)
+}
+
+// nameOf is the shard that a request is about, "" where that is not to be read.
+func nameOf(r interface {
+	GetSpecJson() []byte
+	GetIndex() uint32
+},
+) string {
+	spec, err := workloads.Decode(r.GetSpecJson())
+	if err != nil {
+		return ""
+	}
+	return spec.Shard(int(r.GetIndex()))
+}
+
 // Place starts a shard here.
 func (p Peers) Place(ctx context.Context, r *connect.Request[v1.PlaceShardRequest]) (*connect.Response[v1.PlaceShardResponse], error) {
 	refused, err := here(p).place(ctx, r.Msg)
+	p.asked(ctx, "place", nameOf(r.Msg), refused, err)
 	if err != nil {
 		return nil, p.apiError(err)
 	}
@@ -143,6 +164,7 @@ func (p Peers) Place(ctx context.Context, r *connect.Request[v1.PlaceShardReques
 // Resize changes limits and labels of a shard here.
 func (p Peers) Resize(ctx context.Context, r *connect.Request[v1.ResizeShardRequest]) (*connect.Response[v1.ResizeShardResponse], error) {
 	refused, err := here(p).resize(ctx, r.Msg)
+	p.asked(ctx, "resize", nameOf(r.Msg), refused, err)
 	if err != nil {
 		return nil, p.apiError(err)
 	}
@@ -152,6 +174,7 @@ func (p Peers) Resize(ctx context.Context, r *connect.Request[v1.ResizeShardRequ
 // Evict removes a shard from here.
 func (p Peers) Evict(ctx context.Context, r *connect.Request[v1.EvictShardRequest]) (*connect.Response[v1.EvictShardResponse], error) {
 	refused, err := here(p).evict(ctx, r.Msg)
+	p.asked(ctx, "evict", r.Msg.GetName(), refused, err)
 	if err != nil {
 		return nil, p.apiError(err)
 	}

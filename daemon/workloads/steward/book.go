@@ -10,6 +10,7 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/daemon/workloads"
 )
 
@@ -26,21 +27,65 @@ type Record struct {
 	Spec    json.RawMessage `json:"spec,omitempty"`
 	// Begun are the indexes of shards that may be somewhere.
 	Begun []int     `json:"begun,omitempty"`
-	At    time.Time `json:"at"`
+	At    time.Time `json:"at"` // by the owner's clock; nothing is decided by it
+	// From is the host at which a person said it.
+	From string `json:"from,omitempty"`
+
+	// statement is the record as its owner wrote it, and seal the owner's seal of
+	// that. Whoever passes it on passes these on.
+	statement []byte
+	seal      pki.Seal
 }
 
-// maxRecord bounds a record from another host: a workload file, and a number
-// for each of 10,000 shards.
-const maxRecord = workloads.MaxFile + 64<<10
+// sealed is a record as it is kept and sent. One without a seal, of a host that
+// is in no cluster, is the bare record.
+type sealed struct {
+	Statement []byte   `json:"statement"`
+	Seal      pki.Seal `json:"seal"`
+}
+
+// Bounds of what other hosts say: far beyond use, far below harm.
+const (
+	// maxRecord: a workload file, a number for each of 10,000 shards, and all of
+	// it in base64 with a certificate.
+	maxRecord = (workloads.MaxFile+64<<10)*4/3 + 4<<10
+	// maxNames of workloads that a host keeps, tombstones included.
+	maxNames = 20_000
+	// maxJump of a generation over the last that was heard of. The largest number
+	// there is would leave none for whoever takes the workload over.
+	maxJump = 1 << 20
+)
+
+// errRecord says that a record is not one to be kept, whoever it is from.
+var errRecord = errors.New("record of a workload")
+
+// unpack reads a record as it was kept or sent, and judges nothing.
+func unpack(raw []byte) (*Record, error) {
+	var s sealed
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return nil, err
+	}
+	if s.Statement != nil {
+		raw = s.Statement
+	}
+	r := new(Record)
+	if err := json.Unmarshal(raw, r); err != nil {
+		return nil, err
+	}
+	r.statement, r.seal = s.Statement, s.Seal
+	return r, nil
+}
 
 func decodeRecord(raw []byte) (*Record, error) {
 	if len(raw) > maxRecord {
 		return nil, fmt.Errorf("a record of %d bytes", len(raw))
 	}
-	r := new(Record)
-	dec := json.NewDecoder(strings.NewReader(string(raw)))
-	if err := dec.Decode(r); err != nil {
+	r, err := unpack(raw)
+	if err != nil {
 		return nil, fmt.Errorf("record: %w", err)
+	}
+	if r.From != "" && pki.CheckName(r.From) != nil || pki.CheckName(r.Owner) != nil {
+		return nil, fmt.Errorf("record of %.80q: owned by %.80q, said at %.80q, which are no hosts", r.Name, r.Owner, r.From)
 	}
 	if r.Name == "" || r.Owner == "" || r.Generation == 0 || len(r.Begun) > 2*workloads.MaxShards {
 		return nil, fmt.Errorf("record of %.80q: its name, owner or generation is missing, or it begins too much", r.Name)
@@ -59,7 +104,17 @@ func decodeRecord(raw []byte) (*Record, error) {
 }
 
 func (r *Record) encode() []byte {
-	raw, err := json.Marshal(r)
+	if r.statement == nil {
+		return r.bare()
+	}
+	return marshal(sealed{r.statement, r.seal})
+}
+
+// bare is what a seal is of.
+func (r *Record) bare() []byte { return marshal(r) }
+
+func marshal(v any) []byte {
+	raw, err := json.Marshal(v)
 	if err != nil {
 		panic(err) // names, numbers and a spec that was decoded
 	}
@@ -143,10 +198,9 @@ func (b *Book) Close() error { return b.db.Close() }
 func (b *Book) Get(name string) (r *Record, err error) {
 	err = b.db.View(func(tx *bolt.Tx) error {
 		if raw := tx.Bucket(recordBucket).Get([]byte(name)); raw != nil {
-			r = new(Record)
-			return json.Unmarshal(raw, r)
+			r, err = unpack(raw)
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("workload %s: %w", name, err)
@@ -158,9 +212,9 @@ func (b *Book) Get(name string) (r *Record, err error) {
 func (b *Book) All() (out []*Record, err error) {
 	err = b.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(recordBucket).ForEach(func(_, raw []byte) error {
-			r := new(Record)
+			r, err := unpack(raw)
 			out = append(out, r)
-			return json.Unmarshal(raw, r)
+			return err
 		})
 	})
 	if err != nil {
@@ -175,10 +229,18 @@ func (b *Book) Offer(r *Record, pool []string) (taken bool, have *Record, err er
 	err = b.db.Update(func(tx *bolt.Tx) error {
 		bucket := tx.Bucket(recordBucket)
 		if raw := bucket.Get([]byte(r.Name)); raw != nil {
-			have = new(Record)
-			if err := json.Unmarshal(raw, have); err != nil {
+			if have, err = unpack(raw); err != nil {
 				return err
 			}
+		} else if n := bucket.Stats().KeyN; n >= maxNames {
+			return fmt.Errorf("%w: %d are kept here, and that is the most", errRecord, n)
+		}
+		last := uint64(0)
+		if have != nil {
+			last = have.Generation
+		}
+		if r.Generation > last && r.Generation-last > maxJump {
+			return fmt.Errorf("%w: generation %d after %d", errRecord, r.Generation, last)
 		}
 		if taken = takes(have, r, have == nil || slices.Contains(pool, have.Owner)); !taken {
 			return nil

@@ -81,7 +81,10 @@ func (s *Steward) Change(ctx context.Context, req *v1.ChangeWorkloadRequest, sen
 	if err != nil {
 		return err
 	}
-	c := &change{s: s, req: req, name: name, have: have, want: want, send: send}
+	c := &change{s: s, req: req, from: s.Node, name: name, have: have, want: want, send: send}
+	if req.GetForwarded() {
+		c.from = s.Caller(ctx)
+	}
 	return c.run(ctx)
 }
 
@@ -178,6 +181,7 @@ func (s *Steward) refuse(plan *v1.WorkloadPlan, why string, send func(*v1.Worklo
 type change struct {
 	s    *Steward
 	req  *v1.ChangeWorkloadRequest
+	from string // the host at which it was said
 	name string
 	have *Record
 	want *workloads.Spec
@@ -221,7 +225,7 @@ func (c *change) run(ctx context.Context) error {
 }
 
 func (c *change) result(outcome, reason string) error {
-	c.s.Log.Info("workload", "workload", c.name, "kind", c.req.GetKind(), "outcome", outcome, "reason", reason)
+	c.s.Log.Info("workload", "workload", c.name, "kind", c.req.GetKind(), "peer", c.from, "outcome", outcome, "reason", reason)
 	return c.send(&v1.WorkloadEvent{Done: c.done, All: c.all, Result: &v1.WorkloadResult{Outcome: outcome, Reason: reason}})
 }
 
@@ -305,7 +309,7 @@ func (c *change) message() *v1.WorkloadPlan {
 }
 
 func (c *change) carryOut(ctx context.Context) error {
-	r := &Record{Name: c.name, Owner: c.s.Node, Generation: 1, At: time.Now().UTC()}
+	r := &Record{Name: c.name, Owner: c.s.Node, Generation: 1, At: time.Now().UTC(), From: c.from}
 	if c.have != nil {
 		r.Generation, r.Begun = c.have.Generation+1, c.have.Begun
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/daemon/workloads"
 )
@@ -63,7 +64,19 @@ type Config struct {
 	Tenants map[string]workloads.Tenant
 	// MigrationOf names the migration that is moving a shard, or "".
 	MigrationOf func(namespace, name string) string
-	Log         *slog.Logger
+	// Seals is nil where there are no other hosts.
+	Seals Seals
+	// Caller names the host that an API request came from; nil where there are none.
+	Caller func(ctx context.Context) string
+	Log    *slog.Logger
+}
+
+// Seals is what says from whom a record is. Safe for concurrent use.
+type Seals interface {
+	// Seal seals a statement as this host.
+	Seal(statement []byte) (pki.Seal, error)
+	// Open names the host of the cluster that sealed a statement.
+	Open(seal pki.Seal, statement []byte) (host string, err error)
 }
 
 // Steward is this host's part. Safe for concurrent use.
@@ -77,8 +90,59 @@ type Steward struct {
 // New makes one. Recover before it serves.
 func New(c Config) *Steward { return &Steward{Config: c} }
 
-// Recover removes what an earlier life of the daemon was starting when it died.
+// sealed makes r one that others believe: only owners write records, and others
+// pass them on.
+func (s *Steward) sealed(r *Record) error {
+	if s.Seals == nil {
+		return nil
+	}
+	statement := r.bare()
+	seal, err := s.Seals.Seal(statement)
+	if err != nil {
+		return fmt.Errorf("workload %s: %w", r.Name, err)
+	}
+	r.statement, r.seal = statement, seal
+	return nil
+}
+
+// judge says why a record that another host brought is not its owner's, or nil.
+func (s *Steward) judge(r *Record) error {
+	if s.Seals == nil {
+		return fmt.Errorf("%w: %s is in no cluster", errRecord, s.Node)
+	}
+	host, err := s.Seals.Open(r.seal, r.statement)
+	if err != nil {
+		return fmt.Errorf("%w %s of %s: %w", errRecord, r.Name, r.Owner, err)
+	}
+	if host != r.Owner {
+		return fmt.Errorf("%w %s of %s: sealed by %s", errRecord, r.Name, r.Owner, host)
+	}
+	return nil
+}
+
+// heard keeps a record that another host brought, if nothing stands against it.
+func (s *Steward) heard(peer string, raw []byte) (taken bool, have *Record, err error) {
+	r, err := decodeRecord(raw)
+	if err != nil {
+		return false, nil, fmt.Errorf("%w: %w", errRecord, err)
+	}
+	if err := s.judge(r); err != nil {
+		return false, nil, err
+	}
+	pool := s.pool()
+	taken, have, err = s.Book.Offer(r, pool)
+	if taken && have.live() && have.Confirmed && have.Owner != r.Owner && slices.Contains(pool, have.Owner) {
+		s.Log.Warn("a workload has another owner, and the last one is still in the pool", "workload", r.Name, "owner", r.Owner, "last", have.Owner, "peer", peer)
+	}
+	return taken, have, err
+}
+
+// Recover removes what an earlier life of the daemon was starting when it died,
+// and seals what this host wrote when it was in no cluster, or in another one.
 func (s *Steward) Recover(ctx context.Context) error {
+	if err := s.sealOwn(); err != nil {
+		return err
+	}
 	begun, err := s.Book.begun()
 	if err != nil {
 		return err
@@ -91,6 +155,25 @@ func (s *Steward) Recover(ctx context.Context) error {
 		}
 		s.Log.Info("a shard was being started when the daemon ended", "shard", b[1], "namespace", b[0], "runs", started)
 		if err := s.Book.end(b[0], b[1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Steward) sealOwn() error {
+	all, err := s.Book.All()
+	if err != nil {
+		return err
+	}
+	for _, r := range all {
+		if r.Owner != s.Node || s.Seals == nil || s.judge(r) == nil {
+			continue
+		}
+		if err := s.sealed(r); err != nil {
+			return err
+		}
+		if _, _, err := s.Book.Offer(r, s.pool()); err != nil {
 			return err
 		}
 	}
@@ -158,14 +241,10 @@ func (s *Steward) learn(ctx context.Context, node string) error {
 		return err
 	}
 	for _, raw := range resp.Msg.GetRecords() {
-		r, err := decodeRecord(raw)
-		if err != nil {
-			return err
-		}
-		if !r.Confirmed {
-			continue
-		}
-		if _, _, err := s.Book.Offer(r, s.pool()); err != nil {
+		// One that is not to be believed is no reason to miss the others.
+		if _, _, err := s.heard(node, raw); errors.Is(err, errRecord) {
+			s.Log.Warn("a record is not believed", "peer", node, "err", err)
+		} else if err != nil {
 			return err
 		}
 	}
@@ -180,6 +259,9 @@ func (s *Steward) inPool(node string) bool { return slices.Contains(s.pool(), no
 // put offers a record to the others, and counts who took it, this host included.
 // against is a record that stands against it, somewhere.
 func (s *Steward) put(ctx context.Context, r *Record) (taken, asked int, against *Record, err error) {
+	if err := s.sealed(r); err != nil {
+		return 0, 0, nil, err
+	}
 	here, have, err := s.Book.Offer(r, s.pool())
 	if err != nil {
 		return 0, 0, nil, err
@@ -226,7 +308,11 @@ func (s *Steward) putAt(ctx context.Context, node string, r *Record) (*Record, e
 	if resp.Msg.GetTaken() {
 		return nil, nil
 	}
-	return decodeRecord(resp.Msg.GetHave())
+	have, err := decodeRecord(resp.Msg.GetHave())
+	if err != nil {
+		return nil, err
+	}
+	return have, s.judge(have)
 }
 
 // write makes a record hold. The first of a name, and one that takes a workload

@@ -2,6 +2,8 @@ package steward
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -22,14 +24,46 @@ import (
 	"github.com/tranship/tranship/daemon/control"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
+	"github.com/tranship/tranship/daemon/peers/pki"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/daemon/workloads"
 )
 
 // pool is hosts in one process that speak the real API with each other.
 type pool struct {
+	ca    *pki.CA
 	hosts map[string]*fakeHost
 }
+
+// seals are a host's real ones.
+type seals struct {
+	ca   *x509.Certificate
+	pair *tls.Certificate
+}
+
+func (s *seals) Seal(statement []byte) (pki.Seal, error) {
+	return pki.MakeSeal(s.pair, "workload", statement)
+}
+
+func (s *seals) Open(seal pki.Seal, statement []byte) (string, error) {
+	host, err := seal.Open(s.ca, "workload", statement)
+	return host.Name, err
+}
+
+func (p *pool) seals(t *testing.T, name string) *seals {
+	t.Helper()
+	cert, key, err := p.ca.Issue(name, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &seals{p.ca.Cert(), &pair}
+}
+
+type callerKey struct{}
 
 // fakeHost is a steward over containers that are entries of a map.
 type fakeHost struct {
@@ -53,7 +87,11 @@ var (
 
 func newPool(t *testing.T, names ...string) *pool {
 	t.Helper()
-	p := &pool{hosts: map[string]*fakeHost{}}
+	ca, err := pki.Init(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pool{ca: ca, hosts: map[string]*fakeHost{}}
 	for _, name := range names {
 		h := &fakeHost{p: p, name: name, shards: map[string]*runtime.Shard{}, moving: map[string]string{}}
 		book, err := OpenBook(filepath.Join(t.TempDir(), "b"))
@@ -63,10 +101,17 @@ func newPool(t *testing.T, names ...string) *pool {
 		h.Steward = New(Config{
 			Node: name, Book: book, Pool: h, Runtime: h, Log: slog.New(slog.DiscardHandler), Tenants: map[string]workloads.Tenant{"shop": {Shards: 4}},
 			MigrationOf: func(_, shard string) string { h.mu.Lock(); defer h.mu.Unlock(); return h.moving[shard] },
+			Seals:       p.seals(t, name),
+			Caller:      func(ctx context.Context) string { name, _ := ctx.Value(callerKey{}).(string); return name },
 		})
 		mux := http.NewServeMux()
 		mux.Handle(transhipv1connect.NewWorkloadHostsHandler(Peers{h.Steward}))
-		h.srv = httptest.NewServer(mux)
+		// The real server takes the caller from its certificate.
+		h.srv = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			caller, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
+			r.URL.Path = "/" + path
+			mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, caller)))
+		}))
 		t.Cleanup(func() { h.srv.Close(); book.Close() })
 		p.hosts[name] = h
 	}
@@ -128,7 +173,7 @@ func (h *fakeHost) Client(node string) (transhipv1connect.WorkloadHostsClient, e
 	if other.down {
 		return nil, errors.New("no answer")
 	}
-	return transhipv1connect.NewWorkloadHostsClient(other.srv.Client(), other.srv.URL), nil
+	return transhipv1connect.NewWorkloadHostsClient(other.srv.Client(), other.srv.URL+"/"+h.name), nil
 }
 
 func (h *fakeHost) Run(ctx context.Context, s runtime.RunSpec) (*runtime.Shard, error) {
