@@ -51,6 +51,11 @@ func CheckWord(s string) error {
 	return nil
 }
 
+func (b Brief) withLoadOf(o Brief) Brief {
+	b.CPULoad, b.MemoryLoad = o.CPULoad, o.MemoryLoad
+	return b
+}
+
 func (b Brief) check() error {
 	if err := pki.CheckID(b.ID); err != nil {
 		return err

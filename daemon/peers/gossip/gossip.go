@@ -91,7 +91,9 @@ type Gossip struct {
 	mu      sync.Mutex
 	members map[string]Member // without this host
 	alive   int               // of members
-	brief   []byte
+	said    Brief
+	saidAt  time.Time
+	brief   []byte // said, encoded
 	retire  *time.Timer
 	closed  bool
 }
@@ -100,7 +102,8 @@ type Gossip struct {
 func Start(cfg Config) (*Gossip, error) {
 	g := &Gossip{cfg: cfg, members: map[string]Member{}}
 	var err error
-	if g.brief, err = cfg.Brief().encode(); err != nil {
+	g.said, g.saidAt = cfg.Brief(), time.Now()
+	if g.brief, err = g.said.encode(); err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
 	if g.ring, err = memberlist.NewKeyring(nil, cfg.Key); err != nil {
@@ -133,6 +136,13 @@ func multFor(n int) int {
 	mult := math.Ceil(suspicion.Seconds() / probeInterval.Seconds() / max(1, math.Log10(max(1, float64(n)))))
 	return int(min(max(mult, minMult), maxMult))
 }
+
+// loadPace is how long a host of a pool of n keeps a new load to itself: all
+// together say two and a half a second. Each member sends each piece of news
+// up to 16 times (memberlist's retransmissions in a pool of a thousand), and about 90 of
+// them a second at most (three packets in 200 ms). Beyond that news crowds out
+// news, and a host that protests against a suspicion is not heard in time.
+func loadPace(n int) time.Duration { return time.Duration(n) * 400 * time.Millisecond }
 
 // Join asks hosts, as NAME/ADDRESS:PORT, for the pool. One that answers is
 // enough; the error is of those that did not when none did.
@@ -177,15 +187,22 @@ func (g *Gossip) gone(m Member) bool {
 	return g.cfg.Gone != nil && g.cfg.Gone(pki.Identity{Name: m.Name, ID: m.ID})
 }
 
-// Tell spreads this host's brief if it differs from what was last said.
+// Tell spreads this host's brief if it differs from what was last said. What
+// differs in its load alone waits until a pool of this size has room for it.
 func (g *Gossip) Tell() error {
-	raw, err := g.cfg.Brief().encode()
+	now := g.cfg.Brief()
+	raw, err := now.encode()
 	if err != nil {
 		return fmt.Errorf("gossip: %w", err)
 	}
 	g.mu.Lock()
 	same := g.closed || string(raw) == string(g.brief)
-	g.brief = raw
+	if !same && now.withLoadOf(g.said) == g.said && time.Since(g.saidAt) < loadPace(g.alive+1) {
+		same = true
+	}
+	if !same {
+		g.said, g.saidAt, g.brief = now, time.Now(), raw
+	}
 	g.mu.Unlock()
 	if same {
 		return nil
