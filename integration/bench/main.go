@@ -73,6 +73,8 @@ func tasks() []task {
 		task{name: lazily.group, about: lazily.about + ", against CRIU's own lazy pages", run: measureMoves(lazily, lazy)},
 		task{name: "criu-pre-dump", about: "CRIU's own pre-dump chain", run: measurePreDump},
 		task{name: lineupGroup, about: "one redis, back and forth", run: measureLineup},
+		task{name: outpacedGroup, about: outpacedSize + " rewritten at " + outpacedRate + ", over a link of 1 Gbit/s", bandwidth: outpacedLink, run: measureOutpaced},
+		task{name: crowdGroup, about: "ten shards of 32 MiB, one after the other and at once", run: measureCrowd},
 	)
 	for _, l := range links {
 		all = append(all, task{name: l.group, about: "bytes over " + l.about, bandwidth: l.bandwidth, run: measureThroughput(l)})

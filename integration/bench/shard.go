@@ -74,9 +74,12 @@ func (s *shard) spec(ctx context.Context) (json.RawMessage, error) {
 func (s *shard) name() string    { return tranship }
 func (s *shard) address() string { return s.ip }
 
-func (s *shard) move(ctx context.Context) (sample, error) {
+func (s *shard) move(ctx context.Context) (sample, error) { return s.moveBy(ctx) }
+
+// moveBy moves it with flags of migrate.
+func (s *shard) moveBy(ctx context.Context, flags ...string) (sample, error) {
 	to := map[string]string{"host-1": "host-2", "host-2": "host-1"}[s.node]
-	out, err := s.tool.on(ctx, s.node, "tranship", "migrate", "-o", "json", s.id, to)
+	out, err := s.tool.on(ctx, s.node, append([]string{"tranship", "migrate", "-o", "json", s.id, to}, flags...)...)
 	if err != nil {
 		return sample{}, err
 	}

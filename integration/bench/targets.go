@@ -14,6 +14,7 @@ var method = []string{
 	"The client's longest gap is the longest time between two answers over its one connection, from before the move to after it, measured in the same way for both.",
 	"Throughput is memory a second: the same bytes again and again for at least two seconds, each pass acknowledged; the receiver drops what arrives. The heap is the private memory of a running redis without its pages of zeros; it is sent raw by TLS and quic-go, and as a migration sends it by the page road.",
 	"The closed loop runs the same load, of the same seed, with forecasts and under the reactive policy in turns, and once with the autopilot off; late is a request that was answered more than 250 ms after it was due, or not at all. A host's shards together may use 0.3 CPUs. The week that the forecasts know of is made of a recording of the same load, whose day begins at the same time; the day that is measured is real. The reactive policy looks at a new sample every second.",
+	"The shard that writes faster than the link carries rewrites random pages of noise, knows what each of them must hold, and looks at all of them after every move.",
 	"CRIU alone is the last time in its dump's log plus that in its restore's log, of the idle container without a connection.",
 }
 
@@ -32,7 +33,7 @@ func targets(r *results) []row {
 		ratioRow(r, "blackout, redis 64 MiB, of runc's", "redis-64MiB", 0.60),
 		criuRow(r),
 	}
-	return slices.Concat(rows, lineupRows(r), throughputRows(r), profileRows(r), closedLoopRows(r))
+	return slices.Concat(rows, lineupRows(r), []row{crowdRow(r)}, throughputRows(r), profileRows(r), closedLoopRows(r))
 }
 
 // atMost makes a row and compares; NaN is "not measured".
