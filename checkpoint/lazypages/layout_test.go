@@ -1,6 +1,7 @@
 package lazypages
 
 import (
+	"errors"
 	"slices"
 	"testing"
 )
@@ -136,57 +137,154 @@ func unmap(start, size uint64) func(*layout, func(span)) {
 func settle(l *layout, gone func(span)) { l.settle(gone) }
 
 // fakeAsker knows what is registered in one child.
-type fakeAsker map[uint64]bool
+type fakeAsker struct {
+	registered map[uint64]bool
+	changing   bool
+}
 
 var _ asker = fakeAsker{}
 
 func (a fakeAsker) ask(_ int, addr uint64) (outcome, error) {
-	if a[addr] {
+	switch {
+	case a.changing:
+		return changing, nil
+	case a.registered[addr]:
 		return present, nil
 	}
 	return absent, nil
 }
 
+// fakeFamily is a parent of mappings none of whose pages is there, and what it
+// does, as it is heard.
+type fakeFamily struct {
+	probe  fakeAsker
+	recent recentEvents
+	parent *space
+	child  *space
+}
+
+func newFakeFamily(mappings ...span) *fakeFamily {
+	f := &fakeFamily{parent: &space{layout: newLayout(mappings)}, probe: fakeAsker{registered: map[uint64]bool{}}}
+	for _, m := range mappings {
+		f.parent.pending.appendRun(m.start/page, m.end/page)
+	}
+	f.parent.owed = &pageSet{}
+	return f
+}
+
+func (f *fakeFamily) move(from, to, size uint64) {
+	f.parent.layout.remap(from, to, size)
+	f.recent.moved(f.probe, f.parent, message{event: eventRemap, from: from, to: to, size: size})
+}
+
+func (f *fakeFamily) unmap(start, size uint64) {
+	f.parent.layout.unmap(span{start, start + size}, func(image span) { f.parent.giveUp(image) })
+}
+
+func (f *fakeFamily) fork() {
+	f.child = f.parent.fork(9, 1)
+	f.recent.forked(f.probe, f.parent, f.child)
+}
+
 func TestAChildIsWhereItsForkFoundIt(t *testing.T) {
-	const a, b, size = 0x10000, 0x20000, 0x1000
-	move := message{event: eventRemap, from: a, to: b, size: size}
+	const a, b, c, d = 0x10000, 0x20000, 0x30000, 0x40000
+	const size = 4 * page
 	for _, tc := range []struct {
 		name       string
-		registered uint64 // in the child
-		forkFirst  bool   // is heard
+		registered []uint64 // pages, in the child
+		heard      func(f *fakeFamily)
+		first      uint64 // where the first page is
+		last       uint64 // where the fourth is
 	}{
-		{"fork heard first, happened first", a, true},
-		{"fork heard first, happened last", b, true},
-		{"fork heard last, happened last", b, false},
-		{"fork heard last, happened first", a, false},
+		{"fork heard first, happened first", []uint64{a}, func(f *fakeFamily) { f.fork(); f.move(a, b, size) }, a, a + 3*page},
+		{"fork heard first, happened last", []uint64{b}, func(f *fakeFamily) { f.fork(); f.move(a, b, size) }, b, b + 3*page},
+		{"fork heard last, happened last", []uint64{b}, func(f *fakeFamily) { f.move(a, b, size); f.fork() }, b, b + 3*page},
+		{"fork heard last, happened first", []uint64{a}, func(f *fakeFamily) { f.move(a, b, size); f.fork() }, a, a + 3*page},
+		// The old place stays.
+		{"a copy left behind, fork heard first, happened first", []uint64{a}, func(f *fakeFamily) { f.fork(); f.move(a, b, size) }, a, a + 3*page},
+		{"a copy left behind, fork heard first, happened last", []uint64{a, b}, func(f *fakeFamily) { f.fork(); f.move(a, b, size) }, b, b + 3*page},
+		{"a copy left behind, fork heard last, happened last", []uint64{a, b}, func(f *fakeFamily) { f.move(a, b, size); f.fork() }, b, b + 3*page},
+		{"a copy left behind, fork heard last, happened first", []uint64{a}, func(f *fakeFamily) { f.move(a, b, size); f.fork() }, a, a + 3*page},
+
+		{"moved on, fork happened first", []uint64{a}, func(f *fakeFamily) { f.move(a, b, size); f.move(b, c, size); f.fork() }, a, a + 3*page},
+		{"moved on, fork happened in between", []uint64{b}, func(f *fakeFamily) { f.move(a, b, size); f.move(b, c, size); f.fork() }, b, b + 3*page},
+		{"moved on, fork happened last", []uint64{c}, func(f *fakeFamily) { f.move(a, b, size); f.move(b, c, size); f.fork() }, c, c + 3*page},
+		{"moved on, to where the child does not inherit", nil, func(f *fakeFamily) { f.move(a, b, size); f.move(b, c, size); f.fork() }, c, c + 3*page},
+		{"its end moved on, fork happened first", []uint64{a, a + 3*page}, func(f *fakeFamily) {
+			f.move(a, b, size)
+			f.move(b+3*page, c, page)
+			f.fork()
+		}, a, a + 3*page},
+		{"its end moved on, fork happened in between", []uint64{b, b + 3*page}, func(f *fakeFamily) {
+			f.move(a, b, size)
+			f.move(b+3*page, c, page)
+			f.fork()
+		}, b, b + 3*page},
+		{"its end moved on, fork happened last", []uint64{b, c}, func(f *fakeFamily) {
+			f.move(a, b, size)
+			f.move(b+3*page, c, page)
+			f.fork()
+		}, b, c},
+		{"its beginning was unmapped, fork happened last", []uint64{b + page}, func(f *fakeFamily) {
+			f.move(a, b, size)
+			f.unmap(a, size) // the kernel's echo of the move
+			f.unmap(b, page)
+			f.fork()
+		}, 0, b + 3*page},
+		{"its beginning was unmapped, fork happened before the move", []uint64{a + page}, func(f *fakeFamily) {
+			f.move(a, b, size)
+			f.unmap(a, size)
+			f.unmap(b, page)
+			f.fork()
+		}, 0, a + 3*page},
+		{"to where the child has something else", []uint64{a, d}, func(f *fakeFamily) { f.fork(); f.move(a, d, size) }, a, a + 3*page},
+		{"to where the child had something else", []uint64{d}, func(f *fakeFamily) { f.fork(); f.move(a, d, size) }, d, d + 3*page},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			parent := &space{layout: newLayout([]span{{a, a + size}})}
-			probe := fakeAsker{tc.registered: true}
-			var r recentEvents
-			var child *space
-			fork := func() {
-				child = parent.fork(9, 1)
-				r.forked(probe, parent, child)
-			}
-			if tc.forkFirst {
-				fork()
-			}
-			parent.layout.remap(move.from, move.to, move.size)
-			r.moved(probe, parent, move)
-			if !tc.forkFirst {
-				fork()
-			}
-			if got := child.layout.where(a); got != tc.registered {
-				t.Errorf("child's page is looked for at %#x, is at %#x", got, tc.registered)
-			}
-			if got := parent.layout.where(a); got != b {
-				t.Errorf("parent's page is looked for at %#x", got)
-			}
-			r.settle(parent)
-			if len(r.forks)+len(r.moves) != 0 {
-				t.Error("settled events are remembered")
+			for _, strict := range []bool{false, true} {
+				f := newFakeFamily(span{a, a + size}, span{d, d + size})
+				f.recent.strict = strict
+				for _, at := range tc.registered {
+					f.probe.registered[at] = true
+				}
+				tc.heard(f)
+				for image, want := range map[uint64]uint64{a: tc.first, a + 3*page: tc.last} {
+					if got := f.child.layout.where(image); got != want {
+						t.Errorf("the child's page %#x is looked for at %#x, is at %#x", image, got, want)
+					}
+				}
+				if f.recent.err != nil {
+					t.Error(f.recent.err)
+				}
+				f.recent.settle(f.parent)
+				if len(f.recent.forks)+len(f.recent.moves) != 0 {
+					t.Error("settled events are remembered")
+				}
 			}
 		})
+	}
+}
+
+func TestAChildThatChangesIsAskedOnlyForWhatItLacks(t *testing.T) {
+	const a, b, size = 0x10000, 0x20000, page
+	for _, forkFirst := range []bool{false, true} {
+		for _, lacks := range []bool{false, true} {
+			f := newFakeFamily(span{a, a + size})
+			f.probe.changing = true
+			f.recent.strict = true
+			if !lacks {
+				f.parent.giveUp(span{a, a + size})
+			}
+			if forkFirst {
+				f.fork()
+			}
+			f.move(a, b, size)
+			if !forkFirst {
+				f.fork()
+			}
+			if got := errors.Is(f.recent.err, errAmbiguous); got != lacks {
+				t.Errorf("fork first %v, lacks %v: %v", forkFirst, lacks, f.recent.err)
+			}
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package lazypages
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 )
@@ -9,12 +10,13 @@ import (
 // event outstanding. A thread that forks and a thread that moves a mapping at
 // the same time may be heard in the wrong order, and then the child's mapping
 // is not where its layout, a copy of the parent's, has it. The child's own
-// userfaultfd knows: it answers differently where nothing is registered.
+// userfaultfd knows: it answers differently where nothing is registered. It is
+// asked about pages that the child lacks; where the others are is no matter.
 //
 // It knows only until the child moves it. A server that takes over has no answers
 // from back then, and goes by the shifts in the log (replayed); what was read
-// last and not yet applied it asks about, and refuses an answer that is none
-// (strict).
+// last and not yet applied it asks about, and refuses to go on where the child
+// has changed its mappings since (strict).
 type recentEvents struct {
 	forks []recentFork
 	moves []recentMove
@@ -41,8 +43,18 @@ type asker interface {
 // was heard before but happened after.
 func (r *recentEvents) moved(probe asker, s *space, m message) {
 	for _, f := range r.forks {
-		if f.parent == s && f.child.fd >= 0 && r.isAt(probe, f.child, m.to, m.from) {
-			r.shift(f.child, m.from, m.to, m.size)
+		if f.parent != s || f.child.fd < 0 || r.replayed {
+			continue
+		}
+		for _, part := range f.child.lacking(span{m.from, m.from + m.size}) {
+			to := part.start - m.from + m.to
+			// The old place may be registered still (MREMAP_DONTUNMAP), so the new one
+			// tells, unless the child had something else there.
+			w, known := f.child.layout.at(to)
+			known = known && w.start <= to
+			if r.isAt(probe, f.child, to) && (!known || !r.isAt(probe, f.child, part.start)) {
+				r.shift(f.child, part.start, to, part.end-part.start)
+			}
 		}
 	}
 	r.moves = append(r.moves, recentMove{s, m})
@@ -51,12 +63,41 @@ func (r *recentEvents) moved(probe asker, s *space, m message) {
 // forked notes a fork, and moves back in the child what was heard to have moved
 // before but moved after.
 func (r *recentEvents) forked(probe asker, parent, child *space) {
-	for _, m := range slices.Backward(r.moves) {
-		if m.space == parent && r.isAt(probe, child, m.from, m.to) {
-			r.shift(child, m.to, m.from, m.size)
+	for i, m := range slices.Backward(r.moves) {
+		if m.space != parent || r.replayed {
+			continue
+		}
+		for _, part := range child.lacking(span{m.to, m.to + m.size}) {
+			for part.start < part.end && !r.isAt(probe, child, part.start) {
+				from, size := r.origin(probe, child, r.moves[:i+1], part)
+				if size == 0 {
+					break // in no place: the child did not inherit it
+				}
+				r.shift(child, part.start, from, size)
+				part.start += size
+			}
 		}
 	}
 	r.forks = append(r.forks, recentFork{parent, child})
+}
+
+// origin follows part back through moves, the last of which has brought it where
+// the child does not have it, to where the child has it. Size is 0 if there is
+// no such place, and else how much of part came all the way from there.
+func (r *recentEvents) origin(probe asker, child *space, moves []recentMove, part span) (from, size uint64) {
+	by := moves[len(moves)-1].space
+	from, size = part.start, part.end-part.start
+	for _, m := range slices.Backward(moves) {
+		if m.space != by || from < m.to || from >= m.to+m.size {
+			continue
+		}
+		size = min(size, m.to+m.size-from)
+		from = from - m.to + m.from
+		if r.isAt(probe, child, from) {
+			return from, size
+		}
+	}
+	return 0, 0
 }
 
 func (r *recentEvents) shift(s *space, from, to, size uint64) {
@@ -86,19 +127,11 @@ func (r *recentEvents) forget(s *space) {
 	r.forks = slices.DeleteFunc(r.forks, func(f recentFork) bool { return f.child == s })
 }
 
-// isAt reports whether s has a registered mapping at here and none at there.
-func (r *recentEvents) isAt(probe asker, s *space, here, there uint64) bool {
-	if r.replayed {
-		return false
+// isAt reports whether s has a registered mapping at addr.
+func (r *recentEvents) isAt(probe asker, s *space, addr uint64) bool {
+	out, err := probe.ask(s.fd, addr)
+	if r.strict && (err != nil || out == changing) {
+		r.err = errors.Join(fmt.Errorf("%s at %#x: %w", s.name, addr, errAmbiguous), err)
 	}
-	a, errA := probe.ask(s.fd, here)
-	b, errB := probe.ask(s.fd, there)
-	if errA == nil && errB == nil && a == present && b == absent {
-		return true
-	}
-	died := errA == nil && a == gone
-	if r.strict && !died && (errA != nil || errB != nil || a != absent || b != present) {
-		r.err = fmt.Errorf("%s may have a mapping at %#x or at %#x: %w", s.name, here, there, errAmbiguous)
-	}
-	return false
+	return err == nil && out == present
 }

@@ -79,6 +79,20 @@ func (s *space) search(addr uint64, next func(from, to uint64) (start, end uint6
 	return span{}, span{}, false
 }
 
+// lacking returns the parts of in, by windows, from the first page on that lacks.
+func (s *space) lacking(in span) (parts []span) {
+	for at := in.start; at < in.end; {
+		page, _, ok := s.next(at, 1)
+		if !ok || page.start >= in.end {
+			break
+		}
+		w, _ := s.layout.at(page.start)
+		parts = append(parts, span{page.start, min(w.end, in.end)})
+		at = w.end
+	}
+	return parts
+}
+
 // content returns the store addresses of the run of pending pages that begins
 // at addr; ok is false where a zero page belongs. The first page of the run may
 // be owed, and then nothing is said of the others; if it is not, none is.

@@ -79,7 +79,10 @@ func (r *rig) torment(seed uint64, times int, longest time.Duration) (takeovers,
 			continue
 		}
 		r.killServer()
-		if r.isOver() {
+		if r.isOver() { // and maybe its holder is not, which the daemon sees to
+			if err := LetGo(r.ctx, r.cfg.Store); err != nil {
+				r.t.Fatal(err)
+			}
 			return
 		}
 		for rng.IntN(3) == 0 { // so early that it may not have begun
