@@ -254,6 +254,7 @@ func outcomeOf(ctx context.Context, state State, err error) (outcome, code strin
 	var refusal *errRefused
 	var noRestore *refusedToRunError
 	var leftover *leftoverError
+	var overLimit *overLimitError
 	switch {
 	case err == nil, errors.As(err, &leftover):
 		return OutcomeDone, ""
@@ -265,6 +266,8 @@ func outcomeOf(ctx context.Context, state State, err error) (outcome, code strin
 		return OutcomeInDoubt, CodeInDoubt
 	case errors.As(err, &refusal):
 		return OutcomeAborted, CodeRefused
+	case errors.As(err, &overLimit):
+		return OutcomeAborted, CodeOverLimit
 	}
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errCancelled):

@@ -14,13 +14,14 @@ func TestABlackoutIsLimitedByWhoSaysSo(t *testing.T) {
 		asked int64 // ms
 		label string
 		want  time.Duration
+		said  bool
 	}{
-		{"nobody", 0, "", defaultMaxBlackout},
-		{"the shard's workload", 0, "120ms", 120 * time.Millisecond},
-		{"whoever moves it", 500, "", 500 * time.Millisecond},
-		{"whoever moves it, over its workload", 500, "120ms", 500 * time.Millisecond},
-		{"a label that says nothing", 0, "soon", defaultMaxBlackout},
-		{"a label that cannot be", 0, "-1s", defaultMaxBlackout},
+		{"nobody", 0, "", defaultMaxBlackout, false},
+		{"the shard's workload", 0, "120ms", 120 * time.Millisecond, true},
+		{"whoever moves it", 500, "", 500 * time.Millisecond, true},
+		{"whoever moves it, over its workload", 500, "120ms", 500 * time.Millisecond, true},
+		{"a label that says nothing", 0, "soon", defaultMaxBlackout, false},
+		{"a label that cannot be", 0, "-1s", defaultMaxBlackout, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			req := &v1.MigrateRequest{Shard: "web-0", Node: "host-2", MaxBlackoutMs: c.asked}
@@ -31,8 +32,8 @@ func TestABlackoutIsLimitedByWhoSaysSo(t *testing.T) {
 			if c.label != "" {
 				rec.Labels[runtime.LabelMaxBlackout] = c.label
 			}
-			if got := (&outgoing{req: req, rec: rec}).maxBlackout(); got != c.want {
-				t.Errorf("%v, want %v", got, c.want)
+			if got, said := (&outgoing{req: req, rec: rec}).maxBlackout(); got != c.want || said != c.said {
+				t.Errorf("%v, %v, want %v, %v", got, said, c.want, c.said)
 			}
 		})
 	}

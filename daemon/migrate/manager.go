@@ -224,15 +224,16 @@ func (o *outgoing) maxRounds() int {
 	return maxRounds
 }
 
-// maxBlackout is what was asked for, else the shard's own limit, else the default.
-func (o *outgoing) maxBlackout() time.Duration {
+// maxBlackout is what was asked for, else the shard's own limit, else the default,
+// which nobody said.
+func (o *outgoing) maxBlackout() (limit time.Duration, said bool) {
 	if ms := o.req.GetMaxBlackoutMs(); ms > 0 {
-		return time.Duration(ms) * time.Millisecond
+		return time.Duration(ms) * time.Millisecond, true
 	}
 	if own, err := time.ParseDuration(o.rec.Labels[runtime.LabelMaxBlackout]); err == nil && own > 0 {
-		return own
+		return own, true
 	}
-	return defaultMaxBlackout
+	return defaultMaxBlackout, false
 }
 
 // letGo closes what only an undo would have closed. May run twice.

@@ -66,7 +66,8 @@ func (o *outgoing) trackerKind() track.Kind {
 
 // rounds sends written pages until the stop rule ends it.
 func (o *outgoing) rounds(ctx context.Context) error {
-	rule := StopRule{MaxBlackout: o.maxBlackout(), Fixed: o.m.fixedPart(), MaxRounds: o.maxRounds()}
+	limit, said := o.maxBlackout()
+	rule := StopRule{MaxBlackout: limit, Fixed: o.m.fixedPart(), MaxRounds: o.maxRounds()}
 	// Rounds may be a second lot, after the wait for a turn: a shard that the first
 	// has slowed is slow still.
 	slowing := &o.slowing
@@ -80,6 +81,14 @@ func (o *outgoing) rounds(ctx context.Context) error {
 		}
 	}
 	var done []RoundResult
+	// A limit that somebody set is kept, or the shard stays.
+	enough := func(why Verdict) error {
+		takes := rule.RestTakes(done)
+		if said && why != Small && takes > limit && o.req.GetMode() != ModePostCopy {
+			return &overLimitError{takes: takes, limit: limit, slowed: slowing.level > 0, forbidden: o.req.GetNoThrottle()}
+		}
+		return nil
+	}
 	for {
 		n := o.nextRound()
 		if err := failpoint.Hit(ctx, "source.round"); err != nil {
@@ -105,15 +114,37 @@ func (o *outgoing) rounds(ctx context.Context) error {
 				return err
 			}
 			if !slowed {
-				if rule.Levels = slowing.level; rule.Decide(done) != Continue {
-					return nil
+				rule.Levels = slowing.level
+				if verdict = rule.Decide(done); verdict != Continue {
+					return enough(verdict)
 				}
 				continue
 			}
 		default:
-			return nil
+			return enough(verdict)
 		}
 	}
+}
+
+// overLimitError says that a shard writes so fast that it would stand still for
+// longer than somebody allowed.
+type overLimitError struct {
+	takes, limit      time.Duration
+	slowed, forbidden bool
+}
+
+func (e *overLimitError) Error() string {
+	how, advice := "", ""
+	switch {
+	case e.forbidden:
+		advice = "let it be slowed (without --no-throttle), "
+	case e.slowed:
+		how = ", slowed as far as it may be"
+	default:
+		how = ", and cannot be slowed"
+	}
+	return fmt.Sprintf("it writes faster than that can be sent%s: the rest would take %v, and %v of standing still are allowed; %suse --mode postcopy, or allow more with --max-blackout",
+		how, e.takes.Round(time.Millisecond), e.limit, advice)
 }
 
 // throttle slows the shard by one step, as a share of what it used before the

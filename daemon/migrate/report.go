@@ -45,6 +45,7 @@ const (
 	CodeRestarted = "daemon-restarted"
 	CodeInDoubt   = "in-doubt"
 	CodePagesLost = "pages-lost"
+	CodeOverLimit = "max-blackout"
 )
 
 // report collects what a migration did, and tells whoever follows it. Safe for

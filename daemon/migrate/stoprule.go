@@ -97,6 +97,16 @@ func Bandwidth(rounds []RoundResult) float64 {
 	return float64(raw) / took.Seconds()
 }
 
+// RestTakes predicts how long it would take to send what remains: 0 if unknown.
+func (s StopRule) RestTakes(rounds []RoundResult) time.Duration {
+	remaining, _ := s.Remaining(rounds)
+	bw := Bandwidth(rounds)
+	if bw <= 0 {
+		return 0
+	}
+	return time.Duration(float64(remaining) / bw * float64(time.Second))
+}
+
 // Decide says whether another round is worth it.
 func (s StopRule) Decide(rounds []RoundResult) Verdict {
 	remaining, known := s.Remaining(rounds)

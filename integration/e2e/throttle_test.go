@@ -91,6 +91,13 @@ func TestAShardThatWritesFasterThanTheLinkIsSlowed(t *testing.T) {
 	unlimited("moved", "host-2")
 	c.mustGoOn(t, 5)
 
+	// A limit that was asked for is kept, if need be by staying.
+	r, code, err = migrate(t, name, "host-2", "host-1", "--bandwidth", link, "--no-throttle", "--max-blackout", "300ms")
+	if code != 1 || r.Code != "max-blackout" || !strings.Contains(r.Reason, "--mode postcopy") {
+		t.Fatalf("without a way to keep the limit: %+v, exit code %d, %v", r, code, err)
+	}
+	c.mustGoOn(t, 5)
+
 	r = mustMigrate(t, name, "host-2", "host-1", "--bandwidth", link, "--no-throttle")
 	for _, round := range r.Rounds {
 		if round.ThrottledCPUs != 0 {
