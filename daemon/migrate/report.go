@@ -15,6 +15,7 @@ import (
 
 // Phase names, in the order in which a migration passes them.
 const (
+	PhaseWait        = "wait" // of one that could not begin at once
 	PhaseReserve     = "reserve"
 	PhasePrepare     = "prepare"
 	PhasePreCopy     = "pre-copy"

@@ -136,6 +136,7 @@ func (m *Manager) endServing(id string) {
 func (o *outgoing) postCopy(s *serving) error {
 	o.undo.forget()
 	o.m.turns.leave(o) // its blackout is over, and others may stand still
+	o.left()           // a broken link may make the rest last
 	o.report.enter(PhasePostCopy)
 	o.entry.State = Serving
 	var err error

@@ -25,6 +25,7 @@ import (
 
 // The source's road:
 //
+//  0. wait         for the shard's memory, or while others leave this host
 //  1. reserve      pre-flight here and there; the destination holds room
 //  2. prepare      image content, then everything that the destination can build
 //  3. pre-copy     writable layer and log in bulk, then rounds of written pages
@@ -74,6 +75,7 @@ type outgoing struct {
 	offset     clockOffset
 	undo       undoList
 	slowing    slowing
+	left       func()        // another migration of this host may begin; may run twice
 	hold       *runtime.Hold // nil when no address moves
 
 	frozenAt time.Time
@@ -130,6 +132,13 @@ func (e *errRefused) Error() string {
 // run is the whole migration. It returns nil when the shard runs at the
 // destination, errInDoubt when that is not known.
 func (o *outgoing) run(ctx context.Context) error {
+	if err := o.awaitArrival(ctx); err != nil {
+		return err
+	}
+	if err := o.awaitStart(ctx); err != nil {
+		return err
+	}
+	defer o.left()
 	if err := o.reserve(ctx); err != nil {
 		return err
 	}
@@ -153,9 +162,6 @@ func (o *outgoing) run(ctx context.Context) error {
 
 func (o *outgoing) reserve(ctx context.Context) error {
 	o.report.enter(PhaseReserve)
-	if err := o.awaitArrival(ctx); err != nil {
-		return err
-	}
 	if err := failpoint.Hit(ctx, "source.reserve"); err != nil {
 		return err
 	}
@@ -176,6 +182,7 @@ func (o *outgoing) awaitArrival(ctx context.Context) error {
 	if o.arriving == nil {
 		return nil
 	}
+	o.report.enter(PhaseWait)
 	select {
 	case <-o.arriving.ended:
 	case <-ctx.Done():

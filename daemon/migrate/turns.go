@@ -5,6 +5,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/tranship/tranship/checkpoint/track"
 )
 
@@ -13,6 +15,8 @@ import (
 // and pre-copy beside one stretches it as well. So a migration takes a turn for
 // its blackout, and what the others still copy gives way meanwhile.
 type turns struct {
+	leaving *semaphore.Weighted // those on their way
+
 	mu     sync.Mutex
 	holder *outgoing
 	// changed is closed when there is another holder, or none.
@@ -23,7 +27,28 @@ type turns struct {
 // longer is in trouble, and the others are not to share it.
 const giveWay = time.Second
 
-func newTurns() *turns { return &turns{changed: make(chan struct{})} }
+// maxLeaving migrations of a host are on their way at once: one copies while the
+// other stands still. More share the same link and processors, all take longer,
+// and what their shards write meanwhile is sent as well.
+const maxLeaving = 2
+
+func newTurns() *turns {
+	return &turns{leaving: semaphore.NewWeighted(maxLeaving), changed: make(chan struct{})}
+}
+
+// awaitStart waits, in the order of arrival, until this migration may begin.
+// Nothing is held for it until then.
+func (o *outgoing) awaitStart(ctx context.Context) error {
+	leaving := o.m.turns.leaving
+	if !leaving.TryAcquire(1) {
+		o.report.enter(PhaseWait)
+		if err := leaving.Acquire(ctx, 1); err != nil {
+			return context.Cause(ctx)
+		}
+	}
+	o.left = sync.OnceFunc(func() { leaving.Release(1) })
+	return nil
+}
 
 // take waits for o's turn. waited says that it had to.
 func (t *turns) take(ctx context.Context, o *outgoing) (waited bool, err error) {

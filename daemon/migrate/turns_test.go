@@ -3,9 +3,13 @@ package migrate
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
 
 func TestShardsStandStillOneAfterTheOther(t *testing.T) {
@@ -67,6 +71,54 @@ func TestPreCopyGivesWayToABlackoutButNotForEver(t *testing.T) {
 		}
 		if err := turns.wayFor(ctx, other); !errors.Is(err, stop) {
 			t.Error(err)
+		}
+	})
+}
+
+func TestMigrationsOfAHostBeginInTheirOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &Manager{turns: newTurns()}
+		var mu sync.Mutex
+		var order []int
+		leaving, most, done := 0, 0, make(chan bool)
+		count := func(i, more int) {
+			mu.Lock()
+			defer mu.Unlock()
+			if leaving += more; more > 0 {
+				order = append(order, i)
+			}
+			most = max(most, leaving)
+		}
+		stop := errors.New("stop")
+		gone, cancel := context.WithCancelCause(t.Context())
+		for i := range 6 {
+			o := &outgoing{m: m, report: newReport(&v1.Migration{}, time.Now)}
+			ctx := t.Context()
+			if i == 3 {
+				ctx = gone
+			}
+			go func() {
+				defer func() { done <- true }()
+				if err := o.awaitStart(ctx); err != nil {
+					if i != 3 || !errors.Is(err, stop) {
+						t.Error(i, err)
+					}
+					return
+				}
+				count(i, 1)
+				time.Sleep(time.Second) //nolint:forbidigo // the migration
+				count(i, -1)
+				o.left()
+				o.left() // may run twice
+			}()
+			synctest.Wait()
+		}
+		cancel(stop)
+		for range 6 {
+			<-done
+		}
+		if !slices.Equal(order, []int{0, 1, 2, 4, 5}) || most != maxLeaving {
+			t.Errorf("%v began, %d at once", order, most)
 		}
 	})
 }

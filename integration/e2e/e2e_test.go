@@ -162,6 +162,7 @@ type result struct {
 	To            string  `json:"to"`
 	Outcome       string  `json:"outcome"`
 	Reason        string  `json:"reason"`
+	Code          string  `json:"code"`
 	Tracker       string  `json:"tracker"`
 	TotalMs       float64 `json:"total_ms"`
 	BlackoutMs    float64 `json:"blackout_ms"`
