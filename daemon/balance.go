@@ -23,7 +23,6 @@ import (
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/migrate"
 	"github.com/tranship/tranship/daemon/peers/gossip"
-	"github.com/tranship/tranship/daemon/profiler"
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/profile"
 	"github.com/tranship/tranship/transfer"
@@ -75,7 +74,7 @@ type balanced struct {
 	free   float64 // bytes that shards have or could have
 	link   float64
 	looked time.Time
-	known  map[[2]string]*runtime.Shard
+	known  map[string]map[string]runtime.Settings // by namespace and name
 	came   map[[2]string]migrate.Arrival
 	images map[string]map[string]runtime.ImageRef // by namespace and name
 	sizes  map[string]int64
@@ -127,7 +126,7 @@ func (b *balanced) Facts() balance.Facts {
 
 // Shards lists what is profiled, which is what runs.
 func (b *balanced) Shards(ctx context.Context) ([]balance.Shard, error) {
-	load := (&profiler.Handler{P: b.h.profiles}).Local(&v1.LoadRequest{})
+	load := b.h.profiles.Load(0)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.measure(load)
@@ -137,8 +136,8 @@ func (b *balanced) Shards(ctx context.Context) ([]balance.Shard, error) {
 	var out []balance.Shard
 	for _, l := range load.GetShards() {
 		at := [2]string{l.GetNamespace(), l.GetName()}
-		s := b.known[at]
-		if s == nil || s.Incoming != "" || s.Status != runtime.StatusRunning && s.Status != runtime.StatusPaused {
+		s, known := b.known[at[0]][at[1]]
+		if !known || s.Incoming != "" || !s.Running {
 			continue // it has just ended, or is not here yet
 		}
 		o := balance.Shard{
@@ -181,9 +180,11 @@ func (b *balanced) measure(load *v1.LoadResponse) {
 // and when there is one that is not known. b.mu is held.
 func (b *balanced) look(ctx context.Context, shards []*v1.ShardLoad) error {
 	fresh := time.Since(b.looked) < lookEvery
+	known := map[string]map[string]runtime.Settings{}
 	for _, l := range shards {
-		_, known := b.known[[2]string{l.GetNamespace(), l.GetName()}]
-		fresh = fresh && known
+		_, have := b.known[l.GetNamespace()][l.GetName()]
+		fresh = fresh && have
+		known[l.GetNamespace()] = nil
 	}
 	if fresh {
 		return nil
@@ -192,18 +193,10 @@ func (b *balanced) look(ctx context.Context, shards []*v1.ShardLoad) error {
 	if err != nil {
 		return err
 	}
-	known := map[[2]string]*runtime.Shard{}
-	for _, l := range shards {
-		at := [2]string{l.GetNamespace(), l.GetName()}
-		s, err := b.h.rt.Shard(ctx, at[0], at[1])
-		if errors.Is(err, runtime.ErrNotFound) {
-			known[at] = nil
-			continue
-		}
-		if err != nil {
+	for namespace := range known {
+		if known[namespace], err = b.h.rt.Settings(ctx, namespace, b.known[namespace]); err != nil {
 			return err
 		}
-		known[at] = s
 	}
 	b.known, b.came, b.looked = known, came, time.Now()
 	return b.lookAtImages(ctx)

@@ -75,8 +75,21 @@ const maxRecent = 120
 
 // Local is the load of this host alone.
 func (h *Handler) Local(req *v1.LoadRequest) *v1.LoadResponse {
-	p := h.P
-	recent := int(min(req.GetRecent(), maxRecent))
+	resp := h.P.Load(int(min(req.GetRecent(), maxRecent)))
+	if fc := h.P.cfg.Forecasts; fc != nil {
+		for _, m := range resp.GetShards() {
+			// What is not known yet is not shown.
+			if q, err := fc.Forecast(m.GetNamespace(), m.GetName(), profile.CPU, roomHorizon, predict.Peak); err == nil {
+				m.CpuForecast = &q.P95
+			}
+		}
+	}
+	return resp
+}
+
+// Load is what this host and its shards use now, without forecasts; recent is of
+// how many seconds the CPU is listed.
+func (p *Profiler) Load(recent int) *v1.LoadResponse {
 	at := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -96,12 +109,6 @@ func (h *Handler) Local(req *v1.LoadRequest) *v1.LoadResponse {
 		if s.dirtyKnown {
 			m.DirtyPagesPerSecond = &s.dirty
 		}
-		if p.cfg.Forecasts != nil {
-			// What is not known yet is not shown.
-			if q, err := p.cfg.Forecasts.Forecast(s.namespace, s.name, profile.CPU, roomHorizon, predict.Peak); err == nil {
-				m.CpuForecast = &q.P95
-			}
-		}
 		resp.Shards = append(resp.Shards, m)
 	}
 	return resp
@@ -117,10 +124,7 @@ const nowWindow = 10 * time.Second
 // ratesOf are the means of the last seconds, weighted by what they cover.
 func ratesOf(pr *profile.Profile, at time.Time) map[string]float64 {
 	var sum, of [profile.Signals]float64
-	for _, pt := range pr.Seconds() {
-		if at.Sub(pt.Start) > nowWindow+time.Second {
-			continue
-		}
+	for pt := range pr.SecondsFrom(at.Add(-nowWindow - time.Second)) {
 		w := pt.Covered.Seconds()
 		for s := range profile.Signals {
 			if pt.Has.Has(s) {
@@ -141,8 +145,11 @@ func ratesOf(pr *profile.Profile, at time.Time) map[string]float64 {
 // cpuOf lists the CPU of the last n seconds, oldest first. Seconds that were not
 // measured are NaN, and none are listed before the shard was there.
 func cpuOf(pr *profile.Profile, at time.Time, n int) []float64 {
+	if n == 0 {
+		return nil
+	}
 	points := pr.Seconds()
-	if n == 0 || len(points) == 0 {
+	if len(points) == 0 {
 		return nil
 	}
 	// The second under way has no point yet, and the one before it may not.

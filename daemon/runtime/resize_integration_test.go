@@ -5,6 +5,7 @@ package runtime_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -37,8 +38,15 @@ func TestLimitsChangeUnderARunningShard(t *testing.T) {
 		Name: "web-0", Memory: 64 << 20, CPUs: 0.5, Index: ptr(0), Spec: "d1",
 		Labels: map[string]string{runtime.LabelWorkload: "web", runtime.LabelPriority: "3", "mine": "x"},
 	})
+	var settings map[string]runtime.Settings
 	check := func(got *runtime.Shard, cpus float64, memory int64) {
 		t.Helper()
+		var err error
+		settings, err = h.Settings(ctx, namespace, settings)
+		must(t, err)
+		if s := settings["web-0"]; !s.Running || s.CPUs != cpus || s.Image != got.Image || s.Incoming != "" || !maps.Equal(s.Labels, got.Labels) {
+			t.Errorf("settings %+v; wanted %v CPUs of %+v", s, cpus, got)
+		}
 		if got.PID != s.PID || got.CPUs != cpus || got.MemoryLimit != memory {
 			t.Errorf("pid %d, %v CPUs, %d bytes; wanted %d, %v, %d", got.PID, got.CPUs, got.MemoryLimit, s.PID, cpus, memory)
 		}
@@ -73,6 +81,9 @@ func TestLimitsChangeUnderARunningShard(t *testing.T) {
 		t.Errorf("a shard that runs is undone: %v", err)
 	}
 	must(t, h.Remove(ctx, namespace, "web-0", true))
+	if settings, err := h.Settings(ctx, namespace, settings); err != nil || len(settings) != 0 {
+		t.Errorf("settings of nothing: %v %v", settings, err)
+	}
 	for range 2 {
 		if started, err := h.UndoRun(ctx, namespace, "web-0"); err != nil || started {
 			t.Errorf("nothing is undone: %v %v", started, err)

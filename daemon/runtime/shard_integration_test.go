@@ -87,6 +87,9 @@ func TestAShardRunsAnswersAndGoes(t *testing.T) {
 	if got, err := h.Shard(ctx, namespace, "web"); err != nil || got.Status != runtime.StatusStopped || got.ExitCode != 0 {
 		t.Errorf("after stop: %+v %v", got, err)
 	}
+	if all, err := h.Settings(ctx, namespace, nil); err != nil || all["web"].Running || !all[next.Name].Running || all["web"].CPUs != 0.5 {
+		t.Errorf("settings after stop: %+v %v", all, err)
+	}
 	if err := h.Stop(ctx, namespace, "web", time.Second); !errors.Is(err, runtime.ErrNotRunning) {
 		t.Errorf("stopping it again: %v", err)
 	}

@@ -1,6 +1,7 @@
 package profile
 
 import (
+	"iter"
 	"time"
 )
 
@@ -115,6 +116,10 @@ func (p *Profile) Last() (*Sample, bool) { return &p.last, p.started }
 // Seconds returns the last points of a second, oldest first.
 func (p *Profile) Seconds() []Point { return p.seconds.all() }
 
+// SecondsFrom visits the last points of a second, oldest first, from the one that
+// began at from or was the next. They are valid until the next Observe.
+func (p *Profile) SecondsFrom(from time.Time) iter.Seq[*Point] { return p.seconds.from(from) }
+
 // Tens returns the last points of ten seconds, oldest first.
 func (p *Profile) Tens() []Point { return p.tens.all() }
 
@@ -205,4 +210,22 @@ func (r *ring) push(p Point) {
 func (r *ring) all() []Point {
 	out := make([]Point, 0, len(r.points))
 	return append(append(out, r.points[r.next:]...), r.points[:r.next]...)
+}
+
+// from visits the newest points without a copy: since the last one, oldest first,
+// that began before start.
+func (r *ring) from(start time.Time) iter.Seq[*Point] {
+	return func(yield func(*Point) bool) {
+		n := len(r.points)
+		at := func(i int) *Point { return &r.points[(r.next+i)%n] }
+		first := n
+		for first > 0 && !at(first-1).Start.Before(start) {
+			first--
+		}
+		for ; first < n; first++ {
+			if !yield(at(first)) {
+				return
+			}
+		}
+	}
 }

@@ -2,6 +2,7 @@ package profile
 
 import (
 	"math"
+	"slices"
 	"testing"
 	"time"
 )
@@ -192,6 +193,33 @@ func TestSignalsHaveNames(t *testing.T) {
 		seen[s.String()] = true
 		if got, ok := SignalNamed(s.String()); !ok || got != s {
 			t.Errorf("%v is not found by its name", s)
+		}
+	}
+}
+
+func TestTheNewestSecondsAreVisitedInOrder(t *testing.T) {
+	for _, length := range []time.Duration{0, time.Second, 30 * time.Second, 5 * time.Minute} {
+		p := New()
+		total := 0.0
+		load(p, 0, length, &total, 1, 0)
+		all := p.Seconds()
+		for _, back := range []time.Duration{-time.Second, 0, time.Second, 11 * time.Second, time.Hour} {
+			from := origin.Add(length - back)
+			var want, have []time.Time
+			for _, pt := range all {
+				if !pt.Start.Before(from) {
+					want = append(want, pt.Start)
+				}
+			}
+			for pt := range p.SecondsFrom(from) {
+				have = append(have, pt.Start)
+			}
+			if !slices.Equal(have, want) {
+				t.Errorf("of %v, from %v before its end: %v, not %v", length, back, have, want)
+			}
+			for range p.SecondsFrom(from) {
+				break
+			}
 		}
 	}
 }
