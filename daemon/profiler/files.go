@@ -23,18 +23,20 @@ type files struct {
 	place runtime.Place
 	// instead says which signals come from files because no program counts them.
 	instead profile.Mask
-	open    map[string]*os.File
+	open    map[fileName]*os.File
 	buf     []byte
 	// inactive is the inactive page cache as of the last reading of memory.stat.
 	inactive      float64
 	knowsInactive bool
 }
 
+type fileName struct{ dir, name string }
+
 // anything that files know.
 const anything = ^profile.Mask(0)
 
 func newFiles(place runtime.Place, instead profile.Mask) *files {
-	return &files{place: place, instead: instead, open: map[string]*os.File{}, buf: make([]byte, 16<<10)}
+	return &files{place: place, instead: instead, open: map[fileName]*os.File{}, buf: make([]byte, 16<<10)}
 }
 
 func (f *files) close() error {
@@ -143,14 +145,14 @@ func (f *files) content(controller, name string) []byte {
 	if !ok || f.open == nil {
 		return nil
 	}
-	path := filepath.Join(d.Path, name)
-	file := f.open[path]
+	at := fileName{d.Path, name}
+	file := f.open[at]
 	if file == nil {
 		var err error
-		if file, err = os.Open(path); err != nil {
+		if file, err = os.Open(filepath.Join(d.Path, name)); err != nil {
 			return nil
 		}
-		f.open[path] = file
+		f.open[at] = file
 	}
 	n, err := file.ReadAt(f.buf, 0)
 	if n == 0 || n == len(f.buf) {

@@ -104,7 +104,7 @@ func (p *Profiler) observeHost(minutes map[string][]profile.Point) {
 	if err := h.links.read(&sm, func(i uint32) bool { return h.uplinks[i] }); err != nil {
 		p.log.Warn("profiles: network of the host", "err", err)
 	}
-	h.readMeminfo(&sm)
+	h.readMeminfo(&sm, p.tick)
 	done, gap := h.profile.Observe(&sm)
 	if gap != profile.NoGap {
 		p.gaps[gap]++
@@ -116,7 +116,11 @@ func (p *Profiler) observeHost(minutes map[string][]profile.Point) {
 
 // readMeminfo knows the capacity, and what is used where the root cgroup has no
 // account (v2).
-func (h *hostSubject) readMeminfo(s *profile.Sample) {
+func (h *hostSubject) readMeminfo(s *profile.Sample, tick int) {
+	_, counted := s.Get(profile.MemoryBytes)
+	if counted && h.memory > 0 && tick%workingSetEvery != 2 {
+		return // memory is plugged in rarely
+	}
 	raw, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return
@@ -129,7 +133,7 @@ func (h *hostSubject) readMeminfo(s *profile.Sample) {
 		}
 	}
 	h.memory = kib["MemTotal"] * 1024
-	if _, ok := s.Get(profile.MemoryBytes); !ok {
+	if !counted {
 		s.Set(profile.MemoryBytes, (kib["MemTotal"]-kib["MemFree"])*1024)
 		s.Set(profile.WorkingSet, (kib["MemTotal"]-kib["MemAvailable"])*1024)
 	}
@@ -153,6 +157,11 @@ func uplinks(dir string) (map[uint32]bool, float64) {
 	real, other := map[uint32]bool{}, map[uint32]bool{}
 	speed := map[uint32]float64{}
 	for _, e := range entries {
+		has := func(sub string) bool { return unix.Access(filepath.Join(dir, e.Name(), sub), unix.F_OK) == nil }
+		device := has("device")
+		if !device && (strings.HasPrefix(e.Name(), "veth") || has("bridge")) {
+			continue
+		}
 		index, err := strconv.ParseUint(read(e.Name(), "ifindex"), 10, 32)
 		if err != nil || index == loopback {
 			continue
@@ -160,12 +169,9 @@ func uplinks(dir string) (map[uint32]bool, float64) {
 		if mbit, err := strconv.ParseFloat(read(e.Name(), "speed"), 64); err == nil && mbit > 0 {
 			speed[uint32(index)] = mbit * 1e6 / 8
 		}
-		has := func(sub string) bool { return unix.Access(filepath.Join(dir, e.Name(), sub), unix.F_OK) == nil }
-		switch {
-		case has("device"):
+		if device {
 			real[uint32(index)] = true
-		case has("bridge"), strings.HasPrefix(e.Name(), "veth"):
-		default:
+		} else {
 			other[uint32(index)] = true
 		}
 	}

@@ -20,6 +20,7 @@ import (
 type links struct {
 	fd  int
 	buf []byte
+	all []linkCounters // of the last dump
 	// snmp is read instead of programs for TCP; nil when they count.
 	snmp *os.File
 }
@@ -133,35 +134,41 @@ const (
 	link64      = 1  // IFLA_STATS_LINK_64
 )
 
-// dump asks for the 64-bit counters of every interface (Linux 4.7).
-func (l *links) dump() ([]linkCounters, error) {
+// askStats is the request for the 64-bit counters of every interface (Linux 4.7).
+var askStats = func() []byte {
 	req := make([]byte, unix.NLMSG_HDRLEN+statsHeader)
 	binary.NativeEndian.PutUint32(req, uint32(len(req)))
 	binary.NativeEndian.PutUint16(req[4:], unix.RTM_GETSTATS)
 	binary.NativeEndian.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
 	binary.NativeEndian.PutUint32(req[unix.NLMSG_HDRLEN+8:], 1<<(link64-1))
-	if err := unix.Sendto(l.fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	return req
+}()
+
+// dump asks the kernel, to which a netlink socket writes by default. What it
+// returns is valid until the next call.
+func (l *links) dump() ([]linkCounters, error) {
+	if _, err := unix.Write(l.fd, askStats); err != nil {
 		return nil, fmt.Errorf("counters of interfaces: %w", err)
 	}
-	var out []linkCounters
+	l.all = l.all[:0]
 	for {
-		n, _, err := unix.Recvfrom(l.fd, l.buf, 0)
+		n, err := unix.Read(l.fd, l.buf)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("counters of interfaces: %w", err)
 		}
-		done, more, err := parseStats(l.buf[:n])
-		out = append(out, more...)
+		var done bool
+		done, l.all, err = parseStats(l.all, l.buf[:n])
 		if err != nil || done {
-			return out, err
+			return l.all, err
 		}
 	}
 }
 
-// parseStats reads one datagram of a dump.
-func parseStats(raw []byte) (done bool, out []linkCounters, err error) {
+// parseStats adds what one datagram of a dump holds to out.
+func parseStats(out []linkCounters, raw []byte) (done bool, _ []linkCounters, err error) {
 	for len(raw) >= unix.NLMSG_HDRLEN {
 		size := int(binary.NativeEndian.Uint32(raw))
 		if size < unix.NLMSG_HDRLEN || size > len(raw) {

@@ -62,7 +62,7 @@ func message(kind uint16, body []byte) []byte {
 
 func TestParseStats(t *testing.T) {
 	raw := append(stats(1, 1, 2, 3, 4, 5), stats(7, 10, 20, 30, 40, 50)...)
-	done, out, err := parseStats(append(raw, message(unix.NLMSG_DONE, make([]byte, 4))...))
+	done, out, err := parseStats(nil, append(raw, message(unix.NLMSG_DONE, make([]byte, 4))...))
 	if err != nil || !done || len(out) != 2 {
 		t.Fatal(done, out, err)
 	}
@@ -70,13 +70,13 @@ func TestParseStats(t *testing.T) {
 		t.Errorf("%+v", out[1])
 	}
 	for n := 1; n < len(raw); n++ {
-		if _, out, err := parseStats(raw[:n]); err == nil && len(out) > 1 {
+		if _, out, err := parseStats(nil, raw[:n]); err == nil && len(out) > 1 {
 			t.Errorf("%d of %d bytes are two interfaces", n, len(raw))
 		}
 	}
 	code := -int32(unix.EPERM)
 	refused := binary.NativeEndian.AppendUint32(nil, uint32(code))
-	if _, _, err := parseStats(message(unix.NLMSG_ERROR, refused)); !errors.Is(err, unix.EPERM) {
+	if _, _, err := parseStats(nil, message(unix.NLMSG_ERROR, refused)); !errors.Is(err, unix.EPERM) {
 		t.Error(err)
 	}
 }
@@ -84,7 +84,7 @@ func TestParseStats(t *testing.T) {
 func FuzzParseStats(f *testing.F) {
 	f.Add(stats(2, 1, 2, 3, 4))
 	f.Add(message(unix.NLMSG_ERROR, nil))
-	f.Fuzz(func(_ *testing.T, raw []byte) { _, _, _ = parseStats(raw) })
+	f.Fuzz(func(_ *testing.T, raw []byte) { _, _, _ = parseStats(nil, raw) })
 }
 
 func TestWithoutAnyProgramSignalsFallBackOneByOne(t *testing.T) {

@@ -35,6 +35,12 @@ const (
 
 func usageOf(words *[usageSize / 8]uint64) Usage { return *(*Usage)(unsafe.Pointer(words)) }
 
+// connectionsOf reads a slot of the map `tcp`.
+func connectionsOf(raw []byte) Connections {
+	now := (*tcpTcpNow)(unsafe.Pointer(&raw[0]))
+	return Connections{Open: now.Open, Measured: now.Measured, RTTSum: now.RttSumUs, RTTMax: now.RttMaxUs}
+}
+
 // offline: a CPU that is possible need not be there.
 func offline(err error) bool { return errors.Is(err, unix.ENXIO) }
 

@@ -109,6 +109,8 @@ type Probe struct {
 	tcp    *ebpf.Memory
 	state  *ebpf.Memory
 	births *ebpf.Memory
+	// What Refresh and Read copy to and from maps.
+	nothing, counts, conns []byte
 	// generation of the programs' memory of which cgroup is whose.
 	generation uint32
 	slots      [MaxSlots]slot
@@ -162,6 +164,7 @@ func (p *Probe) open() error {
 			return fmt.Errorf("memory of map %s: %w", m.name, err)
 		}
 	}
+	p.nothing, p.counts, p.conns = make([]byte, p.tcp.Size()), make([]byte, usageSize*p.cpus), make([]byte, tcpSize)
 	return p.adopt()
 }
 
@@ -302,7 +305,7 @@ func (p *Probe) Refresh() error {
 		}
 	}
 	if survey := p.progs[tcpProgSurvey]; survey != nil {
-		if _, err := p.tcp.WriteAt(make([]byte, p.tcp.Size()), 0); err != nil {
+		if _, err := p.tcp.WriteAt(p.nothing, 0); err != nil {
 			errs = append(errs, fmt.Errorf("survey of TCP: %w", err))
 		} else if _, err := survey.Run(nil); err != nil {
 			errs = append(errs, fmt.Errorf("survey of TCP: %w", err))
@@ -322,27 +325,24 @@ func (p *Probe) Read(at int) (Usage, Connections, error) {
 	if at < 0 || at >= MaxSlots {
 		return Usage{}, Connections{}, fmt.Errorf("slot %d: there are %d", at, MaxSlots)
 	}
-	raw := make([]byte, usageSize*p.cpus)
+	raw := p.counts
 	if _, err := p.usage.ReadAt(raw, int64(at)*int64(len(raw))); err != nil {
 		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
 	}
 	// A Usage is an array of words; they are added up as such.
 	var sum [usageSize / 8]uint64
 	for cpu := range p.cpus {
+		of := raw[cpu*usageSize:][:usageSize]
 		for i := range sum {
-			sum[i] += binary.NativeEndian.Uint64(raw[cpu*usageSize+8*i:])
+			sum[i] += binary.NativeEndian.Uint64(of[8*i:])
 		}
 	}
 	u := usageOf(&sum)
-	var now tcpTcpNow
-	raw = make([]byte, tcpSize)
+	raw = p.conns
 	if _, err := p.tcp.ReadAt(raw, int64(at)*tcpSize); err != nil {
 		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
 	}
-	if err := binary.Read(bytes.NewReader(raw), binary.NativeEndian, &now); err != nil {
-		return Usage{}, Connections{}, fmt.Errorf("slot %d: %w", at, err)
-	}
-	return u, Connections{Open: now.Open, Measured: now.Measured, RTTSum: now.RttSumUs, RTTMax: now.RttMaxUs}, nil
+	return u, connectionsOf(raw), nil
 }
 
 // Stats are about the probe itself.
