@@ -20,7 +20,8 @@ type planned struct {
 	w      *world
 	oracle bool
 	rng    *rand.Rand
-	clock  func() time.Duration
+	clock  func() time.Duration // nil: planning is not measured
+	cpu    func() time.Duration // of the calling thread
 
 	nodes []node
 	peers []allocate.Peer // as told after the last round
@@ -44,11 +45,12 @@ type node struct {
 	err     error
 	told    allocate.Peer
 	took    []float32 // of rounds, ms
+	used    []float32 // of a processor, ms
 }
 
-func newPlanned(w *world, oracle bool, clock func() time.Duration) (*planned, error) {
+func newPlanned(w *world, oracle bool, o Options) (*planned, error) {
 	p := &planned{
-		w: w, oracle: oracle, clock: clock, rng: rand.New(rand.NewPCG(w.sc.Seed, 3)),
+		w: w, oracle: oracle, clock: o.Clock, cpu: o.CPU, rng: rand.New(rand.NewPCG(w.sc.Seed, 3)),
 		nodes: make([]node, len(w.hosts)), peers: make([]allocate.Peer, len(w.hosts)), plans: make([]allocate.Plan, len(w.hosts)),
 		demands: make([]allocate.Demand, len(w.specs)), peaks: make([]allocate.Curve, len(w.specs)),
 	}
@@ -212,15 +214,10 @@ func (p *planned) round(bool) error {
 			n.told = allocate.Peer{Host: n.view.Host}
 			return
 		}
-		begin := time.Duration(0)
-		if p.clock != nil {
-			begin = p.clock()
-		}
-		p.plans[h], n.err = n.planner.Round(now, &n.view)
-		n.told = n.planner.Self(&n.view)
-		if p.clock != nil {
-			n.took = append(n.took, float32((p.clock()-begin).Seconds()*1e3))
-		}
+		p.measure(n, func() {
+			p.plans[h], n.err = n.planner.Round(now, &n.view)
+			n.told = n.planner.Self(&n.view)
+		})
 	})
 	p.rng.Shuffle(len(p.order), func(i, j int) { p.order[i], p.order[j] = p.order[j], p.order[i] })
 	for _, h := range p.order {
@@ -231,6 +228,25 @@ func (p *planned) round(bool) error {
 	}
 	p.tell()
 	return nil
+}
+
+// measure runs a host's round on one thread, whose time on a processor it is then.
+func (p *planned) measure(n *node, round func()) {
+	if p.clock == nil {
+		round()
+		return
+	}
+	begin, used := p.clock(), time.Duration(0)
+	if p.cpu != nil {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		used = p.cpu()
+	}
+	round()
+	if p.cpu != nil {
+		n.used = append(n.used, float32((p.cpu()-used).Seconds()*1e3))
+	}
+	n.took = append(n.took, float32((p.clock()-begin).Seconds()*1e3))
 }
 
 // do carries a plan out: resizes at once, moves if a target grants them.
@@ -399,19 +415,17 @@ func (p *planned) revive(i int) int {
 
 func (p *planned) finish(r *Report) {
 	r.Resizes = p.resizes
-	var all []float32
+	var took, used []float32
 	for h := range p.nodes {
-		all = append(all, p.nodes[h].took...)
+		took, used = append(took, p.nodes[h].took...), append(used, p.nodes[h].used...)
 	}
-	if len(all) == 0 {
-		return
+	if len(took) > 0 {
+		r.Planning = &Planning{Rounds: len(took), Spread: spreadOf(took)}
 	}
-	slices.Sort(all)
-	sum := 0.0
-	for _, ms := range all {
-		sum += float64(ms)
+	if len(used) > 0 {
+		cpu := spreadOf(used)
+		r.Planning.CPU = &cpu
 	}
-	r.Planning = &Planning{Rounds: len(all), MeanMS: sum / float64(len(all)), P99MS: float64(all[len(all)*99/100]), MaxMS: float64(all[len(all)-1])}
 }
 
 // pool is what planners see of the others.

@@ -52,13 +52,30 @@ type Point struct {
 	Moves      int     `json:"moves"`
 }
 
-// Planning is what planning took of a processor, per host and round. It is
-// measured, and differs from run to run.
+// Planning is what planning took, per host and round. It is measured, and
+// differs from run to run.
 type Planning struct {
-	Rounds int     `json:"rounds"`
+	Rounds int `json:"rounds"`
+	Spread
+	// CPU is what of it was work; the rest was waiting for a processor.
+	CPU *Spread `json:"cpu,omitempty"`
+}
+
+// Spread of times.
+type Spread struct {
 	MeanMS float64 `json:"mean_ms"`
 	P99MS  float64 `json:"p99_ms"`
 	MaxMS  float64 `json:"max_ms"`
+}
+
+// spreadOf sorts ms, which are not none.
+func spreadOf(ms []float32) Spread {
+	slices.Sort(ms)
+	sum := 0.0
+	for _, v := range ms {
+		sum += float64(v)
+	}
+	return Spread{MeanMS: sum / float64(len(ms)), P99MS: float64(ms[len(ms)*99/100]), MaxMS: float64(ms[len(ms)-1])}
 }
 
 // Comparison of tranship with the others on the same scenario and seed.

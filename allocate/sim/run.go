@@ -53,6 +53,9 @@ type Options struct {
 	// Clock, if set, measures planning. Without it a report is a function of
 	// scenario, policy and seed.
 	Clock func() time.Duration
+	// CPU, if set beside Clock, says how much of a processor the calling thread
+	// has had: what a round takes longer than that, it waits for one.
+	CPU func() time.Duration
 }
 
 // detect is how long a dead host goes unnoticed, as long as membership takes.
@@ -96,7 +99,7 @@ func newPolicy(w *world, name string, o Options) (policy, error) {
 	case DRS:
 		return &drs{none: none{w}}, nil
 	case Tranship, Oracle:
-		return newPlanned(w, name == Oracle, o.Clock)
+		return newPlanned(w, name == Oracle, o)
 	}
 	return nil, fmt.Errorf("policy %q: use one of %v", name, Policies())
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/allocate/sim"
 	"github.com/tranship/tranship/daemon/control"
@@ -56,7 +57,7 @@ told the future instead of a forecast); all. Several: --policy reactive,tranship
 				return err
 			}
 			begin := time.Now()
-			options := sim.Options{Seed: seed, Clock: func() time.Duration { return time.Since(begin) }}
+			options := sim.Options{Seed: seed, Clock: func() time.Duration { return time.Since(begin) }, CPU: threadTime}
 			doc := simulateDocument{Document: control.NewDocument()}
 			for _, name := range names {
 				from := time.Now()
@@ -135,7 +136,20 @@ func planningLine(p *sim.Planning) string {
 	if p == nil {
 		return ""
 	}
-	return fmt.Sprintf("; planning a host's round took %.3f ms on average, %.3f at the 99th percentile", p.MeanMS, p.P99MS)
+	line := fmt.Sprintf("; planning a host's round took %.3f ms on average, %.3f at the 99th percentile, %.3f at most", p.MeanMS, p.P99MS, p.MaxMS)
+	if p.CPU != nil {
+		line += fmt.Sprintf(" (of a processor %.3f, %.3f, %.3f)", p.CPU.MeanMS, p.CPU.P99MS, p.CPU.MaxMS)
+	}
+	return line
+}
+
+// threadTime is how much of a processor the calling thread has had.
+func threadTime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {
+		return 0 // Linux has had it since 2.6.12
+	}
+	return time.Duration(t.Nano())
 }
 
 func printSimulation(cmd *cobra.Command, doc *simulateDocument) error {

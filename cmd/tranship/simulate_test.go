@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/tranship/tranship/allocate/sim"
 )
 
 // simulateWith runs the verb alone and returns stdout, stderr and its error.
@@ -80,8 +82,18 @@ func TestSimulatePrintsTheContractsDocument(t *testing.T) {
 		t.Errorf("a second run of the same seed differs (%v)", err)
 	}
 	timed, _, err := simulateWith(t, outputJSON, path, "--seed", "4", "--timing", "--policy", "tranship")
-	if err != nil || !strings.Contains(timed, "mean_ms") {
-		t.Errorf("--timing: %v", err)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var measured struct {
+		Reports []struct{ Planning sim.Planning }
+	}
+	if err := json.Unmarshal([]byte(timed), &measured); err != nil {
+		t.Fatal(err)
+	}
+	p := measured.Reports[0].Planning
+	if p.Rounds == 0 || p.MeanMS <= 0 || p.MaxMS < p.P99MS || p.CPU == nil || p.CPU.MeanMS <= 0 || p.CPU.MeanMS > p.MeanMS {
+		t.Errorf("--timing: %+v, of a processor %+v", p, p.CPU)
 	}
 }
 
