@@ -31,10 +31,12 @@ type birthsCpuState struct {
 	SumExec         uint64
 	MinFlt          uint64
 	MajFlt          uint64
+	Delay           uint64
 	Slot            uint32
+	Came            uint32
 	Generation      uint32
 	ConnectionsLost uint32
-	Spare           [5]uint32
+	Spare           [2]uint32
 	Recent          [64]uint64
 }
 

@@ -19,18 +19,20 @@ type schedCpuState struct {
 	SumExec         uint64
 	MinFlt          uint64
 	MajFlt          uint64
+	Delay           uint64
 	Slot            uint32
+	Came            uint32
 	Generation      uint32
 	ConnectionsLost uint32
-	Spare           [5]uint32
+	Spare           [2]uint32
 	Recent          [64]uint64
 }
 
 type schedSeen struct {
-	_       structs.HostLayout
-	Arrival uint64
-	MinFlt  uint32
-	MajFlt  uint32
+	_      structs.HostLayout
+	Delay  uint64
+	MinFlt uint32
+	MajFlt uint32
 }
 
 type schedShardUsage struct {

@@ -73,23 +73,13 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
-struct rq {
-	u64 clock;
-};
-
-struct cfs_rq {
-	struct rq *rq;
-};
-
 struct sched_entity {
 	u64 sum_exec_runtime;
 	u64 prev_sum_exec_runtime;
-	struct cfs_rq *cfs_rq;
 };
 
 struct sched_info {
 	u64 run_delay;
-	u64 last_queued;
 };
 
 struct task_struct {

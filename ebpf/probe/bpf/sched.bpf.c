@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
  * CPU time, run-queue wait, context switches and page faults of every shard.
- * Linux 5.15 or newer, with BTF, CONFIG_SCHED_INFO and CONFIG_FAIR_GROUP_SCHED.
+ * Linux 5.15 or newer, with BTF and CONFIG_SCHED_INFO.
  *
  * Nothing is measured: the kernel counts all of it for each task anyway. At a
  * switch the program adds what the counters of the task that leaves the CPU have
@@ -11,12 +11,12 @@
  * which user space runs on every CPU before it reads, does the same for the task
  * that is running just then, and `attach_task` for one that changes its cgroup.
  *
- * The wait of the task that comes is the run queue's clock less last_queued,
- * which is what sched_info_arrive() is about to add to run_delay. A task that
- * was moved to another queue while it waited has had the first part of its wait
- * added to run_delay already; `seen` remembers run_delay as of the last arrival,
- * by pid, so that the part is counted. Another task with the same pid modulo SEEN
- * takes the entry over; then only the last part is counted.
+ * The wait before a turn is added with it: what run_delay has gained since the
+ * task's last turn, which `seen` remembers by pid. The kernel adds to run_delay
+ * when a task comes, which is after the switch, and when one that waits is moved
+ * to another queue. Of a task that `seen` does not know, because it is new or
+ * because another with the same pid modulo SEEN has taken the entry over, only
+ * what was added when it came is counted.
  *
  * Kernels that hide a task from tracing (the agent of a virtual machine) run no
  * program when it gives way. The task that comes then is noticed when it leaves:
@@ -37,9 +37,9 @@
 #define MAX_RT_PRIO 100 /* include/linux/sched/prio.h */
 #define SCHED_EXT 7
 
+/* A task's counters as of its last turn. */
 struct seen {
-	u64 arrival; /* pid << 42 | run_delay in ns (42 bits) */
-	/* Page faults that are counted: as of its last turn that had any. */
+	u64 delay; /* pid << 42 | run_delay in ns (42 bits) */
 	u32 min_flt;
 	u32 maj_flt;
 };
@@ -64,74 +64,70 @@ static __always_inline void remember(struct cpu_state *r, struct task_struct *ta
 	r->sum_exec = task->se.sum_exec_runtime;
 	r->min_flt = task->min_flt;
 	r->maj_flt = task->maj_flt;
+	r->delay = task->sched_info.run_delay;
 }
 
-static __always_inline struct shard_usage *charge(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
+/* waited adds the wait that the turn began with. */
+static __always_inline void waited(struct cpu_state *r, struct task_struct *task, u64 pid, struct seen *entry, struct shard_usage *u)
 {
-	struct shard_usage *u = usage_of(r->slot, cpu);
+	u64 delay = task->sched_info.run_delay, wait;
+	u64 now = pid << DELAY_BITS | (delay & DELAY_MASK), have = entry->delay;
 
-	if (!u)
-		return 0;
-	u->cpu_ns += task->se.sum_exec_runtime - r->sum_exec;
-	u64 minor = task->min_flt, major = task->maj_flt;
-	if (minor == r->min_flt && major == r->maj_flt)
-		return u; /* as in most turns */
-	u->minor_faults += minor - r->min_flt;
-	u->major_faults += major - r->maj_flt;
-	struct seen *entry = seen_of(pid);
-	if (entry->arrival >> DELAY_BITS == pid) {
-		entry->min_flt = minor;
-		entry->maj_flt = major;
-	}
-	return u;
-}
-
-static __always_inline void arrive(struct task_struct *task, u64 pid, struct shard_usage *u)
-{
-	u64 queued = task->sched_info.last_queued, delay = task->sched_info.run_delay;
-	struct seen *entry = seen_of(pid);
-	u64 wait = 0;
-
-	if (!u)
-		return;
-	if (queued) {
-		u64 clock = task->se.cfs_rq->rq->clock;
-		if (clock > queued)
-			wait = clock - queued;
-	}
-	u64 have = entry->arrival, moved = 0;
-	if (have >> DELAY_BITS == pid) {
-		moved = (delay - have) & DELAY_MASK;
-	} else {
+	r->came = 0;
+	entry->delay = now;
+	if ((now ^ have) >> DELAY_BITS) {
+		wait = delay - r->delay;
 		entry->min_flt = task->min_flt;
 		entry->maj_flt = task->maj_flt;
+	} else {
+		wait = now - have;
+		/* A younger task with that pid has waited less than its predecessor. */
+		if (wait > DELAY_MASK / 2)
+			wait = delay;
 	}
-	/* A younger task with that pid has waited less than its predecessor. */
-	if (moved > DELAY_MASK / 2)
-		moved = delay;
-	entry->arrival = pid << DELAY_BITS | ((delay + wait) & DELAY_MASK);
-	wait += moved;
 	u->wait_ns += wait;
 	u32 b = bucket_of(wait);
 	if (b < BUCKETS)
 		u->wait[b]++;
 }
 
+/* charge adds what the task on the CPU has gained. */
+static __always_inline struct shard_usage *charge(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
+{
+	struct shard_usage *u = usage_of(r->slot, cpu);
+
+	if (!u)
+		return 0;
+	struct seen *entry = seen_of(pid);
+	u->cpu_ns += task->se.sum_exec_runtime - r->sum_exec;
+	if (r->came)
+		waited(r, task, pid, entry, u);
+	u64 minor = task->min_flt, major = task->maj_flt;
+	if (minor == r->min_flt && major == r->maj_flt)
+		return u; /* as in most turns */
+	u->minor_faults += minor - r->min_flt;
+	u->major_faults += major - r->maj_flt;
+	if (entry->delay >> DELAY_BITS == pid) {
+		entry->min_flt = minor;
+		entry->maj_flt = major;
+	}
+	return u;
+}
+
 /* missed makes up for the arrival of a task that nobody saw come. It is rare, and
  * a function of its own so that a switch has the registers for itself. */
-static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 pid, u32 cpu)
+static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 pid)
 {
 	struct seen *entry = seen_of(pid);
 
 	r->task = (u64)task;
 	r->slot = slot_of_task(task, r);
+	r->came = 1;
 	remember(r, task);
-	if (r->slot == NO_SLOT)
-		return 0;
 	/* Other classes leave the mark alone. */
 	if (task->prio >= MAX_RT_PRIO && task->policy != SCHED_EXT)
 		r->sum_exec = task->se.prev_sum_exec_runtime;
-	if (entry->arrival >> DELAY_BITS == pid) {
+	if (entry->delay >> DELAY_BITS == pid) {
 		u32 minor = (u32)r->min_flt - entry->min_flt;
 		u32 major = (u32)r->maj_flt - entry->maj_flt;
 
@@ -141,22 +137,7 @@ static __noinline int missed(struct cpu_state *r, struct task_struct *task, u64 
 			r->maj_flt -= major;
 		}
 	}
-	arrive(task, pid, usage_of(r->slot, cpu));
 	return 0;
-}
-
-/* leave adds what prev has gained, and one switch. */
-static __always_inline struct shard_usage *leave(struct cpu_state *r, struct task_struct *prev, u64 pid, bool forced, u32 cpu)
-{
-	struct shard_usage *u = charge(r, prev, pid, cpu);
-
-	if (!u)
-		return 0;
-	if (forced)
-		u->forced++;
-	else
-		u->voluntary++;
-	return u;
 }
 
 SEC("tp_btf/sched_switch")
@@ -168,24 +149,25 @@ int BPF_PROG(sched_switch, bool preempt, struct task_struct *prev, struct task_s
 	if (!r)
 		return 0;
 	u64 pid = (u32)prev->pid;
-	struct shard_usage *u = 0;
 	if (pid) {
 		if (r->task != (u64)prev)
-			missed(r, prev, pid, cpu);
-		u = leave(r, prev, pid, preempt || !prev->__state, cpu);
+			missed(r, prev, pid);
+		struct shard_usage *u = charge(r, prev, pid, cpu);
+		if (u) {
+			if (preempt || !prev->__state)
+				u->forced++;
+			else
+				u->voluntary++;
+		}
 	}
-	pid = (u32)next->pid;
-	if (!pid) { /* idle */
+	if (!next->pid) { /* idle */
 		r->task = 0;
 		return 0;
 	}
 	r->task = (u64)next;
-	u32 slot = slot_of_task(next, r);
-	if (!u || slot != r->slot)
-		u = usage_of(slot, cpu);
-	r->slot = slot;
+	r->slot = slot_of_task(next, r);
+	r->came = 1;
 	remember(r, next);
-	arrive(next, pid, u);
 	return 0;
 }
 
@@ -214,7 +196,7 @@ static __always_inline void settle(struct task_struct *task)
 	if (!r || !task->pid)
 		return;
 	if (r->task != (u64)task)
-		missed(r, task, (u32)task->pid, cpu);
+		missed(r, task, (u32)task->pid);
 	charge(r, task, (u32)task->pid, cpu);
 	remember(r, task);
 }

@@ -72,11 +72,13 @@ struct cpu_state {
 	u64 sum_exec;
 	u64 min_flt;
 	u64 maj_flt;
+	u64 delay;
 	u32 slot;
+	u32 came; /* its wait is not counted yet */
 	/* Written by user space. */
 	u32 generation;
 	u32 connections_lost; /* `connections` was full */
-	u32 spare[5];
+	u32 spare[2];
 	u64 recent[RECENT];
 };
 
