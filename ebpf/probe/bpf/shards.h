@@ -158,20 +158,22 @@ static __always_inline u32 slot_of(struct cgroup_subsys_state *css, u64 kind, st
 	return slot;
 }
 
+/* Durations are as good as random, so that branches on them cost more than all of
+ * this. The compiler would make branches of it, if it knew how large v can be. */
 static __always_inline u32 bucket_of(u64 ns)
 {
-	u32 b = 1;
-
-	if (ns < 954) /* the first bound */
-		return 0;
 	if (ns > 1ULL << 36)
 		ns = 1ULL << 36;
 	u64 v = (ns + (ns * 77324 >> 20)) >> 10; /* 2^30 / 10^9 = 1 + 77324 / 2^20 */
-	if (v >> 16) { b += 16; v >>= 16; }
-	if (v >> 8) { b += 8; v >>= 8; }
-	if (v >> 4) { b += 4; v >>= 4; }
-	if (v >> 2) { b += 2; v >>= 2; }
-	if (v >> 1) b += 1;
+	u64 b = 0, more;
+	barrier_var(v);
+#pragma unroll
+	for (int log = 4; log >= 0; log--) {
+		more = ((1ULL << (1 << log)) - 1 - v) >> 63 << log;
+		v >>= more;
+		b += more;
+	}
+	b += v; /* the bits of v: the first bucket ends where it becomes 1 */
 	return b < BUCKETS ? b : BUCKETS - 1;
 }
 
