@@ -25,7 +25,7 @@ type HorizonExplanation struct {
 	Ways     []Weight // to the 95 % quantile
 	Cover90  float64  // recent share of outcomes below the quantile as issued
 	Cover95  float64
-	AsNow    bool // the guard speaks: the median is the last value
+	AsNow    bool // nothing did better: the median is the last value, a far peak's that of the last h
 	seasonal float64
 }
 
@@ -74,7 +74,7 @@ func (f *Forecaster) Explain() Explanation {
 			h := l.half(t)
 			he := HorizonExplanation{
 				Horizon: l.h, Target: t, Settled: int64(h.n), Error: h.errSlow,
-				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t),
+				Cover90: h.cover90, Cover95: h.cover95, AsNow: h.guarded(l.h, t) || l.far(t) && h.earned() == 0,
 			}
 			if h.n > 0 {
 				for i, w := range h.members.mix[:h.members.count] {

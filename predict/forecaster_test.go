@@ -274,6 +274,49 @@ func TestLoadThatTookToSteppingIsForecastAsNow(t *testing.T) {
 	}
 }
 
+func TestDaysPeakIsAsTheDayBeforeUntilMembersProveBetter(t *testing.T) {
+	var late, latePast float64
+	for seed := range uint64(10) {
+		f := mustNew(t, fiveMin)
+		rng := rand.New(rand.NewPCG(5, seed))
+		at, height := start, 0.0
+		for day := range 40 {
+			before := height
+			var q Quantiles
+			if day > 0 {
+				q = mustForecast(t, f, 24*time.Hour, Peak)
+			}
+			switch {
+			case day < 3:
+				height = 100 - 40*rng.Float64()
+			case day%2 == 0: // what was usual errs half as much as the day before
+				height = 100
+			default:
+				height = 60
+			}
+			for i := range 288 {
+				v := 10 + rng.Float64()
+				if i%100 < 5 { // three times a day, too short for a new level
+					v = height
+				}
+				f.Observe(at, v)
+				f.Advance(at.Add(151 * time.Second))
+				at = at.Add(5 * time.Minute)
+			}
+			switch want := max(q.P10, min(before, q.P90)); {
+			case day == 2 && math.Abs(q.P50-want) > 1e-4*want:
+				t.Errorf("after a peak of %.1f, %+v", before, q)
+			case day >= 20:
+				late += math.Abs(height - q.P50)
+				latePast += math.Abs(height - before)
+			}
+		}
+	}
+	if late > 0.75*latePast {
+		t.Errorf("after twenty days, errors of %.0f where the day before has %.0f", late, latePast)
+	}
+}
+
 func TestBadInputIsIgnored(t *testing.T) {
 	clean, dirty := mustNew(t, fiveMin), mustNew(t, fiveMin)
 	for i := range 600 {

@@ -149,7 +149,7 @@ func newOffset(l *lane, t Target, step int64, lanes int) offset {
 	}
 	o.overlap = overlap
 	o.bendRate = bendRate / math.Sqrt(max(1, overlap))
-	o.daily = t == Peak && l.h > shiftHorizon
+	o.daily = l.far(t)
 	o.bends = l.h <= shiftHorizon
 	return o
 }
