@@ -41,6 +41,9 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if err := o.openTmpfs(); err != nil {
 		return err
 	}
+	if err := o.m.turns.wayFor(ctx, o); err != nil {
+		return err
+	}
 	if err := o.sendFiles(ctx, false); err != nil {
 		return err
 	}

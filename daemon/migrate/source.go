@@ -232,6 +232,9 @@ func (o *outgoing) prepare(ctx context.Context) error {
 	}
 	req := &v1.PrepareRequest{Id: o.entry.ID, Container: raw}
 	for {
+		if err := o.m.turns.wayFor(ctx, o); err != nil {
+			return err
+		}
 		resp, err := o.peer.Prepare(ctx, connect.NewRequest(req))
 		if err != nil {
 			return peerError(err)

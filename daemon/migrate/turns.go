@@ -23,7 +23,7 @@ type turns struct {
 	changed chan struct{}
 }
 
-// giveWay is the longest that pre-copy waits for a blackout. One that takes
+// giveWay is the longest that another migration waits for a blackout. One that takes
 // longer is in trouble, and the others are not to share it.
 const giveWay = time.Second
 
