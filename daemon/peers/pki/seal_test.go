@@ -44,14 +44,14 @@ func TestASealIsOfOneHostOneKindAndOneStatement(t *testing.T) {
 		seal               Seal
 		purpose, statement string
 	}{
-		"another statement":                         {good, "workload", "cache"},
-		"another kind":                              {good, "membership", "web"},
-		"no seal":                                   {Seal{}, "workload", "web"},
-		"another cluster's host of that name":       {seal(pair(other, "host-1", time.Hour)), "workload", "web"},
-		"one host's signature under another's name": {Seal{Cert: two.Certificate[0], Sig: good.Sig}, "workload", "web"},
-		"the CA's certificate as a host's":          {Seal{Cert: ca.Cert().Raw, Sig: good.Sig}, "workload", "web"},
-		"a signature that is cut":                   {Seal{Cert: good.Cert, Sig: good.Sig[:len(good.Sig)-1]}, "workload", "web"},
-		"what is no certificate":                    {Seal{Cert: []byte(strings.Repeat("x", 400)), Sig: good.Sig}, "workload", "web"},
+		"another statement":                    {good, "workload", "cache"},
+		"another kind":                         {good, "membership", "web"},
+		"no seal":                              {Seal{}, "workload", "web"},
+		"another cluster's host of that name":  {seal(pair(other, "host-1", time.Hour)), "workload", "web"},
+		"one host's signature, another's name": {Seal{Cert: two.Certificate[0], Sig: good.Sig}, "workload", "web"},
+		"the CA's certificate as a host's":     {Seal{Cert: ca.Cert().Raw, Sig: good.Sig}, "workload", "web"},
+		"a signature that is cut":              {Seal{Cert: good.Cert, Sig: good.Sig[:len(good.Sig)-1]}, "workload", "web"},
+		"what is no certificate":               {Seal{Cert: []byte(strings.Repeat("x", 400)), Sig: good.Sig}, "workload", "web"},
 	} {
 		if host, err := c.seal.Open(ca.Cert(), c.purpose, []byte(c.statement)); !errors.Is(err, ErrNotSealed) {
 			t.Errorf("%s: %v %v", name, host, err)
