@@ -317,6 +317,9 @@ func TestReadMemory(t *testing.T) {
 	})
 	t.Run("guard pages are gone", func(t *testing.T) {
 		if _, err := v.try("madvise %d %d 102", a+20*page, 2*page); err != nil {
+			if !strings.Contains(err.Error(), unix.EINVAL.Error()) {
+				t.Fatal(err)
+			}
 			t.Skip("kernel without MADV_GUARD_INSTALL (Linux 6.13)")
 		}
 		if _, gone := read(t, a+18*page, 8); !slices.Equal(gone, []string{"20+2"}) {
