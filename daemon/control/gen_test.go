@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // generatedBy is the compiler whose version the committed code names, Debian
@@ -14,15 +16,7 @@ import (
 const generatedBy = "libprotoc 3.21.12"
 
 func TestCommittedCodeIsWhatTheProtocolMakes(t *testing.T) {
-	// Building needs no protoc, so neither do the tests; CI installs it
-	// (scripts/setup.sh generate) and insists.
-	version, err := exec.Command("protoc", "--version").Output()
-	if err != nil || strings.TrimSpace(string(version)) != generatedBy {
-		if os.Getenv("TRANSHIP_TEST_GENERATE") == "1" {
-			t.Fatalf("%s is not here but %q, %v", generatedBy, version, err)
-		}
-		t.Skipf("without %s; TRANSHIP_TEST_GENERATE=1 makes that a failure", generatedBy)
-	}
+	testenv.NeedGenerator(t, "protoc", generatedBy+"\n")
 	root := filepath.Join("..", "..")
 	dir := t.TempDir()
 	args := []string{"daemon/control/tranship.proto"}

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 // objectsBy is the compiler that the committed objects come from, Debian 12's;
@@ -14,15 +16,7 @@ import (
 const objectsBy = "clang version 14."
 
 func TestCommittedObjectsAreWhatTheSourcesMake(t *testing.T) {
-	// Building needs no clang, so neither do the tests; CI installs it
-	// (scripts/setup.sh generate) and insists.
-	version, err := exec.Command("clang", "--version").Output()
-	if err != nil || !strings.Contains(string(version), objectsBy) {
-		if os.Getenv("TRANSHIP_TEST_GENERATE") == "1" {
-			t.Fatalf("%s is not here but %q, %v", objectsBy, version, err)
-		}
-		t.Skipf("without %s; TRANSHIP_TEST_GENERATE=1 makes that a failure", objectsBy)
-	}
+	testenv.NeedGenerator(t, "clang", objectsBy)
 	dir := t.TempDir()
 	for _, from := range []string{"gen.go", "bpf"} {
 		to := filepath.Join(dir, from)
