@@ -29,6 +29,7 @@ func TestOutcomeOf(t *testing.T) {
 		{"success", nil, Done, nil, OutcomeDone, ""},
 		{"a failure before the yield", nil, Stopping, broken, OutcomeAborted, CodeFailed},
 		{"pre-flight refuses", nil, Preparing, &errRefused{}, OutcomeAborted, CodeRefused},
+		{"a limit of the blackout cannot be kept", nil, Preparing, fmt.Errorf("pre-copy: %w", &overLimitError{}), OutcomeAborted, CodeOverLimit},
 		{"the operator cancels", errCancelled, Preparing, context.Canceled, OutcomeAborted, CodeCancelled},
 		{"the deadline passes", errDeadline, Stopping, context.DeadlineExceeded, OutcomeAborted, CodeDeadline},
 		{"the daemon stops", errShutdown, Preparing, context.Canceled, OutcomeAborted, CodeRestarted},

@@ -64,6 +64,19 @@ func TestABlackoutSmallerThanTheFixedPartStillGrantsTheLeastTime(t *testing.T) {
 	}
 }
 
+func TestTheRestTakesAsLongAsTheLinkNeeds(t *testing.T) {
+	var rule StopRule
+	// 100 MiB were written in 1 s, so that the 500 ms of the second round leave 50
+	// MiB; 300 MiB went in 1.5 s.
+	r := rounds([]checkpoint.Bytes{200 << 20, 100 << 20}, []time.Duration{time.Second, 500 * time.Millisecond})
+	if got := rule.RestTakes(r); got != 250*time.Millisecond {
+		t.Errorf("got %v", got)
+	}
+	if got := rule.RestTakes(r[:1]); got != 0 {
+		t.Errorf("of one round: %v", got)
+	}
+}
+
 // at marks from which round on the shard was slowed how often.
 func at(level int, r ...RoundResult) []RoundResult {
 	for i := range r {
