@@ -395,18 +395,22 @@ func TestMemoryThatChangesWhileItIsFilledStaysRight(t *testing.T) {
 		wipe    uint64
 		spawn   bool
 		every   int64 // one in so many pieces is filled
+		after   time.Duration
 	}{
-		{"one thread", 1, 800, false, 0, false, 8},
-		{"eight threads", 8, 200, false, 0, false, 8},
-		{"eight threads, filled as fast as can be", 8, 100, false, 0, false, 1},
-		{"forking all the time", 4, 40, true, 0, false, 16},
-		{"forking with memory that is wiped on fork", 1, 40, true, 300, false, 16},
-		{"served by a process of its own", 6, 150, false, 0, true, 1},
+		{"one thread", 1, 800, false, 0, false, 8, 0},
+		{"eight threads", 8, 200, false, 0, false, 8, 0},
+		{"eight threads, filled as fast as can be", 8, 100, false, 0, false, 1, 0},
+		{"eight threads, filled after a while", 8, 400, false, 0, false, 8, 50 * time.Millisecond},
+		{"forking all the time", 4, 40, true, 0, false, 16, 0},
+		{"forking before it is filled", 4, 40, true, 0, false, 16, 50 * time.Millisecond},
+		{"forking with memory that is wiped on fork", 1, 40, true, 300, false, 16, 0},
+		{"served by a process of its own", 6, 150, false, 0, true, 1, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRig(t)
 			var asked atomic.Int64
 			r.cfg.mayFill = func() bool { return asked.Add(1)%tc.every == 0 }
+			r.cfg.FillAfter = tc.after
 			if tc.spawn {
 				r.spawn()
 			} else {

@@ -37,6 +37,10 @@ type Config struct {
 	// Hold starts a second process that keeps the userfaultfds if this one dies
 	// (holder.go), so that TakeOver can go on.
 	Hold bool
+	// FillAfter is how long after the restore filling in the background begins.
+	// Faults are answered meanwhile, and what else is left of the migration has the
+	// processors.
+	FillAfter time.Duration
 
 	Log *slog.Logger
 	// Ready is called once both sockets accept connections; may be nil.
@@ -66,7 +70,8 @@ const (
 	StateListening State = "listening"
 	// StateRestoring: CRIU is handing over tasks; faults are answered.
 	StateRestoring State = "restoring"
-	// StateFinished: CRIU has restored every task, which run from now on.
+	// StateFinished: CRIU has restored every task, which run from now on; faults
+	// are answered, and nothing else until Config.FillAfter.
 	StateFinished State = "finished"
 	// StateFilling: what has not faulted is being placed.
 	StateFilling State = "filling"

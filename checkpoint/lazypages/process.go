@@ -27,7 +27,7 @@ const TakeOverFlag = "--take-over"
 
 // Main runs a server as a process of its own:
 //
-//	transhipd page-server [--take-over] --dir STORE --images DIR --socket WORK/lazy-pages.socket --control PATH
+//	transhipd page-server [--take-over] --dir STORE --images DIR --socket WORK/lazy-pages.socket --control PATH [--fill-after DURATION]
 //
 // It leaves the session of whoever started it and is deaf to the signals by
 // which daemons are stopped: while it is away, faults wait. With --take-over it
@@ -49,6 +49,7 @@ func parseArgs(args []string) (cfg Config, takeOver bool, err error) {
 	fs.StringVar(&cfg.Images, "images", "", "directory of CRIU's images")
 	fs.StringVar(&cfg.Socket, "socket", "", "lazy-pages.socket in CRIU's work directory")
 	fs.StringVar(&cfg.Control, "control", "", "control socket")
+	fs.DurationVar(&cfg.FillAfter, "fill-after", 0, "time between the restore and filling in the background")
 	fs.BoolVar(&takeOver, strings.TrimLeft(TakeOverFlag, "-"), false, "go on for a server that has died")
 	fs.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	if err := fs.Parse(args); err != nil {
@@ -159,7 +160,8 @@ func Spawn(ctx context.Context, argv []string, cfg Config, logFile string) (*Pro
 
 func command(cfg Config, argv ...string) *exec.Cmd {
 	args := append(append([]string{}, argv[1:]...),
-		"--dir", cfg.Store, "--images", cfg.Images, "--socket", cfg.Socket, "--control", cfg.Control)
+		"--dir", cfg.Store, "--images", cfg.Images, "--socket", cfg.Socket, "--control", cfg.Control,
+		"--fill-after", cfg.FillAfter.String())
 	cmd := exec.Command(argv[0], args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.Dir = "/" // keeps no mount busy

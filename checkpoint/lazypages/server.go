@@ -342,6 +342,12 @@ func (s *server) fill(ctx context.Context, finished time.Time) error {
 	if err := failpoint.Hit(ctx, "pages.fill"); err != nil {
 		return err
 	}
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	// The clock may have been set since.
+	case <-time.After(min(s.cfg.FillAfter, time.Until(finished.Add(s.cfg.FillAfter)))):
+	}
 	close(s.finished)
 	s.setState(StateFilling, nil)
 	for _, f := range families {

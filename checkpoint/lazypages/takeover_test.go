@@ -126,16 +126,18 @@ func TestMemoryStaysRightWhateverIsKilled(t *testing.T) {
 		wipe    uint64
 		every   int
 		owed    func(page uint64) bool
+		after   time.Duration
 	}{
-		{"one thread", 1, 1500, false, 0, 10, nil},
-		{"four threads", 4, 600, false, 0, 10, nil},
-		{"forking all the time", 3, 80, true, 0, 10, nil},
-		{"forking with memory that is wiped on fork", 1, 100, true, 300, 10, nil},
-		{"with pages that arrive", 4, 300, false, 0, 10, func(i uint64) bool { return mix(i/7)%2 == 0 }},
+		{"one thread", 1, 1500, false, 0, 10, nil, 0},
+		{"four threads", 4, 600, false, 0, 10, nil, 0},
+		{"forking all the time", 3, 80, true, 0, 10, nil, 0},
+		{"forking before it is filled", 3, 80, true, 0, 10, nil, 150 * time.Millisecond},
+		{"forking with memory that is wiped on fork", 1, 100, true, 300, 10, nil, 0},
+		{"with pages that arrive", 4, 300, false, 0, 10, func(i uint64) bool { return mix(i/7)%2 == 0 }, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRig(t)
-			r.every, r.owed = tc.every, tc.owed
+			r.every, r.owed, r.cfg.FillAfter = tc.every, tc.owed, tc.after
 			r.spawn()
 			r.connect()
 			spec := newSpec(t, 3000, "chaos")
@@ -216,6 +218,54 @@ func (r *rig) mustHoldNothing() {
 		if !strings.HasSuffix(path, fmt.Sprint(logSuffix, s.Epoch)) {
 			r.t.Errorf("%s is left", path)
 		}
+	}
+}
+
+// It counts from the end of the restore, whoever serves.
+func TestFillingMayBeginLater(t *testing.T) {
+	for _, tc := range []struct {
+		name      string
+		after     time.Duration
+		clockStep time.Duration // between the restore and the takeover
+	}{
+		{"the time has passed when another takes over", time.Hour, 2 * time.Hour},
+		{"the clock is set back", 20 * time.Millisecond, -2 * time.Hour},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := newRig(t)
+			r.cfg.FillAfter = time.Hour
+			r.spawn()
+			r.connect()
+			still, reader := r.restore(newSpec(t, 3000, "hold")), r.restore(newSpec(t, 1000, "hold"))
+			r.finish()
+			for _, task := range []*restored{still, reader} {
+				task.say("go")
+				task.expect("holding")
+			}
+			reader.say("verify") // faults are answered
+			reader.expect("ok")
+			st, err := r.client.Status(r.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st.State != StateFinished || st.Remaining < 1000 {
+				t.Errorf("%+v", st)
+			}
+			r.killServer()
+			state, err := readFillState(r.cfg.Store)
+			if err != nil {
+				t.Fatal(err)
+			}
+			state.FinishedAt = state.FinishedAt.Add(-tc.clockStep)
+			if err := state.write(r.cfg.Store); err != nil {
+				t.Fatal(err)
+			}
+			r.cfg.FillAfter = tc.after
+			r.mustTakeOver()
+			r.awaitDone()
+			still.say("verify")
+			still.expect("ok")
+		})
 	}
 }
 

@@ -41,6 +41,11 @@ const (
 	takeOverSpan  = time.Minute
 	// takeOverPause doubles with each: what stands in the way may be passing.
 	takeOverPause = 50 * time.Millisecond
+
+	// fillAfter is the time in which runc ends, the link comes up and the shard
+	// answers what has waited: filling in the background would have them wait for a
+	// processor (docs/adr/0007).
+	fillAfter = 300 * time.Millisecond
 )
 
 // pause returns false if ctx ended first.
@@ -66,7 +71,7 @@ const (
 func newPageServer(daemon, dir string) *pageServer {
 	s := &pageServer{daemon: daemon, log: filepath.Join(dir, serverLog), cfg: lazypages.Config{
 		Store: filepath.Join(dir, pagesDir), Images: filepath.Join(dir, imagesDir), Socket: filepath.Join(dir, lazySocket),
-		Control: filepath.Join(dir, controlSocket),
+		Control: filepath.Join(dir, controlSocket), FillAfter: fillAfter,
 	}}
 	s.client = lazypages.At(s.cfg.Control)
 	return s
