@@ -75,6 +75,54 @@ func TestPreCopyGivesWayToABlackoutButNotForEver(t *testing.T) {
 	})
 }
 
+func TestABlackoutBeginsWhenTheOthersHaveGivenWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &Manager{turns: newTurns()}
+		first, other := &outgoing{m: m}, &outgoing{m: m}
+		for _, o := range []*outgoing{first, other} {
+			if err := o.awaitStart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		began := time.Now()
+		take := func(want time.Duration) {
+			t.Helper()
+			began = time.Now()
+			if waited, err := m.turns.take(t.Context(), first); err != nil || waited != (want > 0) || time.Since(began) != want {
+				t.Errorf("after %v, waited %v, %v", time.Since(began), waited, err)
+			}
+		}
+		gaveWay := make(chan error)
+		time.AfterFunc(100*time.Millisecond, func() { gaveWay <- m.turns.wayFor(t.Context(), other) })
+		take(100 * time.Millisecond)
+		m.turns.leave(first)
+		if err := <-gaveWay; err != nil {
+			t.Error(err)
+		}
+
+		take(giveWay) // the other does not ask
+		m.turns.leave(first)
+
+		ctx, cancel := context.WithCancelCause(t.Context())
+		stop := errors.New("stop")
+		time.AfterFunc(time.Millisecond, func() { cancel(stop) })
+		if _, err := m.turns.take(ctx, first); !errors.Is(err, stop) {
+			t.Error(err)
+		}
+		m.turns.leave(first)
+
+		time.AfterFunc(200*time.Millisecond, other.left)
+		take(200 * time.Millisecond)
+		go func() { _, err := m.turns.take(t.Context(), other); gaveWay <- err }()
+		synctest.Wait()
+		take(0) // it is its own
+		m.turns.leave(first)
+		if err := <-gaveWay; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestMigrationsOfAHostBeginInTheirOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &Manager{turns: newTurns()}
