@@ -71,9 +71,9 @@ func Run(ctx context.Context, l *lab.Lab) (rows []Row, err error) {
 	if b.other, err = l.Host("host-2"); err != nil {
 		return nil, err
 	}
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
-	defer cancel()
 	defer func() {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
+		defer cancel()
 		for _, name := range b.unload {
 			_, e := b.h.Exec(undo, "tranship", "rm", "-f", name)
 			err = errors.Join(err, e)
