@@ -218,6 +218,7 @@ const (
 	codeCancelled  = "cancelled"
 	codeDeadline   = "deadline"
 	codeRefused    = "refused"
+	codePagesLost  = "pages-lost"
 )
 
 // reportMigration prints the result and turns it into an exit code.
@@ -264,6 +265,10 @@ func outcomeError(doc control.MigrationDocument, refused bool) error {
 		return &exitError{code: exitRefused, err: fmt.Errorf("%s stays on %s%s", doc.Shard, at, reason)}
 	case doc.Outcome == outcomeDone || doc.DryRun:
 		return nil
+	case doc.Outcome == outcomeInDoubt && doc.Code == codePagesLost:
+		return &exitError{code: exitInDoubt, err: fmt.Errorf(
+			"%s was lost on %s: %s. %s has it as it was when it was frozen: tranship migrations resolve %s --keep here lets it go on there from then, --keep there gives it up",
+			doc.Shard, doc.To, doc.Reason, at, doc.ID)}
 	case doc.Outcome == outcomeInDoubt:
 		return &exitError{code: exitInDoubt, err: fmt.Errorf(
 			"migration %s is in doubt: %s. The hosts settle it once they reach each other; if one is gone for good, make sure that it is off, then: tranship migrations resolve %s --keep here|there",

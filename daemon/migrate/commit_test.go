@@ -40,6 +40,7 @@ func TestOutcomeOf(t *testing.T) {
 		{"a cancellation after the yield", errCancelled, Yielded, context.Canceled, OutcomeInDoubt, CodeInDoubt},
 		{"it runs there, but something is left here", nil, Yielded, &leftoverError{broken}, OutcomeDone, ""},
 		{"the daemon stops while the destination fetches pages", errShutdown, Serving, context.Canceled, OutcomeRunning, CodeRestarted},
+		{"the destination loses it before it has every page", nil, Serving, &pagesLostError{}, OutcomeInDoubt, CodePagesLost},
 		{"an operator takes it back while the destination fetches pages", nil, Aborted, errTakenBack, OutcomeAborted, CodeRestore},
 		{"the deadline passes after post-copy", errDeadline, Done, nil, OutcomeDone, ""},
 		{"the journal could not say yielded, and the destination does not answer", nil, Stopping, errInDoubt, OutcomeInDoubt, CodeInDoubt},

@@ -466,8 +466,12 @@ func (in *incoming) activate(ctx context.Context) {
 }
 
 func (in *incoming) runs() *v1.CommitResponse {
+	lost := ""
+	if in.entry.Code == CodePagesLost {
+		lost = in.entry.Reason
+	}
 	return &v1.CommitResponse{
-		Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano(),
+		Lost: lost, Running: true, StartedUnixNs: in.entry.StartedUnixNS, Steps: in.steps, UnixNs: time.Now().UnixNano(),
 		Whole: in.pull.whole.Load() || in.entry.State == Done && in.entry.Code != CodePagesLost,
 	}
 }

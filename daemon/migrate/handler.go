@@ -255,11 +255,14 @@ func outcomeOf(ctx context.Context, state State, err error) (outcome, code strin
 	var noRestore *refusedToRunError
 	var leftover *leftoverError
 	var overLimit *overLimitError
+	var lost *pagesLostError
 	switch {
 	case err == nil, errors.As(err, &leftover):
 		return OutcomeDone, ""
 	case errors.As(err, &noRestore), errors.Is(err, errTakenBack):
 		return OutcomeAborted, CodeRestore
+	case errors.As(err, &lost):
+		return OutcomeInDoubt, CodePagesLost
 	case state == Serving:
 		return OutcomeRunning, CodeRestarted // only the end of the daemon interrupts it
 	case state == Yielded, errors.Is(err, errInDoubt):

@@ -33,6 +33,9 @@ func (m *Manager) Note(namespace, name string) (note string, frozen bool) {
 func (m *Manager) noteOf(e *Entry) (note string, frozen bool) {
 	switch {
 	case e.Mode != ModePostCopy:
+	case e.State == Serving && e.Code == CodePagesLost:
+		return fmt.Sprintf("was lost on %s (%s), and is here as it was when it was frozen: tranship migrations resolve %s --keep here|there",
+			e.Peer, e.Reason, e.ID), true
 	case e.State == Serving:
 		return fmt.Sprintf("runs on %s, which still fetches the last pages of its memory from here", e.Peer), true
 	case e.State == Running:

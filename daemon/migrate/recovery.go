@@ -195,7 +195,13 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 		var refused *refusedToRunError
 		switch {
 		case err == nil && s != nil:
-			if _, err = m.serve(ctx, s); ctx.Err() != nil {
+			_, err = m.serve(ctx, s)
+			var lost *pagesLostError
+			if errors.As(err, &lost) {
+				log.Error("the destination has lost a shard; an operator is to say whether it goes on here", "err", err)
+				continue
+			}
+			if ctx.Err() != nil {
 				return
 			}
 		case err == nil:

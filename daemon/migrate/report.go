@@ -239,6 +239,9 @@ func migrationOf(e *Entry, node string) *v1.Migration {
 		m.Outcome = OutcomeInDoubt
 	case Serving:
 		m.Outcome, m.Phase = OutcomeRunning, PhasePostCopy
+		if e.Code == CodePagesLost {
+			m.Outcome = OutcomeInDoubt
+		}
 	default:
 		m.Outcome = OutcomeRunning
 		if m.GetPhase() == "" {

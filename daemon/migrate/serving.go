@@ -69,7 +69,16 @@ type verdict struct {
 const (
 	keepHere  = "here"
 	keepThere = "there"
+	// keepUndecided: the destination has lost it, and an operator is to say.
+	keepUndecided = ""
 )
+
+// pagesLostError says that the destination has lost a shard whose pages it had
+// not all fetched. What is here is what it was when it was frozen: whether that
+// is to go on, without what it has done since, is an operator's choice.
+type pagesLostError struct{ reason string }
+
+func (e *pagesLostError) Error() string { return e.reason }
 
 // openServing makes a frozen shard's owed pages readable for the destination.
 func (m *Manager) openServing(ctx context.Context, e *Entry, r *report) (*serving, error) {
@@ -172,7 +181,9 @@ func (u *undoList) forget() {
 }
 
 // serve returns when the destination has every page, or an operator has decided,
-// and what is here has been discarded or taken back accordingly; else with ctx.
+// and what is here has been discarded or taken back accordingly; with a
+// pagesLostError when it hears that the destination has lost the shard, and is
+// called again to wait for the operator; else with ctx.
 func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error) {
 	log := m.log.With("migration", s.entry.ID, "shard", s.entry.Shard, "peer", s.entry.Peer)
 	tick := time.NewTicker(watchEvery)
@@ -184,14 +195,25 @@ func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error
 			return "", context.Cause(ctx)
 		case v = <-s.verdicts:
 		case <-tick.C:
-			if !s.askWhole(ctx) {
+			var known bool
+			if v.keep, v.reason, known = s.ask(ctx); !known {
 				continue
 			}
-			v.keep = keepThere
 		}
-		if v.keep == keepHere {
+		switch v.keep {
+		case keepUndecided:
+			err = m.noteLost(s.entry, v.reason)
+			v.done <- nil // to say it again would help nobody
+			if lost := (*pagesLostError)(nil); errors.As(err, &lost) {
+				return "", err
+			}
+			if err != nil {
+				log.Error("note that the destination has lost a shard", "err", err)
+			}
+			continue
+		case keepHere:
 			err = m.takeBack(ctx, s.entry, v.reason)
-		} else {
+		default:
 			err = m.discard(ctx, s.entry)
 		}
 		v.done <- err
@@ -203,27 +225,48 @@ func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error
 	}
 }
 
-// askWhole asks a destination that has been silent whether it has every page: its
-// Release may have been lost.
-func (s *serving) askWhole(ctx context.Context) bool {
+// noteLost journals that the destination has lost a shard, and is a pagesLostError
+// when that is new.
+func (m *Manager) noteLost(e *Entry, reason string) error {
+	if e.Code == CodePagesLost {
+		return nil
+	}
+	code, before := e.Code, e.Reason
+	e.Code, e.Reason = CodePagesLost, reason
+	if err := m.journal.Put(e); err != nil {
+		e.Code, e.Reason = code, before
+		return err
+	}
+	return &pagesLostError{reason}
+}
+
+// ask asks a destination that has been silent whether it has every page, or has
+// lost the shard: its Release may not have come.
+func (s *serving) ask(ctx context.Context) (keep, reason string, known bool) {
 	s.mu.Lock()
 	quiet := time.Since(s.heard)
 	s.mu.Unlock()
 	if quiet < silence {
-		return false
+		return "", "", false
 	}
 	peer, err := s.m.peers.Client(s.entry.Peer)
 	if err != nil {
-		return false
+		return "", "", false
 	}
 	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
 	defer cancel()
 	resp, err := peer.Commit(ctx, connect.NewRequest(&v1.CommitRequest{Id: s.entry.ID}))
 	if err != nil {
 		s.m.log.Warn("the destination, which lacks pages, does not answer", "migration", s.entry.ID, "shard", s.entry.Shard, "peer", s.entry.Peer, "err", peerError(err))
-		return false
+		return "", "", false
 	}
-	return resp.Msg.GetRunning() && resp.Msg.GetWhole()
+	switch answer := resp.Msg; {
+	case answer.GetLost() != "":
+		return keepUndecided, answer.GetLost(), true
+	case answer.GetRunning() && answer.GetWhole():
+		return keepThere, "", true
+	}
+	return "", "", false
 }
 
 // decide brings a verdict and returns when it has been carried out.
@@ -254,7 +297,7 @@ func (h *PeerHandler) Fetch(ctx context.Context, r *connect.Request[v1.FetchRequ
 	return connect.NewResponse(resp), nil
 }
 
-// Release is the destination's word that it has every page.
+// Release is the destination's word that it has every page, or has lost the shard.
 func (h *PeerHandler) Release(ctx context.Context, r *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
 	s, e, err := h.m.servingOf(ctx, r.Msg.GetId())
 	if e != nil && e.State == Done {
@@ -263,7 +306,11 @@ func (h *PeerHandler) Release(ctx context.Context, r *connect.Request[v1.Release
 	if err != nil {
 		return nil, err
 	}
-	if err := s.decide(ctx, keepThere, ""); err != nil {
+	keep := keepThere
+	if r.Msg.GetLost() != "" {
+		keep = keepUndecided
+	}
+	if err := s.decide(ctx, keep, r.Msg.GetLost()); err != nil {
 		return nil, apiError(err)
 	}
 	return connect.NewResponse(&v1.ReleaseResponse{}), nil

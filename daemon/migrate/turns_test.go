@@ -154,7 +154,8 @@ func TestMigrationsOfAHostBeginInTheirOrder(t *testing.T) {
 					return
 				}
 				count(i, 1)
-				time.Sleep(time.Second) //nolint:forbidigo // the migration
+				// No two end at once.
+				time.Sleep(time.Second + time.Duration(i)*time.Millisecond) //nolint:forbidigo // the migration
 				count(i, -1)
 				o.left()
 				o.left() // may run twice

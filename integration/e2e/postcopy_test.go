@@ -184,6 +184,44 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		}
 	})
 
+	t.Run("the destination loses it", func(t *testing.T) {
+		f.t = t
+		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		id := f.pendingID()
+		await(t, "the source serves", func() bool {
+			return strings.Contains(must(t, "host-1", "tranship", "ps", "-o", "json"), "runs on host-2")
+		})
+		server, holder := pageServer(t, "host-2")
+		must(t, "host-2", "kill", "-KILL", strconv.Itoa(server), strconv.Itoa(holder))
+		release()
+		// Nobody has to know that it waits for an operator.
+		if r, code := wait(); code != 7 || r.Outcome != "in-doubt" || r.Code != "pages-lost" {
+			t.Errorf("exit code %d, outcome %q, code %q: %s", code, r.Outcome, r.Code, r.Reason)
+		}
+		for _, command := range []string{"ps", "migrations"} {
+			if out := must(t, "host-1", "tranship", command, "-o", "json"); !strings.Contains(out, "was lost on host-2") {
+				t.Errorf("tranship %s: %s", command, out)
+			}
+		}
+		if err := hostOf(t, "host-1").KillDaemon(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		f.restart("host-1")
+		must(t, "host-1", "tranship", "migrations", "resolve", id, "--keep", "here")
+		f.awaitNothingPending()
+		await(t, "its remains on host-2 are removed", func() bool {
+			_, err := on(t, "host-2", "tranship", "rm", name)
+			return err == nil
+		})
+		await(t, "one running copy, on host-1", func() bool {
+			at := where(t, name)
+			return len(at) == 1 && at[0].Node == "host-1" && at[0].Status == "running" && at[0].Migration == ""
+		})
+		if s := askMemcheck(t, "client", addr, "verify"); len(s.Errors) != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+
 	t.Run("it can be removed", func(t *testing.T) {
 		f.t = t
 		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)

@@ -6533,6 +6533,7 @@ func (x *FetchResponse) GetDigest() uint64 {
 type ReleaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Lost          string                 `protobuf:"bytes,2,opt,name=lost,proto3" json:"lost,omitempty"` // why the shard was stopped there without every page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6570,6 +6571,13 @@ func (*ReleaseRequest) Descriptor() ([]byte, []int) {
 func (x *ReleaseRequest) GetId() string {
 	if x != nil {
 		return x.Id
+	}
+	return ""
+}
+
+func (x *ReleaseRequest) GetLost() string {
+	if x != nil {
+		return x.Lost
 	}
 	return ""
 }
@@ -7429,6 +7437,7 @@ type CommitResponse struct {
 	Steps         []*Phase               `protobuf:"bytes,3,rep,name=steps,proto3" json:"steps,omitempty"`
 	UnixNs        int64                  `protobuf:"varint,4,opt,name=unix_ns,json=unixNs,proto3" json:"unix_ns,omitempty"`
 	Whole         bool                   `protobuf:"varint,5,opt,name=whole,proto3" json:"whole,omitempty"` // it lacks no page
+	Lost          string                 `protobuf:"bytes,6,opt,name=lost,proto3" json:"lost,omitempty"`    // why it was stopped there without every page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -7496,6 +7505,13 @@ func (x *CommitResponse) GetWhole() bool {
 		return x.Whole
 	}
 	return false
+}
+
+func (x *CommitResponse) GetLost() string {
+	if x != nil {
+		return x.Lost
+	}
+	return ""
 }
 
 type AbortRequest struct {
@@ -9465,9 +9481,10 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\rFetchResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\fR\acontent\x12\x0e\n" +
 	"\x02s2\x18\x02 \x01(\bR\x02s2\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\x04R\x06digest\" \n" +
+	"\x06digest\x18\x03 \x01(\x04R\x06digest\"4\n" +
 	"\x0eReleaseRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x11\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04lost\x18\x02 \x01(\tR\x04lost\"\x11\n" +
 	"\x0fReleaseResponse\"D\n" +
 	"\x0eHistoryRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
@@ -9520,13 +9537,14 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\fSealResponse\x12\x17\n" +
 	"\aunix_ns\x18\x01 \x01(\x03R\x06unixNs\"\x1f\n" +
 	"\rCommitRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xab\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xbf\x01\n" +
 	"\x0eCommitResponse\x12\x18\n" +
 	"\arunning\x18\x01 \x01(\bR\arunning\x12&\n" +
 	"\x0fstarted_unix_ns\x18\x02 \x01(\x03R\rstartedUnixNs\x12(\n" +
 	"\x05steps\x18\x03 \x03(\v2\x12.tranship.v1.PhaseR\x05steps\x12\x17\n" +
 	"\aunix_ns\x18\x04 \x01(\x03R\x06unixNs\x12\x14\n" +
-	"\x05whole\x18\x05 \x01(\bR\x05whole\"6\n" +
+	"\x05whole\x18\x05 \x01(\bR\x05whole\x12\x12\n" +
+	"\x04lost\x18\x06 \x01(\tR\x04lost\"6\n" +
 	"\fAbortRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x0f\n" +
