@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
+	"unicode"
 
 	"connectrpc.com/connect"
 
@@ -219,13 +221,20 @@ func (b *Balancer) book(ctx context.Context, d *v1.BalanceDecision, node string,
 	return &v1.AskedTarget{Node: node, Code: code, Words: words}
 }
 
-// plain drops connect's code from a peer's error: the text is what counts.
+// plain drops connect's code from a peer's error: the text is what counts, as far
+// as it can be shown.
 func plain(err error) string {
 	var ce *connect.Error
-	if errors.As(err, &ce) && connect.IsWireError(err) {
-		return ce.Message()
+	if !errors.As(err, &ce) || !connect.IsWireError(err) {
+		return err.Error()
 	}
-	return err.Error()
+	words := ce.Message()
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) && r != unicode.ReplacementChar {
+			return r
+		}
+		return -1
+	}, words[:min(len(words), 4*maxText)])
 }
 
 // follow moves the shard and takes down how it went.

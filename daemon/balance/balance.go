@@ -19,6 +19,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/tranship/tranship/allocate"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/ebpf/profile"
@@ -158,7 +160,8 @@ type Balancer struct {
 	advisor *allocate.Planner // may move all, and only tells
 	ledger  *allocate.Ledger
 	booked  map[allocate.ShardID]*booking
-	view    allocate.View // of the last round, acting's
+	heard   map[string]*rate.Limiter // by peer
+	view    allocate.View            // of the last round, acting's
 	viewAt  time.Time
 	facts   Facts
 	full    bool          // as of the last round: its shards use all its CPUs
@@ -206,7 +209,7 @@ func New(cfg Config) (*Balancer, error) {
 	facts := cfg.Host.Facts()
 	id := allocate.HostID(facts.Name)
 	b := &Balancer{
-		cfg: cfg, log: cfg.Log, now: cfg.Now, facts: facts, booked: map[allocate.ShardID]*booking{}, shards: map[allocate.ShardID]*known{},
+		cfg: cfg, log: cfg.Log, now: cfg.Now, facts: facts, booked: map[allocate.ShardID]*booking{}, heard: map[string]*rate.Limiter{}, shards: map[allocate.ShardID]*known{},
 		bars: map[allocate.ShardID]bar{}, left: map[allocate.ShardID]time.Time{}, current: map[string]*Decision{},
 		rng: rand.New(rand.NewPCG(cfg.Seed, 5)), most: map[allocate.ShardID]float64{},
 		counts: counts{decisions: map[[3]string]float64{}, vetoes: map[allocate.VetoCode]float64{}},

@@ -17,6 +17,9 @@ const (
 	maxText  = 256
 	maxWords = 64
 	curves   = allocate.Spans * int(allocate.Resources) * 5
+	// mostOfAHost and mostOfAShard are of CPUs, bytes or bytes/s. A host that has
+	// promised room to many of the largest shards is still one that peers believe.
+	mostOfAHost, mostOfAShard = 1e30, 1e15
 )
 
 // checkText refuses what is too long or could move a terminal's cursor.
@@ -32,12 +35,12 @@ func checkText(what, s string) error {
 	return nil
 }
 
-func amountOf(what string, in []float64) (a allocate.Amount, err error) {
+func amountOf(what string, in []float64, most float64) (a allocate.Amount, err error) {
 	if len(in) != len(a) {
 		return a, fmt.Errorf("%s of %d resources, and %d are known here: are both hosts of one version?", what, len(in), len(a))
 	}
 	for r, v := range in {
-		if !good(v) {
+		if !(v >= 0 && v <= most) { // NaN too
 			return a, fmt.Errorf("%s: %v of %v", what, v, allocate.Resource(r))
 		}
 		a[r] = v
@@ -45,13 +48,13 @@ func amountOf(what string, in []float64) (a allocate.Amount, err error) {
 	return a, nil
 }
 
-func demandOf(what string, in []float32) (d allocate.Demand, err error) {
+func demandOf(what string, in []float32, most float32) (d allocate.Demand, err error) {
 	if len(in) != curves {
 		return d, fmt.Errorf("%s of %d numbers, and %d are known here: are both hosts of one version?", what, len(in), curves)
 	}
 	for i := range d {
 		for r := range d[i] {
-			if d[i][r], err = curveOf(in); err != nil {
+			if d[i][r], err = curveOf(in, most); err != nil {
 				return d, fmt.Errorf("%s: the quantiles of %v are %w", what, allocate.Resource(r), err)
 			}
 			in = in[len(d[i][r]):]
@@ -61,10 +64,10 @@ func demandOf(what string, in []float32) (d allocate.Demand, err error) {
 }
 
 // curveOf takes the quantiles that in begins with.
-func curveOf(in []float32) (c allocate.Curve, err error) {
+func curveOf(in []float32, most float32) (c allocate.Curve, err error) {
 	last := float32(0)
 	for q := range c {
-		if v := in[q]; v >= last && v <= 1e30 {
+		if v := in[q]; v >= last && v <= most {
 			c[q], last = v, v
 		} else {
 			return c, fmt.Errorf("%v after %v", v, last)
@@ -106,11 +109,11 @@ func peerOf(name string, images []string, m *v1.RoomResponse) (*allocate.Peer, e
 		errs = append(errs, fmt.Errorf("a cost of %v an hour and a link of %v bytes/s", p.Cost, p.Link))
 	}
 	var err error
-	p.Capacity, err = amountOf("capacity", m.GetCapacity())
+	p.Capacity, err = amountOf("capacity", m.GetCapacity(), mostOfAHost)
 	errs = append(errs, err)
-	p.Usage, err = amountOf("usage", m.GetUsage())
+	p.Usage, err = amountOf("usage", m.GetUsage(), mostOfAHost)
 	errs = append(errs, err)
-	p.Load, err = demandOf("load", m.GetLoad())
+	p.Load, err = demandOf("load", m.GetLoad(), mostOfAHost)
 	errs = append(errs, err)
 	if p.Capacity[allocate.CPU] == 0 || p.Capacity[allocate.Memory] == 0 {
 		errs = append(errs, errors.New("no CPUs or no memory"))
@@ -160,18 +163,18 @@ func requestOf(peer string, m *v1.BookRequest) (allocate.Request, error) {
 		errs = append(errs, checkText("workload", w))
 		s.Avoid = append(s.Avoid, allocate.Workload(w))
 	}
-	if !good(s.Bytes) || !good(s.Dirty) {
+	if !(s.Bytes >= 0 && s.Bytes <= mostOfAShard && s.Dirty >= 0 && s.Dirty <= mostOfAShard) {
 		errs = append(errs, fmt.Errorf("%v bytes of which %v are written a second", s.Bytes, s.Dirty))
 	}
 	var err error
-	s.Usage, err = amountOf("usage", m.GetUsage())
+	s.Usage, err = amountOf("usage", m.GetUsage(), mostOfAShard)
 	errs = append(errs, err)
-	s.Demand, err = demandOf("forecast", m.GetDemand())
+	s.Demand, err = demandOf("forecast", m.GetDemand(), mostOfAShard)
 	errs = append(errs, err)
 	switch peak := m.GetPeak(); len(peak) {
 	case 0: // a version that does not know of peaks
 	case len(s.Peak):
-		if s.Peak, err = curveOf(peak); err != nil {
+		if s.Peak, err = curveOf(peak, mostOfAShard); err != nil {
 			errs = append(errs, fmt.Errorf("forecast of the peak: the quantiles are %w", err))
 		}
 	default:

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/time/rate"
 
 	"github.com/tranship/tranship/allocate"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
@@ -20,6 +21,7 @@ type booking struct {
 	expires  time.Time
 	landed   bool // it runs here
 	landedAt time.Time
+	told     bool // its source has said what the move cost
 }
 
 // Vetoes of the daemon's own, beside allocate's.
@@ -34,14 +36,33 @@ const (
 	// slower than this host thinks may a move be: a source that names hours would
 	// keep room from others.
 	slower = 4
+	// A host asks another some times in a round, and rounds are a second apart at
+	// least. Each answer is work with b.mu held.
+	questionsPerSecond, questionsBurst = 20, 40
 )
+
+// hear says whether a peer's question is one too many. The peers are those that
+// the cluster's CA named, so there are not many.
+func (b *Balancer) hear(peer string) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.heard[peer] == nil {
+		b.heard[peer] = rate.NewLimiter(questionsPerSecond, questionsBurst)
+	}
+	if b.heard[peer].AllowN(b.now(), 1) {
+		return nil
+	}
+	return connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("%s answers no more than %d questions a second of %s", b.facts.Name, questionsPerSecond, peer))
+}
 
 // Room is what this host tells a peer of itself.
 func (b *Balancer) Room(ctx context.Context, peer string, m *v1.RoomRequest) (*v1.RoomResponse, error) {
+	if err := b.hear(peer); err != nil {
+		return nil, err
+	}
 	if n := len(m.GetImages()); n > maxWords {
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%d images, and %d may be named", n, maxWords))
 	}
-
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.viewAt.IsZero() {
@@ -67,6 +88,9 @@ func (b *Balancer) Room(ctx context.Context, peer string, m *v1.RoomRequest) (*v
 // Book keeps room for a shard of peer, or says why not. What cannot be computed
 // with is InvalidArgument.
 func (b *Balancer) Book(peer string, m *v1.BookRequest) (*v1.BookResponse, error) {
+	if err := b.hear(peer); err != nil {
+		return nil, err
+	}
 	req, err := requestOf(peer, m)
 	if err != nil {
 		b.mu.Lock()
@@ -78,6 +102,7 @@ func (b *Balancer) Book(peer string, m *v1.BookRequest) (*v1.BookResponse, error
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := b.now()
+	bound(&req.Shard, &b.view.Host.Capacity)
 	r, veto := b.reserve(now, peer, req)
 	if veto != nil {
 		b.counts.vetoes[veto.Code]++
@@ -88,6 +113,30 @@ func (b *Balancer) Book(peer string, m *v1.BookRequest) (*v1.BookResponse, error
 	b.counts.granted++
 	b.log.Info("balance: room is kept", "peer", peer, "shard", req.Shard.ID, "until", r.Expires)
 	return &v1.BookResponse{HoldsMs: r.Expires.Sub(now).Milliseconds()}, nil
+}
+
+// bound keeps what a source says that a shard will need from being more than twice
+// what this host has: that is as much as can count, and the chance that it does
+// not fit is the same. A larger lie would be lost in no other's rounding and in
+// no plan of this host, which flees from what is expected.
+func bound(s *allocate.Shard, capacity *allocate.Amount) {
+	for r, most := range capacity {
+		if most <= 0 {
+			continue
+		}
+		for i := range s.Demand {
+			atMost(&s.Demand[i][r], 2*most)
+		}
+		if allocate.Resource(r) == allocate.CPU {
+			atMost(&s.Peak, 2*most)
+		}
+	}
+}
+
+func atMost(c *allocate.Curve, most float64) {
+	for q := range c {
+		c[q] = min(c[q], float32(most))
+	}
 }
 
 // reserve asks the ledger. b.mu is held.
@@ -112,10 +161,22 @@ func (b *Balancer) reserve(now time.Time, peer string, req allocate.Request) (al
 	}
 	host := b.view.Host
 	host.Cordoned = facts.Cordoned
-	req.Takes = min(req.Takes, slower*allocate.CostOf(req.Shard.Bytes, req.Shard.Dirty, host.Link).Takes+b.acting.Config().Hold)
-	return b.ledger.Reserve(now, allocate.Own{
+	// Memory that it uses has to fit here; what it says that a move carries does not.
+	bytes := min(req.Shard.Bytes, req.Shard.Usage[allocate.Memory])
+	req.Takes = min(req.Takes, slower*allocate.CostOf(bytes, req.Shard.Dirty, host.Link).Takes+b.acting.Config().Hold)
+	r, veto := b.ledger.Reserve(now, allocate.Own{
 		Host: &host, Shards: b.withArriving(now, b.view.Shards), Leaving: b.acting.Leaving(), Correlation: b.acting.Correlation(),
 	}, req)
+	if veto == nil {
+		return r, nil
+	}
+	// Of an earlier request for the shard the ledger has let go.
+	if x := b.booked[req.Shard.ID]; x != nil && b.facts.Arriving[req.Shard.ID] {
+		x.expires = now // it is on its way all the same
+	} else {
+		delete(b.booked, req.Shard.ID)
+	}
+	return r, veto
 }
 
 // withArriving adds shards whose promise has run out while they were still on
@@ -140,6 +201,9 @@ func (b *Balancer) here(id allocate.ShardID) bool {
 
 // Unbook ends a promise. Only who asked for it may.
 func (b *Balancer) Unbook(peer string, m *v1.UnbookRequest) (*v1.UnbookResponse, error) {
+	if err := b.hear(peer); err != nil {
+		return nil, err
+	}
 	id := shardID(m.GetNamespace(), m.GetName())
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -156,10 +220,16 @@ func (b *Balancer) Unbook(peer string, m *v1.UnbookRequest) (*v1.UnbookResponse,
 		delete(b.booked, id)
 		return &v1.UnbookResponse{}, nil
 	}
+	if x.told {
+		return &v1.UnbookResponse{}, nil
+	}
 	// It is kept until the shard is seen here, or runs out.
-	x.landed, x.landedAt = true, b.now()
+	x.told = true
+	if !x.landed {
+		x.landed, x.landedAt = true, b.now()
+	}
 	if good(c.GetDirtyBytesPerSecond()) && good(c.GetBytes()) {
-		b.costs.adopt(x.landedAt, id, c.GetDirtyBytesPerSecond())
+		b.costs.adopt(b.now(), id, c.GetDirtyBytesPerSecond())
 		if err := b.store.writeCosts(&b.costs); err != nil {
 			b.log.Warn("balance: costs", "err", err)
 		}

@@ -2,6 +2,7 @@ package balance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -476,7 +477,7 @@ func (b *Balancer) images() (out []string) {
 func (b *Balancer) ask(ctx context.Context, name string, images []string) (*allocate.Peer, error) {
 	resp, err := b.cfg.Peers.Room(ctx, name, &v1.RoomRequest{Images: images})
 	if err != nil {
-		return nil, fmt.Errorf("does not say what room it has: %w", err)
+		return nil, errors.New("does not say what room it has: " + plain(err))
 	}
 	p, err := peerOf(name, images, resp)
 	if err != nil {
