@@ -431,18 +431,17 @@ func (b *belonging) install(signed cluster.Signed, key []byte) error {
 	return nil
 }
 
-// dropRevoked ends the connections of hosts that were revoked, and whose name no
-// other has now.
+// dropRevoked ends the connections of hosts that were revoked, by what they showed
+// when they connected: what gossip says of their names is anybody's word.
 func (b *belonging) dropRevoked() {
-	for _, r := range b.member.Revoked() {
-		if !b.revoked(r.Name) {
-			continue
-		}
-		if b.h.pages != nil {
-			b.h.pages.Drop(r.Name)
-		}
-		b.h.peers.Drop(r.Name)
+	b.drop(func(cert *x509.Certificate) bool { return b.member.Refuse(cert) != nil })
+}
+
+func (b *belonging) drop(refused func(*x509.Certificate) bool) {
+	if b.h.pages != nil {
+		b.h.pages.Drop(refused)
 	}
+	b.h.peers.Drop(refused)
 }
 
 // spread tells every other host, and says whom.
@@ -516,7 +515,11 @@ func (b *belonging) renew(ctx context.Context) error {
 // sign has the authority sign a request of this host.
 func (b *belonging) sign(ctx context.Context, request []byte) ([]byte, error) {
 	if b.authority != nil {
-		return b.authority.Renew(b.self.Name, request)
+		cert, err := pki.ReadCert(b.h.cfg.PKI.Cert)
+		if err != nil {
+			return nil, err
+		}
+		return b.authority.Renew(cert, request)
 	}
 	if b.member == nil {
 		return nil, errors.New("nobody is known to have the CA's key: replace it by hand")

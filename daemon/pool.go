@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
@@ -51,7 +52,7 @@ func (p *poolHandler) Renew(ctx context.Context, r *connect.Request[v1.RenewRequ
 	if b.authority == nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, errNoCAKey(b))
 	}
-	cert, err := b.authority.Renew(transfer.PeerFrom(ctx), r.Msg.GetRequest())
+	cert, err := b.authority.Renew(transfer.CertificateFrom(ctx), r.Msg.GetRequest())
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
@@ -66,7 +67,7 @@ func (p *poolHandler) Depart(ctx context.Context, _ *connect.Request[v1.DepartRe
 	if b.authority == nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, errNoCAKey(b))
 	}
-	signed, key, err := b.authority.Remove(peer, cluster.GoneLeft, true)
+	signed, key, err := b.authority.Depart(transfer.CertificateFrom(ctx))
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
@@ -231,7 +232,7 @@ func (c *clusterHandler) Revoke(ctx context.Context, r *connect.Request[v1.Revok
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%s has the CA's key and cannot revoke itself", node))
 	}
 	_, known := b.Address(node)
-	signed, key, err := b.authority.Remove(node, cluster.GoneRevoked, known)
+	signed, key, err := b.authority.Revoke(node, known)
 	if errors.Is(err, cluster.ErrUnknownHost) {
 		return nil, connect.NewError(connect.CodeNotFound, err)
 	}
@@ -299,7 +300,6 @@ func (b *belonging) leave(ctx context.Context) error {
 			b.h.log.Debug("leave", "err", err)
 		}
 	}
-	nodes := b.Nodes()
 	b.mu.Lock()
 	b.left = true
 	b.mu.Unlock()
@@ -307,10 +307,7 @@ func (b *belonging) leave(ctx context.Context) error {
 	if b.live.Load() != nil {
 		err = errors.Join(err, b.live.Load().Close())
 	}
-	for _, node := range nodes {
-		b.h.pages.Drop(node)
-		b.h.peers.Drop(node)
-	}
+	b.drop(func(*x509.Certificate) bool { return true })
 	b.h.log.Info("this host left the cluster")
 	return err
 }

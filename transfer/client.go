@@ -22,7 +22,7 @@ type PeerTransport struct {
 	http      *http3.Transport
 
 	mu    sync.Mutex
-	conns map[string]map[*quic.Conn]struct{} // by node
+	conns map[*quic.Conn]struct{}
 }
 
 // HTTPClient makes a PeerTransport. resolve finds a node's UDP address; it is
@@ -55,7 +55,7 @@ func HTTPClient(tlsFor func(node string) *tls.Config, resolve func(ctx context.C
 			tlsConf.NextProtos = []string{alpnAPI}
 			conn, err := t.transport.Dial(ctx, udp, tlsConf, conf)
 			if err == nil {
-				t.keep(node, conn)
+				t.keep(conn)
 			}
 			return conn, err
 		},

@@ -81,7 +81,7 @@ func listen(socket net.PacketConn, tlsConf *tls.Config, conf *quic.Config, api h
 		// disk with it.
 		Logger: slog.New(slog.DiscardHandler),
 		ConnContext: func(ctx context.Context, conn *quic.Conn) context.Context {
-			return context.WithValue(ctx, peerKey{}, peerName(conn))
+			return context.WithValue(ctx, peerKey{}, peerCertificate(conn))
 		},
 	}
 	return s, nil
@@ -259,17 +259,29 @@ type peerKey struct{}
 
 // PeerFrom returns the node name of the peer that an API request came from, ""
 // for a request that came another way.
-func PeerFrom(ctx context.Context) string {
-	name, _ := ctx.Value(peerKey{}).(string)
-	return name
+func PeerFrom(ctx context.Context) string { return nameIn(CertificateFrom(ctx)) }
+
+// CertificateFrom returns what the peer of an API request showed in the handshake,
+// nil for a request that came another way.
+func CertificateFrom(ctx context.Context) *x509.Certificate {
+	cert, _ := ctx.Value(peerKey{}).(*x509.Certificate)
+	return cert
 }
 
-// peerName is the name that the handshake verified: a certificate of a node has
+func peerName(conn *quic.Conn) string { return nameIn(peerCertificate(conn)) }
+
+func peerCertificate(conn *quic.Conn) *x509.Certificate {
+	if certs := conn.ConnectionState().TLS.PeerCertificates; len(certs) > 0 {
+		return certs[0]
+	}
+	return nil
+}
+
+// nameIn is the name that the handshake verified: a certificate of a node has
 // exactly one (pki refuses the others during the handshake).
-func peerName(conn *quic.Conn) string {
-	certs := conn.ConnectionState().TLS.PeerCertificates
-	if len(certs) == 0 || len(certs[0].DNSNames) != 1 {
+func nameIn(cert *x509.Certificate) string {
+	if cert == nil || len(cert.DNSNames) != 1 {
 		return ""
 	}
-	return certs[0].DNSNames[0]
+	return cert.DNSNames[0]
 }

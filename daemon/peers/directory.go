@@ -6,6 +6,7 @@ package peers
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"maps"
 	"net/http"
@@ -62,14 +63,14 @@ type Directory struct {
 	http      *http.Client
 
 	mu       sync.Mutex
-	sessions map[string]map[*transfer.Session]struct{} // by node
+	sessions map[*transfer.Session]struct{}
 }
 
 var _ migrate.Peers = (*Directory)(nil)
 
 // New makes a directory of the nodes that source knows. Close it.
 func New(source Source, tls func(node string) *tls.Config) (*Directory, error) {
-	d := &Directory{source: source, tls: tls, sessions: map[string]map[*transfer.Session]struct{}{}}
+	d := &Directory{source: source, tls: tls, sessions: map[*transfer.Session]struct{}{}}
 	rt, err := transfer.HTTPClient(tls, func(_ context.Context, node string) (string, error) { return d.address(node) })
 	if err != nil {
 		return nil, err
@@ -81,14 +82,17 @@ func New(source Source, tls func(node string) *tls.Config) (*Directory, error) {
 // Close closes idle connections.
 func (d *Directory) Close() error { return d.transport.Close() }
 
-// Drop ends every connection that this host made to a node.
-func (d *Directory) Drop(node string) {
-	d.transport.Drop(node)
+// Drop ends every connection that this host made to one whose certificate refused
+// says is good no longer.
+func (d *Directory) Drop(refused func(*x509.Certificate) bool) {
+	d.transport.Drop(refused)
 	d.mu.Lock()
-	open := slices.Collect(maps.Keys(d.sessions[node]))
+	open := slices.Collect(maps.Keys(d.sessions))
 	d.mu.Unlock()
 	for _, s := range open {
-		_ = s.Close() // who uses it is told ErrClosed
+		if s.Shows(refused) {
+			_ = s.Close() // who uses it is told ErrClosed
+		}
 	}
 }
 
@@ -148,15 +152,12 @@ func (d *Directory) Dial(ctx context.Context, node, migration string, opt transf
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	// Sessions are few, and end: what has ended goes when the next begins.
-	for other := range d.sessions[node] {
+	for other := range d.sessions {
 		if other.Closed() {
-			delete(d.sessions[node], other)
+			delete(d.sessions, other)
 		}
 	}
-	if d.sessions[node] == nil {
-		d.sessions[node] = map[*transfer.Session]struct{}{}
-	}
-	d.sessions[node][s] = struct{}{}
+	d.sessions[s] = struct{}{}
 	return s, nil
 }
 

@@ -3,6 +3,7 @@ package cluster
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -136,19 +137,27 @@ func put(b *bolt.Bucket, key []byte, v any) error {
 	return b.Put(key, raw)
 }
 
+// statement is the newest; the zero value before the first.
+func (a *Authority) statement(tx *bolt.Tx) (st Statement, err error) {
+	raw := tx.Bucket(bucketState).Get(keyPapers)
+	if raw == nil {
+		return Statement{}, nil
+	}
+	var last papers
+	if err = json.Unmarshal(raw, &last); err == nil {
+		st, err = last.open(a.ca.Cert(), last.Key)
+	}
+	if err != nil {
+		return Statement{}, fmt.Errorf("cluster's register: %w", err)
+	}
+	return st, nil
+}
+
 // state makes the next statement: f changes it, a new gossip key goes with it.
 func (a *Authority) state(tx *bolt.Tx, f func(*Statement) error) error {
-	b := tx.Bucket(bucketState)
-	var last papers
-	st := Statement{}
-	if raw := b.Get(keyPapers); raw != nil {
-		if err := json.Unmarshal(raw, &last); err != nil {
-			return fmt.Errorf("cluster's register: %w", err)
-		}
-		var err error
-		if st, err = last.open(a.ca.Cert(), last.Key); err != nil {
-			return fmt.Errorf("cluster's register: %w", err)
-		}
+	st, err := a.statement(tx)
+	if err != nil {
+		return err
 	}
 	if err := f(&st); err != nil {
 		return err
@@ -171,7 +180,7 @@ func (a *Authority) state(tx *bolt.Tx, f func(*Statement) error) error {
 	if err != nil {
 		return err
 	}
-	return put(b, keyPapers, papers{Signed: Signed{raw, sig}, Key: key})
+	return put(tx.Bucket(bucketState), keyPapers, papers{Signed: Signed{raw, sig}, Key: key})
 }
 
 // Papers are the newest statement and its gossip key.
@@ -229,8 +238,8 @@ func present(tx *bolt.Tx, name string) (*Host, error) {
 	return nil, nil
 }
 
-// enter adds a host to the register.
-func (a *Authority) enter(tx *bolt.Tx, name string) (Host, error) {
+// enter adds a host to the register; with an ID of its own where it has none.
+func (a *Authority) enter(tx *bolt.Tx, name, id string) (Host, error) {
 	if err := pki.CheckName(name); err != nil {
 		return Host{}, err
 	}
@@ -242,8 +251,11 @@ func (a *Authority) enter(tx *bolt.Tx, name string) (Host, error) {
 		return Host{}, fmt.Errorf("%w: a host %s belongs since %s; if it is gone: tranship cluster revoke %s",
 			ErrNameTaken, name, have.Since.UTC().Format(time.RFC3339), name)
 	}
+	if id == "" {
+		id = pki.NewID()
+	}
 	now := a.now()
-	h := Host{Name: name, ID: pki.NewID(), Since: now, NotAfter: now.Add(pki.Lifetime)}
+	h := Host{Name: name, ID: id, Since: now, NotAfter: now.Add(pki.Lifetime)}
 	return h, put(tx.Bucket(bucketHosts), []byte(h.ID), h)
 }
 
@@ -255,10 +267,10 @@ func (a *Authority) Equip(dir, name, authority string, seeds []Seed) error {
 		return err
 	}
 	var h Host
-	if err := a.update(func(tx *bolt.Tx) (err error) { h, err = a.enter(tx, name); return err }); err != nil {
+	if err := a.update(func(tx *bolt.Tx) (err error) { h, err = a.enter(tx, name, ""); return err }); err != nil {
 		return err
 	}
-	cert, err := a.ca.Sign(request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
+	cert, err := a.ca.Sign(a.now(), request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
 	if err != nil {
 		return err
 	}
@@ -364,7 +376,7 @@ func (a *Authority) admit(id []byte, proven func(secret []byte) bool, name strin
 			return fmt.Errorf("%w: a host %s is in the pool", ErrNameTaken, name)
 		}
 		var err error
-		if h, err = a.enter(tx, name); err != nil {
+		if h, err = a.enter(tx, name, ""); err != nil {
 			return err
 		}
 		r.UsedBy, r.Used = name, now
@@ -373,24 +385,46 @@ func (a *Authority) admit(id []byte, proven func(secret []byte) bool, name strin
 	if err != nil {
 		return nil, secret, Host{}, err
 	}
-	certPEM, err = a.ca.Sign(request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
+	certPEM, err = a.ca.Sign(a.now(), request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
 	return certPEM, secret, h, err
+}
+
+// holder is the register's line of the host that shows a certificate; nil when
+// the certificate is older than the register. A connection outlives the
+// certificate's word, so one that was revoked meanwhile is a RevokedError.
+func (a *Authority) holder(tx *bolt.Tx, cert *x509.Certificate) (host pki.Identity, have *Host, err error) {
+	if host, err = pki.IdentityOf(cert); err != nil {
+		return host, nil, err
+	}
+	st, err := a.statement(tx)
+	if err != nil {
+		return host, nil, err
+	}
+	for _, r := range st.Revoked {
+		if r.hits(host, pki.IssuedAt(cert)) {
+			return host, nil, &RevokedError{Host: host, At: r.At}
+		}
+	}
+	if have, err = present(tx, host.Name); err == nil && have != nil && host.ID != "" && have.ID != host.ID {
+		return host, nil, fmt.Errorf("%w: another host %s belongs since %s", ErrNameTaken, host.Name, have.Since.UTC().Format(time.RFC3339))
+	}
+	return host, have, err
 }
 
 // Renew signs a new key for a host that is known by its certificate. One whose
 // certificate is older than the register is entered now.
-func (a *Authority) Renew(name string, request []byte) (certPEM []byte, err error) {
+func (a *Authority) Renew(cert *x509.Certificate, request []byte) (certPEM []byte, err error) {
 	if err := pki.CheckRequest(request); err != nil {
 		return nil, err
 	}
 	var h Host
 	err = a.update(func(tx *bolt.Tx) error {
-		have, err := present(tx, name)
+		host, have, err := a.holder(tx, cert)
 		if err != nil {
 			return err
 		}
 		if have == nil {
-			h, err = a.enter(tx, name)
+			h, err = a.enter(tx, host.Name, host.ID)
 			return err
 		}
 		h = *have
@@ -398,9 +432,9 @@ func (a *Authority) Renew(name string, request []byte) (certPEM []byte, err erro
 		return put(tx.Bucket(bucketHosts), []byte(h.ID), h)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("renewal for %s: %w", name, err)
+		return nil, fmt.Errorf("renewal: %w", err)
 	}
-	return a.ca.Sign(request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
+	return a.ca.Sign(a.now(), request, pki.Identity{Name: h.Name, ID: h.ID}, pki.Lifetime)
 }
 
 // How a host ceased to belong.
@@ -409,10 +443,10 @@ const (
 	GoneLeft    = "left"
 )
 
-// Remove makes a host belong no longer: the next statement says so, and a new
+// Revoke makes a host belong no longer: the next statement says so, and a new
 // gossip key goes with it. known says that the pool has such a host even if the
 // register, made later than its certificate, does not.
-func (a *Authority) Remove(name, how string, known bool) (Signed, []byte, error) {
+func (a *Authority) Revoke(name string, known bool) (Signed, []byte, error) {
 	err := a.update(func(tx *bolt.Tx) error {
 		have, err := present(tx, name)
 		if err != nil {
@@ -421,23 +455,42 @@ func (a *Authority) Remove(name, how string, known bool) (Signed, []byte, error)
 		if have == nil && !known {
 			return fmt.Errorf("%s: %w; tranship nodes lists the pool", name, ErrUnknownHost)
 		}
-		gone := Revoked{Name: name, At: a.now().UTC()}
-		if have != nil {
-			gone.ID = have.ID
-			have.Gone, have.Left = how, gone.At
-			if err := put(tx.Bucket(bucketHosts), []byte(have.ID), have); err != nil {
-				return err
-			}
-		}
-		return a.state(tx, func(st *Statement) error {
-			st.Revoked = append(st.Revoked, gone)
-			return nil
-		})
+		return a.remove(tx, name, have, GoneRevoked)
 	})
 	if err != nil {
 		return Signed{}, nil, fmt.Errorf("revoke: %w", err)
 	}
 	return a.Papers()
+}
+
+// Depart is Revoke by the host itself, which is known by its certificate.
+func (a *Authority) Depart(cert *x509.Certificate) (Signed, []byte, error) {
+	err := a.update(func(tx *bolt.Tx) error {
+		host, have, err := a.holder(tx, cert)
+		if err != nil {
+			return err
+		}
+		return a.remove(tx, host.Name, have, GoneLeft)
+	})
+	if err != nil {
+		return Signed{}, nil, fmt.Errorf("depart: %w", err)
+	}
+	return a.Papers()
+}
+
+func (a *Authority) remove(tx *bolt.Tx, name string, have *Host, how string) error {
+	gone := Revoked{Name: name, At: a.now().UTC()}
+	if have != nil {
+		gone.ID = have.ID
+		have.Gone, have.Left = how, gone.At
+		if err := put(tx.Bucket(bucketHosts), []byte(have.ID), have); err != nil {
+			return err
+		}
+	}
+	return a.state(tx, func(st *Statement) error {
+		st.Revoked = append(st.Revoked, gone)
+		return nil
+	})
 }
 
 // Joined says whether a directory has a host's certificate already.

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -237,15 +238,57 @@ func TestOneTokenLetsOneHostInHoweverManyTryAtOnce(t *testing.T) {
 
 func TestClocksThatAreMinutesApart(t *testing.T) {
 	for _, ahead := range []time.Duration{-7 * time.Minute, 7 * time.Minute} {
-		r := newRig(t)
-		r.setClock(ahead)
-		got, err := Join(t.Context(), r.addr, r.token(t), "host-2", t.TempDir())
-		if err != nil {
-			t.Fatalf("%v ahead: %v", ahead, err)
-		}
-		if (got.Skew + ahead).Abs() > 5*time.Second {
-			t.Errorf("%v ahead: this host is said to be ahead by %v", ahead, got.Skew)
-		}
+		t.Run(ahead.String(), func(t *testing.T) {
+			r := newRig(t)
+			r.setClock(ahead) // all that follows is signed and judged by that clock
+			dir := t.TempDir()
+			got, err := Join(t.Context(), r.addr, r.token(t), "host-2", dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if (got.Skew + ahead).Abs() > 5*time.Second {
+				t.Errorf("this host is said to be ahead by %v", got.Skew)
+			}
+			cert := certificate(t, dir)
+			if at := pki.IssuedAt(cert); (time.Until(at) - ahead).Abs() > 5*time.Second {
+				t.Errorf("signed at %v", at)
+			}
+			late, until, err := r.Token(time.Minute)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.server.Expect(until)
+			r.setClock(ahead + 2*time.Minute)
+			if _, err := Join(t.Context(), r.addr, late.String(), "host-3", t.TempDir()); err == nil || !strings.Contains(err.Error(), ErrTokenExpired.Error()) {
+				t.Errorf("with a token that is over there: %v", err)
+			}
+
+			// Two members whose clocks are right reach each other by such certificates,
+			// and refuse who was revoked since, but not who came after that.
+			m4, server4, client4 := r.host(t, "host-4")
+			_, server5, client5 := r.host(t, "host-5")
+			if s, c := shake(t, server4, client5("host-4")); s != nil || c != nil {
+				t.Errorf("%v, %v", s, c)
+			}
+			signed, key, err := r.Revoke("host-5", false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if newer, err := m4.Install(signed, key); err != nil || !newer {
+				t.Fatal(newer, err)
+			}
+			var gone *RevokedError
+			if s, _ := shake(t, server4, client5("host-4")); !errors.As(s, &gone) {
+				t.Errorf("to the host that was revoked host-4 says %v", s)
+			}
+			if _, c := shake(t, server5, client4("host-5")); !errors.As(c, &gone) {
+				t.Errorf("of the host that was revoked host-4 says %v", c)
+			}
+			_, _, client5 = r.host(t, "host-5")
+			if s, c := shake(t, server4, client5("host-4")); s != nil || c != nil {
+				t.Errorf("its successor: %v, %v", s, c)
+			}
+		})
 	}
 }
 
@@ -491,7 +534,7 @@ func TestARevokedHostIsRefusedAtBothEnds(t *testing.T) {
 		t.Fatalf("before: %v, %v", s, c)
 	}
 	_, _, oldKey := m2.Papers()
-	signed, key, err := r.Remove("host-3", GoneRevoked, false)
+	signed, key, err := r.Revoke("host-3", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -519,7 +562,7 @@ func TestARevokedHostIsRefusedAtBothEnds(t *testing.T) {
 	if names := r.names(t); names != "host-1,host-2,host-3 revoked,host-3" && names != "host-1,host-2,host-3,host-3 revoked" {
 		t.Errorf("register: %s", names)
 	}
-	if _, _, err := r.Remove("host-9", GoneRevoked, false); !errors.Is(err, ErrUnknownHost) {
+	if _, _, err := r.Revoke("host-9", false); !errors.Is(err, ErrUnknownHost) {
 		t.Errorf("revoking nobody: %v", err)
 	}
 }
@@ -551,11 +594,11 @@ func TestOnlyTheCAsNewerWordIsBelieved(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	next, nextKey, err := r.Remove("host-2", GoneLeft, false)
+	next, nextKey, err := r.Revoke("host-2", false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	foreign, foreignKey, err := stranger.Remove("host-1", GoneRevoked, false)
+	foreign, foreignKey, err := stranger.Revoke("host-1", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -598,12 +641,16 @@ func TestARenewalKeepsTheIdentity(t *testing.T) {
 	if err := r.Equip(dir, "host-2", "host-1", nil); err != nil {
 		t.Fatal(err)
 	}
-	before := identity(t, filepath.Join(dir, pki.CertFile))
+	shown := certificate(t, dir)
+	before, err := pki.IdentityOf(shown)
+	if err != nil {
+		t.Fatal(err)
+	}
 	request, _, err := pki.NewRequest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	certPEM, err := r.Renew("host-2", request)
+	certPEM, err := r.Renew(shown, request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -614,7 +661,7 @@ func TestARenewalKeepsTheIdentity(t *testing.T) {
 	if after, err := pki.IdentityOf(cert); err != nil || after != before {
 		t.Errorf("%v became %v (%v)", before, after, err)
 	}
-	if _, err := r.Renew("host-2", []byte("garbage")); err == nil {
+	if _, err := r.Renew(shown, []byte("garbage")); err == nil {
 		t.Error("garbage was signed")
 	}
 	if at := pki.RenewAt(cert); at.Sub(pki.IssuedAt(cert)) > pki.Lifetime*7/10 || at.Before(time.Now().Add(pki.Lifetime/2)) {
@@ -622,17 +669,123 @@ func TestARenewalKeepsTheIdentity(t *testing.T) {
 	}
 }
 
-func identity(t *testing.T, path string) pki.Identity {
+func certificate(t *testing.T, dir string) *x509.Certificate {
 	t.Helper()
-	cert, err := pki.ReadCert(path)
+	cert, err := pki.ReadCert(filepath.Join(dir, pki.CertFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := pki.IdentityOf(cert)
+	return cert
+}
+
+func TestAConnectionThatOutlivesARevocationIsOfNoUse(t *testing.T) {
+	r := newRig(t)
+	m, _, _ := r.host(t, "host-2")
+	old := certificate(t, filepath.Dir(m.path))
+	request, _, err := pki.NewRequest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return id
+	if _, _, err := r.Revoke("host-2", true); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(names string) {
+		t.Helper()
+		signed, _, err := r.Papers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var gone *RevokedError
+		if _, err := r.Renew(old, request); !errors.As(err, &gone) {
+			t.Errorf("it renews its certificate: %v", err)
+		}
+		if _, _, err := r.Depart(old); !errors.As(err, &gone) {
+			t.Errorf("it leaves once more: %v", err)
+		}
+		if again, _, err := r.Papers(); err != nil || string(again.Statement) != string(signed.Statement) {
+			t.Errorf("the statement became %s (%v)", again.Statement, err)
+		}
+		if got := r.names(t); got != names {
+			t.Errorf("register: %s", got)
+		}
+	}
+	refused("host-1,host-2 revoked")
+	// Nor does it speak for the next host of its name.
+	next, _, _ := r.host(t, "host-2")
+	names := r.names(t)
+	refused(names)
+	if _, err := r.Renew(certificate(t, filepath.Dir(next.path)), request); err != nil {
+		t.Errorf("its successor: %v", err)
+	}
+	if _, _, err := r.Depart(certificate(t, filepath.Dir(next.path))); err != nil {
+		t.Errorf("its successor leaves: %v", err)
+	}
+}
+
+func TestACertificateThatIsOlderThanTheRegisterIsRenewedAndMayLeave(t *testing.T) {
+	r := newRig(t)
+	certPEM, _, err := r.ca.Issue("host-2", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := pki.ParseCert(certPEM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := pki.IdentityOf(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, _, err := pki.NewRequest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the first answer may have been lost
+		renewed, err := r.Renew(cert, request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := pki.ParseCert(renewed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := pki.IdentityOf(next); err != nil || got != want {
+			t.Errorf("%v became %v (%v)", want, got, err)
+		}
+	}
+	if _, _, err := r.Depart(cert); err != nil {
+		t.Error(err)
+	}
+	if names := r.names(t); names != "host-1,host-2 left" {
+		t.Errorf("register: %s", names)
+	}
+}
+
+func TestACertificateThatNeverArrivedIsRevokedAndTheHostJoinsAgain(t *testing.T) {
+	r := newRig(t)
+	// The register has it on disk, and the answer is lost on the way.
+	r.server.Seeds = func() []Seed { panic(http.ErrAbortHandler) }
+	token, dir := r.token(t), t.TempDir()
+	if _, err := Join(t.Context(), r.addr, token, "host-2", dir); err == nil {
+		t.Fatal("it joined")
+	}
+	untouched(t, dir)
+	r.server.Seeds = func() []Seed { return nil }
+	_, err := Join(t.Context(), r.addr, token, "host-2", dir)
+	if err == nil || !strings.Contains(err.Error(), ErrTokenUsed.Error()+", by host-2") {
+		t.Errorf("with the same token: %v", err)
+	}
+	_, err = Join(t.Context(), r.addr, r.token(t), "host-2", dir)
+	if err == nil || !strings.Contains(err.Error(), "if it is gone: tranship cluster revoke host-2") {
+		t.Errorf("with another: %v", err)
+	}
+	untouched(t, dir)
+	if _, _, err := r.Revoke("host-2", false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Join(t.Context(), r.addr, r.token(t), "host-2", dir); err != nil {
+		t.Errorf("as it was told: %v", err)
+	}
 }
 
 func TestAnOlderCAGetsARegister(t *testing.T) {

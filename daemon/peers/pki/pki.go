@@ -147,17 +147,17 @@ func (ca *CA) Issue(node string, ttl time.Duration) (certPEM, keyPEM []byte, err
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate of %s: %w", node, err)
 	}
-	certPEM, err = ca.Sign(request, Identity{Name: node, ID: NewID()}, ttl)
+	certPEM, err = ca.Sign(time.Now(), request, Identity{Name: node, ID: NewID()}, ttl)
 	if err != nil {
 		return nil, nil, err
 	}
 	return certPEM, keyPEM, nil
 }
 
-// Sign makes a certificate for the key of a request (DER, PKCS #10), whose
+// Sign makes a certificate at now for the key of a request (DER, PKCS #10), whose
 // holder's signature it checks. Nothing else of the request counts: who the host
 // is, is the caller's word.
-func (ca *CA) Sign(request []byte, host Identity, ttl time.Duration) (certPEM []byte, err error) {
+func (ca *CA) Sign(now time.Time, request []byte, host Identity, ttl time.Duration) (certPEM []byte, err error) {
 	if err := host.check(); err != nil {
 		return nil, err
 	}
@@ -168,7 +168,6 @@ func (ca *CA) Sign(request []byte, host Identity, ttl time.Duration) (certPEM []
 	if err != nil {
 		return nil, fmt.Errorf("certificate of %s: %w", host.Name, err)
 	}
-	now := time.Now()
 	end := now.Add(ttl)
 	if end.After(ca.cert.NotAfter) {
 		end = ca.cert.NotAfter
