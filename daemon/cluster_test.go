@@ -107,7 +107,9 @@ func TestARevocationEndsConnectionsWhateverGossipSays(t *testing.T) {
 	if _, err := liar.Join([]string{"host-1/" + at.String()}); err != nil {
 		t.Fatal(err)
 	}
-	for limit := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for limit := time.Now().Add(20 * time.Second); ; <-tick.C {
 		if _, ok := own.Member("host-3"); ok {
 			break
 		} else if time.Now().After(limit) {

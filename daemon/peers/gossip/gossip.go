@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -52,6 +53,9 @@ const (
 	// keyGrace is how long the last key is still understood: a statement takes
 	// that long to reach everybody at worst.
 	keyGrace = time.Minute
+	// maxMembers bounds what a member that invents names can make of this host's
+	// memory, at a few kilobytes a name; twice what was simulated.
+	maxMembers = 10_000
 )
 
 // Config is what Start needs.
@@ -348,7 +352,11 @@ func (a *gate) NotifyAlive(n *memberlist.Node) error {
 	// Most of what comes was heard before, in a large pool a dozen times.
 	g.mu.Lock()
 	m, known := g.members[n.Name]
+	room := known || g.makeRoom()
 	g.mu.Unlock()
+	if !room {
+		return fmt.Errorf("%s is one more than %d members", n.Name, maxMembers)
+	}
 	if !known || m.meta != string(n.Meta) {
 		if err := pki.CheckName(n.Name); err != nil {
 			return err
@@ -363,6 +371,15 @@ func (a *gate) NotifyAlive(n *memberlist.Node) error {
 		return fmt.Errorf("%s was revoked", n.Name)
 	}
 	return nil
+}
+
+// makeRoom for one more member, if need be by no longer showing the suspected:
+// names that somebody invented do not answer. g.mu is held.
+func (g *Gossip) makeRoom() bool {
+	if len(g.members) >= maxMembers {
+		maps.DeleteFunc(g.members, func(_ string, m Member) bool { return m.State == Suspected })
+	}
+	return len(g.members) < maxMembers
 }
 
 // delegate hands out this host's brief and has nothing else to say.

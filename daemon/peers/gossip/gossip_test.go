@@ -303,6 +303,26 @@ func TestABriefThatIsImpossibleIsRefused(t *testing.T) {
 			t.Errorf("%s: accepted", name)
 		}
 	}
+	raw, err := good.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, meta := range map[string][]byte{
+		"nothing":           nil,
+		"no JSON":           []byte("\x00\x01\x02"),
+		"half of one":       raw[:len(raw)/2],
+		"more than one":     append(bytes.Clone(raw), raw...),
+		"one without end":   append(bytes.Clone(raw), bytes.Repeat([]byte(" "), memberlist.MetaMaxSize)...),
+		"a load of NaN":     bytes.Replace(raw, []byte(`"c":4`), []byte(`"l":NaN`), 1),
+		"an endless load":   bytes.Replace(raw, []byte(`"c":4`), []byte(`"l":1e999`), 1),
+		"an endless cost":   bytes.Replace(raw, []byte(`"c":4`), []byte(`"h":1e999`), 1),
+		"a load in words":   bytes.Replace(raw, []byte(`"c":4`), []byte(`"l":"low"`), 1),
+		"a half of a tenth": bytes.Replace(raw, []byte(`"c":4`), []byte(`"l":0.5`), 1),
+	} {
+		if b, err := decodeBrief(meta); err == nil {
+			t.Errorf("%s: read as %+v", name, b)
+		}
+	}
 	worst := good
 	worst.Zone, worst.Version, worst.CPUs, worst.MemoryMiB, worst.CostPerHour = strings.Repeat("z", 63), strings.Repeat("v", 80), maxCPUs, maxMemoryMiB, 123456.789012345
 	worst.Address, worst.Cordoned, worst.Authority, worst.CPULoad, worst.MemoryLoad = "[2001:db8:1234:5678:9abc:def0:1234:5678]:65535", true, true, 10, 10
@@ -310,6 +330,68 @@ func TestABriefThatIsImpossibleIsRefused(t *testing.T) {
 		t.Errorf("the longest brief: %v", err)
 	} else if len(raw) > 512 {
 		t.Errorf("the longest brief is %d bytes", len(raw))
+	}
+}
+
+func TestWhoSaysToBeAnotherTakesNothingFromIt(t *testing.T) {
+	key := newKey()
+	revoked := pki.Identity{Name: "host-4", ID: briefOf(2).ID}
+	a, seed := member(t, 1, key, func(c *Config) { c.Gone = func(i pki.Identity) bool { return i == revoked } })
+	b, at := member(t, 2, key, nil)
+	if _, err := b.Join([]string{seed}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, "host-2 is known", func() bool { return state(a, "host-2") == Alive })
+	// One of its name, elsewhere; one of its ID, which was revoked under another name.
+	for _, name := range []string{"host-2", "host-4"} {
+		liar, _ := member(t, 3, key, func(c *Config) {
+			c.Name, c.Brief = name, func() Brief { b := briefOf(2); b.Zone = "liar"; return b }
+		})
+		_, _ = liar.Join([]string{seed}) // it is answered before it is judged
+	}
+	c, _ := member(t, 5, key, nil) // when this is known, what came before was heard
+	if _, err := c.Join([]string{seed}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, "host-5 is known", func() bool { return state(a, "host-5") == Alive })
+	m, _ := a.Member("host-2")
+	if want := at[strings.Index(at, "/")+1:]; m.Gossip != want || m.Brief != briefOf(2) || m.State != Alive || len(a.Members()) != 2 {
+		t.Errorf("host-2 is at %s and says %+v, of %d members", m.Gossip, m.Brief, len(a.Members()))
+	}
+}
+
+func TestAMemberThatInventsNamesIsBounded(t *testing.T) {
+	g := &Gossip{cfg: Config{Name: "host-0"}, conf: &memberlist.Config{}, members: map[string]Member{}}
+	hear := func(n int) error {
+		t.Helper()
+		meta, err := briefOf(n).encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		node := &memberlist.Node{Name: "host-" + strconv.Itoa(n), Addr: net.IPv4(127, 0, 0, 1), Port: 1, Meta: meta}
+		if err := (*gate)(g).NotifyAlive(node); err != nil {
+			return err
+		}
+		(*events)(g).NotifyJoin(node)
+		return nil
+	}
+	for n := range maxMembers {
+		if err := hear(n + 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := hear(maxMembers + 1); err == nil || len(g.Members()) != maxMembers {
+		t.Errorf("one more: %v, %d members", err, len(g.Members()))
+	}
+	if err := hear(7); err != nil {
+		t.Errorf("news of one that is known: %v", err)
+	}
+	// None of them answers, and a host that does is not kept out for a day.
+	for n := range maxMembers {
+		(*events)(g).NotifyLeave(&memberlist.Node{Name: "host-" + strconv.Itoa(n+1), Addr: net.IPv4(127, 0, 0, 1), Port: 1})
+	}
+	if err := hear(maxMembers + 2); err != nil || state(g, "host-"+strconv.Itoa(maxMembers+2)) != Alive {
+		t.Errorf("a host that is there: %v", err)
 	}
 }
 
