@@ -61,6 +61,13 @@ func (h *PeerHandler) Clock(context.Context, *connect.Request[v1.ClockRequest]) 
 	return connect.NewResponse(&v1.ClockResponse{UnixNs: time.Now().UnixNano()}), nil
 }
 
+const (
+	// maxShardMemory: sums of what is reserved stay far from where numbers turn negative.
+	maxShardMemory = 1 << 50
+	// maxReceiving from one host, of which two shards leave at a time.
+	maxReceiving = 16
+)
+
 // Reserve checks whether the shard could come here and, unless dry_run, takes
 // its name and memory.
 func (h *PeerHandler) Reserve(ctx context.Context, r *connect.Request[v1.ReserveRequest]) (*connect.Response[v1.ReserveResponse], error) {
@@ -71,6 +78,14 @@ func (h *PeerHandler) Reserve(ctx context.Context, r *connect.Request[v1.Reserve
 	name, namespace := req.GetShard().GetName(), req.GetShard().GetNamespace()
 	if err := errors.Join(runtime.CheckName("namespace", namespace), runtime.CheckName("shard", name), runtime.CheckName("migration", req.GetId())); err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	if n := req.GetMemoryBytes(); n < 0 || n > maxShardMemory {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("a shard of %d bytes", n))
+	}
+	if n := h.m.receivingFrom(peer); n >= maxReceiving && !req.GetDryRun() {
+		return connect.NewResponse(&v1.ReserveResponse{UnixNs: time.Now().UnixNano(), Findings: []*v1.Finding{
+			refuse("busy", "wait until some have ended", "%d migrations from %s are under way on %s", n, peer, h.m.cfg.Node),
+		}}), nil
 	}
 	findings := h.m.checkIncoming(ctx, peer, req)
 	resp := &v1.ReserveResponse{Findings: findings, UnixNs: time.Now().UnixNano()}

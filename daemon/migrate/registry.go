@@ -90,6 +90,18 @@ func (m *Manager) allIncoming() []*incoming {
 	return out
 }
 
+// receivingFrom counts what a host has reserved and not sealed.
+func (m *Manager) receivingFrom(peer string) (n int) {
+	for _, in := range m.allIncoming() {
+		in.mu.Lock()
+		if in.entry.Peer == peer && in.entry.State == Receiving {
+			n++
+		}
+		in.mu.Unlock()
+	}
+	return n
+}
+
 // incomingOf finds a migration for a call of its source. Ended ones are
 // answered from the journal.
 func (m *Manager) incomingOf(ctx context.Context, id string) (*incoming, error) {
