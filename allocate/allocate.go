@@ -92,6 +92,13 @@ func CurveOf(q predict.Quantiles) (c Curve) {
 // Certain is the curve of a load that is known.
 func Certain(v float64) Curve { f := float32(v); return Curve{f, f, f, f, f} }
 
+// AtLeast makes the curve nowhere less than v.
+func (c *Curve) AtLeast(v float64) {
+	for q := range c {
+		c[q] = max(c[q], float32(v))
+	}
+}
+
 func (c *Curve) flat() bool { return c[0] == c[4] }
 
 // valid: finite, not negative, not falling.

@@ -44,6 +44,7 @@ type node struct {
 	index   []int // of view.Shards, in the world
 	err     error
 	told    allocate.Peer
+	full    int       // samples in a row in which the host was overloaded
 	took    []float32 // of rounds, ms
 	used    []float32 // of a processor, ms
 }
@@ -118,6 +119,26 @@ func (p *planned) refresh(n *node, k int) {
 	v.SampledAt = p.sampled
 }
 
+// heed makes the nearest span of a host that was overloaded in two samples no less
+// than what its shards use: forecasts follow a load that jumps.
+func (p *planned) heed(n *node) {
+	used := 0.0
+	for k := range n.view.Shards {
+		used += n.view.Shards[k].Usage[allocate.CPU]
+	}
+	if used <= n.view.Host.Capacity[allocate.CPU]*(1+1e-9) {
+		n.full = 0
+		return
+	}
+	if n.full++; n.full < 2 {
+		return
+	}
+	for k := range n.view.Shards {
+		s := &n.view.Shards[k]
+		s.Demand[0][allocate.CPU].AtLeast(s.Usage[allocate.CPU])
+	}
+}
+
 func (p *planned) remove(i, h int) {
 	n := &p.nodes[h]
 	k := slices.Index(n.index, i)
@@ -170,6 +191,7 @@ func (p *planned) observe(c int) error {
 			for k := range p.nodes[h].index {
 				p.refresh(&p.nodes[h], k)
 			}
+			p.heed(&p.nodes[h])
 		}
 	}
 	return nil

@@ -164,7 +164,7 @@ type Balancer struct {
 	view    allocate.View            // of the last round, acting's
 	viewAt  time.Time
 	facts   Facts
-	full    bool          // as of the last round: its shards use all its CPUs
+	fullAt  time.Time     // since when its shards use all its CPUs; zero: they do not
 	plan    allocate.Plan // acting's, or the advisor's where nothing may be done
 	trouble string
 	shards  map[allocate.ShardID]*known

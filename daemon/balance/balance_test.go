@@ -646,6 +646,31 @@ func TestAHostThatIsFullIsTakenToBeWantedMore(t *testing.T) {
 	}
 }
 
+func TestAHostThatIsFullForAMinuteIsOverloadedWhateverIsForecast(t *testing.T) {
+	p := newPool()
+	a, b := p.add(t, "host-1", On), p.add(t, "host-2", On)
+	for i := range 4 {
+		a.run(fmt.Sprintf("web-%d", i), 0.495, runtime.LabelWorkload, "web")
+	}
+	for _, curves := range a.curves { // as if the jump to it was not believed yet
+		curves[profile.CPU] = predict.Quantiles{P10: 0.2, P50: 0.2, P90: 0.2, P95: 0.2, P99: 0.2}
+	}
+	for range 11 {
+		p.round(t, b, a)
+		a.settle()
+	}
+	if len(a.moved) != 0 {
+		t.Fatalf("within %v: %v", fullFor, a.moved)
+	}
+	for range 4 {
+		p.round(t, b, a)
+		a.settle()
+	}
+	if len(a.moved) != 1 {
+		t.Errorf("moved: %v; %v", a.moved, a.history())
+	}
+}
+
 func TestTheReactivePolicyHeedsTheLastSampleAlone(t *testing.T) {
 	p := newPool()
 	a, b := p.add(t, "host-1", On), p.add(t, "host-2", On)

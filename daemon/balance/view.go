@@ -39,6 +39,10 @@ const (
 	// beyond it nothing is seen, and a host that is full would look as if it was
 	// just enough.
 	heldBack, heldBackMore = 0.05, 1.25
+	// fullFor: a host that was full for so long is, in the nearest span, whatever
+	// forecasts say, which follow a load that jumps with some delay. The simulator
+	// wants two samples in a row, which are a minute or more apart (ADR 12).
+	fullFor = time.Minute
 	// settling: so long after an arrival the source's forecasts, which it was
 	// booked with, are better than what was seen here.
 	settling = 2 * time.Minute
@@ -57,7 +61,12 @@ const (
 // see turns what runs here into what is planned with. b.mu is held.
 func (b *Balancer) see(now time.Time, shards []Shard, modes map[allocate.ShardID]Mode) []allocate.Shard {
 	out := make([]allocate.Shard, 0, len(shards))
-	b.full = b.isFull(shards)
+	switch full := b.isFull(shards); {
+	case !full:
+		b.fullAt = time.Time{}
+	case b.fullAt.IsZero():
+		b.fullAt = now
+	}
 	needed := anchors(shards)
 	for i := range shards {
 		s := &shards[i]
@@ -260,7 +269,11 @@ func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard)
 			}
 		}
 	}
-	if b.full || s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
+	full := !b.fullAt.IsZero()
+	if full && now.Sub(b.fullAt) >= fullFor {
+		k.demand[0][allocate.CPU].AtLeast(a.Usage[allocate.CPU])
+	}
+	if full || s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
 		for i := range k.demand {
 			more(&k.demand[i][allocate.CPU])
 		}
