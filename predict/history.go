@@ -1,6 +1,9 @@
 package predict
 
-import "math"
+import (
+	"math"
+	"slices"
+)
 
 const (
 	day = int64(86400e9)
@@ -184,9 +187,12 @@ func (h *history) outside(v float64) (up, down bool) {
 	if float64(h.cells)*float64(h.step) <= float64(day)/4 || h.cells <= 48 {
 		return false, false
 	}
-	margin := 0.25*(h.hi-h.lo) + 1e-9*math.Abs(h.hi)
+	margin := 0.25*(h.hi-h.lo) + h.rounding()
 	return v > h.hi+margin, v < h.lo-margin
 }
+
+// rounding is what two cells of the same load may differ by.
+func (h *history) rounding() float64 { return 1e-9 * math.Abs(h.hi) }
 
 // opens says whether v would begin a run that may turn out to be a new level.
 // It keeps what that run is going to distort.
@@ -227,7 +233,14 @@ func (h *history) detect(c int64, v float64) bool {
 		h.q50 = h.before.q50 + delta
 		h.volFast, h.volSlow, h.scale = h.before.volFast, h.before.volSlow, h.before.scale
 		h.run, h.runSum = 0, 0
-		h.lo, h.hi = level-(h.hi-h.lo)/2, level+(h.hi-h.lo)/2
+		if width := h.hi - h.lo; width > h.rounding() {
+			h.lo, h.hi = level-width/2, level+width/2
+		} else {
+			// What never changed has no range to take along, and with none every
+			// six cells on one side would be a level again: it has been what it
+			// was and what it now is.
+			h.lo, h.hi = min(h.lo, slices.Min(h.recent[:])), max(h.hi, slices.Max(h.recent[:]))
+		}
 		return true
 	}
 	fade := h.alpha[ladder-1] / 7
