@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tranship/tranship/integration/lab"
 	"github.com/tranship/tranship/internal/testenv"
 )
@@ -366,9 +368,7 @@ func TestUpFindsWhatIsThere(t *testing.T) {
 	sh(t, host(t, again, "host-1"), "grep host-2 /etc/hosts")
 
 	t.Run("and starts a host again whose init was killed", func(t *testing.T) {
-		if err := syscall.Kill(before["init"], syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		kill(t, before["init"])
 		third := upAgain(t, lab.Options{Hosts: 2, NoDaemon: true})
 		if got := pids(t, third, "host-1"); got["init"] == before["init"] || got["containerd"] == 0 {
 			t.Errorf("after the kill: %v, before: %v", got, before)
@@ -377,11 +377,27 @@ func TestUpFindsWhatIsThere(t *testing.T) {
 	})
 	t.Run("and starts everything when all of it was killed", func(t *testing.T) {
 		for _, name := range []string{"host-1", "host-2", "client"} {
-			if err := syscall.Kill(pids(t, again, name)["init"], syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			kill(t, pids(t, again, name)["init"])
 		}
 		sh(t, upAgain(t, lab.Options{Hosts: 2, NoDaemon: true}).Client(), "ping -c1 -W5 host-2")
+	})
+}
+
+// kill ends a process and returns when it is dead. One that is dying still looks
+// alive, and has no namespaces any more.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the killed process is dead", func() bool {
+		n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
+		return n == 1
 	})
 }
 
