@@ -96,8 +96,6 @@ func (in *incoming) endFilling(ctx context.Context) bool {
 		in.endPull()
 		if lost == nil {
 			in.isWhole() // or needs no page any more
-		} else {
-			in.tellEnd(in.entry.Reason)
 		}
 	}
 	return true

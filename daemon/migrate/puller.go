@@ -110,20 +110,15 @@ func (in *incoming) pullAll(ctx context.Context) {
 	}
 }
 
-// isWhole notes that every page has arrived, and tells the source.
+// isWhole notes that every page has arrived, and tells the source for as long as
+// that may help: if it never hears, it asks.
 func (in *incoming) isWhole() {
 	in.pull.whole.Store(true)
-	in.tellEnd("")
-}
-
-// tellEnd tells the source that every page has arrived, or why the shard was lost
-// before, for as long as that may help: if it never hears, it asks.
-func (in *incoming) tellEnd(lost string) {
 	in.pull.told.Do(func() {
 		in.m.work.Go(func() {
 			ctx, cancel := context.WithTimeout(in.m.life, tellFor)
 			defer cancel()
-			for in.release(ctx, lost) != nil {
+			for in.tellWhole(ctx) != nil {
 				select {
 				case <-ctx.Done():
 					return
@@ -134,7 +129,7 @@ func (in *incoming) tellEnd(lost string) {
 	})
 }
 
-func (in *incoming) release(ctx context.Context, lost string) error {
+func (in *incoming) tellWhole(ctx context.Context) error {
 	if err := failpoint.Hit(ctx, "destination.release"); err != nil {
 		return err
 	}
@@ -144,7 +139,7 @@ func (in *incoming) release(ctx context.Context, lost string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, undoTimeout)
 	defer cancel()
-	_, err = peer.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{Id: in.entry.ID, Lost: lost}))
+	_, err = peer.Release(ctx, connect.NewRequest(&v1.ReleaseRequest{Id: in.entry.ID}))
 	switch connect.CodeOf(err) {
 	case connect.CodeNotFound, connect.CodeFailedPrecondition: // it has ended there
 		return nil

@@ -69,8 +69,6 @@ type verdict struct {
 const (
 	keepHere  = "here"
 	keepThere = "there"
-	// keepUndecided: the destination has lost it, and an operator is to say.
-	keepUndecided = ""
 )
 
 // pagesLostError says that the destination has lost a shard whose pages it had
@@ -195,25 +193,22 @@ func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error
 			return "", context.Cause(ctx)
 		case v = <-s.verdicts:
 		case <-tick.C:
-			var known bool
-			if v.keep, v.reason, known = s.ask(ctx); !known {
+			whole, lost := s.ask(ctx)
+			if lost != nil && s.entry.Code != CodePagesLost {
+				if err := m.noteLost(s.entry, lost); err != nil {
+					log.Error("note that the destination has lost a shard", "err", err)
+					continue
+				}
+				return "", lost
+			}
+			if !whole {
 				continue
 			}
+			v.keep = keepThere
 		}
-		switch v.keep {
-		case keepUndecided:
-			err = m.noteLost(s.entry, v.reason)
-			v.done <- nil // to say it again would help nobody
-			if lost := (*pagesLostError)(nil); errors.As(err, &lost) {
-				return "", err
-			}
-			if err != nil {
-				log.Error("note that the destination has lost a shard", "err", err)
-			}
-			continue
-		case keepHere:
+		if v.keep == keepHere {
 			err = m.takeBack(ctx, s.entry, v.reason)
-		default:
+		} else {
 			err = m.discard(ctx, s.entry)
 		}
 		v.done <- err
@@ -225,48 +220,41 @@ func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error
 	}
 }
 
-// noteLost journals that the destination has lost a shard, and is a pagesLostError
-// when that is new.
-func (m *Manager) noteLost(e *Entry, reason string) error {
-	if e.Code == CodePagesLost {
-		return nil
-	}
-	code, before := e.Code, e.Reason
-	e.Code, e.Reason = CodePagesLost, reason
+// noteLost journals that the destination has lost a shard.
+func (m *Manager) noteLost(e *Entry, lost *pagesLostError) error {
+	code, reason := e.Code, e.Reason
+	e.Code, e.Reason = CodePagesLost, lost.reason
 	if err := m.journal.Put(e); err != nil {
-		e.Code, e.Reason = code, before
+		e.Code, e.Reason = code, reason
 		return err
 	}
-	return &pagesLostError{reason}
+	return nil
 }
 
-// ask asks a destination that has been silent whether it has every page, or has
-// lost the shard: its Release may not have come.
-func (s *serving) ask(ctx context.Context) (keep, reason string, known bool) {
+// ask asks a destination that has been silent whether it has every page, as its
+// Release may not have come, or has lost the shard.
+func (s *serving) ask(ctx context.Context) (whole bool, lost *pagesLostError) {
 	s.mu.Lock()
 	quiet := time.Since(s.heard)
 	s.mu.Unlock()
 	if quiet < silence {
-		return "", "", false
+		return false, nil
 	}
 	peer, err := s.m.peers.Client(s.entry.Peer)
 	if err != nil {
-		return "", "", false
+		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, tellTimeout)
 	defer cancel()
 	resp, err := peer.Commit(ctx, connect.NewRequest(&v1.CommitRequest{Id: s.entry.ID}))
 	if err != nil {
 		s.m.log.Warn("the destination, which lacks pages, does not answer", "migration", s.entry.ID, "shard", s.entry.Shard, "peer", s.entry.Peer, "err", peerError(err))
-		return "", "", false
+		return false, nil
 	}
-	switch answer := resp.Msg; {
-	case answer.GetLost() != "":
-		return keepUndecided, answer.GetLost(), true
-	case answer.GetRunning() && answer.GetWhole():
-		return keepThere, "", true
+	if reason := resp.Msg.GetLost(); reason != "" {
+		return false, &pagesLostError{reason}
 	}
-	return "", "", false
+	return resp.Msg.GetRunning() && resp.Msg.GetWhole(), nil
 }
 
 // decide brings a verdict and returns when it has been carried out.
@@ -297,7 +285,7 @@ func (h *PeerHandler) Fetch(ctx context.Context, r *connect.Request[v1.FetchRequ
 	return connect.NewResponse(resp), nil
 }
 
-// Release is the destination's word that it has every page, or has lost the shard.
+// Release is the destination's word that it has every page.
 func (h *PeerHandler) Release(ctx context.Context, r *connect.Request[v1.ReleaseRequest]) (*connect.Response[v1.ReleaseResponse], error) {
 	s, e, err := h.m.servingOf(ctx, r.Msg.GetId())
 	if e != nil && e.State == Done {
@@ -306,11 +294,7 @@ func (h *PeerHandler) Release(ctx context.Context, r *connect.Request[v1.Release
 	if err != nil {
 		return nil, err
 	}
-	keep := keepThere
-	if r.Msg.GetLost() != "" {
-		keep = keepUndecided
-	}
-	if err := s.decide(ctx, keep, r.Msg.GetLost()); err != nil {
+	if err := s.decide(ctx, keepThere, ""); err != nil {
 		return nil, apiError(err)
 	}
 	return connect.NewResponse(&v1.ReleaseResponse{}), nil

@@ -6533,7 +6533,6 @@ func (x *FetchResponse) GetDigest() uint64 {
 type ReleaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Lost          string                 `protobuf:"bytes,2,opt,name=lost,proto3" json:"lost,omitempty"` // why the shard was stopped there without every page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6571,13 +6570,6 @@ func (*ReleaseRequest) Descriptor() ([]byte, []int) {
 func (x *ReleaseRequest) GetId() string {
 	if x != nil {
 		return x.Id
-	}
-	return ""
-}
-
-func (x *ReleaseRequest) GetLost() string {
-	if x != nil {
-		return x.Lost
 	}
 	return ""
 }
@@ -9481,10 +9473,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\rFetchResponse\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\fR\acontent\x12\x0e\n" +
 	"\x02s2\x18\x02 \x01(\bR\x02s2\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\x04R\x06digest\"4\n" +
+	"\x06digest\x18\x03 \x01(\x04R\x06digest\" \n" +
 	"\x0eReleaseRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
-	"\x04lost\x18\x02 \x01(\tR\x04lost\"\x11\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x11\n" +
 	"\x0fReleaseResponse\"D\n" +
 	"\x0eHistoryRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +

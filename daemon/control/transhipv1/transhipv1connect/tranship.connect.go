@@ -1626,8 +1626,7 @@ type PeerClient interface {
 	// Fetch reads pages, in post-copy, that a shard which runs at the caller lacks.
 	// They stay here until Release.
 	Fetch(context.Context, *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error)
-	// Release says that the caller has every page, or has lost the shard. May run
-	// twice.
+	// Release says that the caller has every page. May run twice.
 	Release(context.Context, *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error)
 }
 
@@ -1849,8 +1848,7 @@ type PeerHandler interface {
 	// Fetch reads pages, in post-copy, that a shard which runs at the caller lacks.
 	// They stay here until Release.
 	Fetch(context.Context, *connect.Request[transhipv1.FetchRequest]) (*connect.Response[transhipv1.FetchResponse], error)
-	// Release says that the caller has every page, or has lost the shard. May run
-	// twice.
+	// Release says that the caller has every page. May run twice.
 	Release(context.Context, *connect.Request[transhipv1.ReleaseRequest]) (*connect.Response[transhipv1.ReleaseResponse], error)
 }
 
