@@ -57,14 +57,15 @@ const (
 // from being placed after the process has dropped it: between reading an event
 // and forgetting the page there is no placing.
 type family struct {
-	task   Task
-	store  *pagestore.Store
-	probe  prober
-	count  *counters
-	log    *slog.Logger
-	finish <-chan struct{} // closed when CRIU has finished
-	wakeMu sync.Mutex      // guards wakeFD's closing
-	wakeFD int             // an eventfd, readable when finish or ctx changed
+	task    Task
+	store   *pagestore.Store
+	probe   prober
+	count   *counters
+	log     *slog.Logger
+	running <-chan struct{} // closed when CRIU has finished
+	finish  <-chan struct{} // closed when filling may begin
+	wakeMu  sync.Mutex      // guards wakeFD's closing
+	wakeFD  int             // an eventfd, readable when finish or ctx changed
 	// bufs has maxFill pages for each lane, outside of Go's heap: the kernel is
 	// told their addresses. To map the store instead saves the copy, and costs as
 	// much in page faults.
@@ -80,6 +81,8 @@ type family struct {
 	spaces   []*space
 	children int
 	recent   recentEvents
+	// latest are addresses of the task, of pages that it wrote last.
+	latest []span
 	// live are the pages that the store still holds.
 	live    pageSet
 	touched []int // indexes into live.groups
@@ -118,6 +121,7 @@ func (f *family) load(images string) error {
 	root := f.root(dump)
 	f.spaces = []*space{root}
 	f.isTouch = make([]bool, len(f.live.groups))
+	f.loadLatest()
 	f.pending.Store(int64(root.pending.count))
 	f.wanted.begin(&f.owed, &root.pending)
 	return nil
@@ -177,7 +181,8 @@ func (f *family) loadStore() error {
 //  1. store what was pulled
 //  2. read events and apply them
 //  3. answer faults
-//  4. once CRIU has finished: place a piece, give back what nobody needs
+//  4. once CRIU has finished: place a piece of what was written last; after
+//     Config.FillAfter: of the rest, and give back what nobody needs
 //  5. when nothing is left for a space, and the kernel has no event
 //     outstanding: close its userfaultfd, which makes the rest zero pages
 //  6. wait
@@ -202,6 +207,11 @@ func (f *family) run(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		ahead, err := f.placeLatest()
+		if err != nil {
+			return err
+		}
+		wait = min(wait, ahead)
 		if f.filling {
 			for _, work := range []func() (time.Duration, error){f.fill, f.retire} {
 				w, err := work()

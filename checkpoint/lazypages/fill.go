@@ -69,6 +69,52 @@ func (f *family) fill() (time.Duration, error) {
 	return wait, nil
 }
 
+// loadLatest reads which pages the task wrote last. They are a hint, and without
+// it there are faults.
+func (f *family) loadLatest() {
+	err := f.store.Latest(f.task.PID, func(addr uint64, n checkpoint.Pages) error {
+		f.latest = append(f.latest, span{addr, addr + uint64(n.Bytes())})
+		return nil
+	})
+	if err != nil {
+		f.log.Warn("which pages were written last", "err", err)
+	}
+}
+
+// placeLatest places a piece of what the task wrote last before it was frozen: it is
+// what it touches first, and each fault would wait for this process to have a
+// processor. It returns 0 when it made progress, else how long to wait.
+func (f *family) placeLatest() (time.Duration, error) {
+	select {
+	case <-f.running:
+	default:
+		return forever, nil
+	}
+	if len(f.spaces) == 0 || f.spaces[0].id != 0 || f.spaces[0].fd < 0 {
+		f.latest = nil // the task is gone, or lacks nothing
+	}
+	for len(f.latest) > 0 {
+		if f.mayFill != nil && !f.mayFill() {
+			return fillPause, nil
+		}
+		s, next := f.spaces[0], &f.latest[0]
+		at, image, ok := s.nextHere(next.start, minFill)
+		if !ok || at.start >= next.end {
+			f.latest = f.latest[1:]
+			continue
+		}
+		image.end -= at.end - min(at.end, next.end)
+		p := piece{at: at.start, image: image, buf: f.bufs[0]}
+		f.transfer(s.fd, &p)
+		w, err := f.conclude(s, &p)
+		if w == 0 {
+			next.start = at.start + uint64(p.n.Bytes())
+		}
+		return w, err
+	}
+	return forever, nil
+}
+
 // pieces picks what to fill next, one piece a lane, from the cursor on.
 func (f *family) pieces(s *space) []piece {
 	var out []piece

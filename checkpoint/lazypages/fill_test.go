@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -49,6 +50,8 @@ type rig struct {
 	every int
 	// owed says which pages of a process come after the restore; nil is none.
 	owed func(page uint64) bool
+	// seal: the store says which pages were put last, as a migration's does.
+	seal bool
 }
 
 func newRig(t testing.TB) *rig {
@@ -116,6 +119,11 @@ func (r *rig) put(pid int, spec taskSpec) {
 		from = to
 	}
 	r.owe(checkpoint.PID(pid), spec)
+	if r.seal {
+		if err := r.store.Seal(); err != nil {
+			r.t.Fatal(err)
+		}
+	}
 	whole := span{spec.Base, spec.Base + spec.Pages*page}
 	vmas := []testVMA{{whole, lazyVMA, 1 | 1<<9, 0}}
 	if spec.Wipe > 0 {
@@ -408,6 +416,7 @@ func TestMemoryThatChangesWhileItIsFilledStaysRight(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRig(t)
+			r.seal = true
 			var asked atomic.Int64
 			r.cfg.mayFill = func() bool { return asked.Add(1)%tc.every == 0 }
 			r.cfg.FillAfter = tc.after
@@ -427,5 +436,50 @@ func TestMemoryThatChangesWhileItIsFilledStaysRight(t *testing.T) {
 			st := r.waitDone()
 			t.Logf("%+v", st)
 		})
+	}
+}
+
+func TestWhatWasWrittenLastIsPlacedFirst(t *testing.T) {
+	r := newRig(t)
+	r.seal = true
+	r.cfg.FillAfter = time.Hour
+	var cancel func()
+	r.serving, cancel = context.WithCancel(r.ctx)
+	defer cancel()
+	r.serve()
+	r.connect()
+	spec := newSpec(t, 3000, "hold")
+	spec.Dense = true
+	task := r.restore(spec)
+	want := checkpoint.Pages(0)
+	if err := r.store.Latest(checkpoint.PID(task.pid), func(addr uint64, n checkpoint.Pages) error {
+		if end := addr + uint64(n.Bytes()); end != spec.Base+spec.Pages*page {
+			t.Errorf("%d pages at %#x were not the last", n, addr)
+		}
+		want += n
+		return nil
+	}); err != nil || want == 0 || want >= 3000 {
+		t.Fatalf("%d pages are known to be the last, %v", want, err)
+	}
+	r.finish()
+	for tick := time.Tick(time.Millisecond); ; <-tick {
+		st, err := r.client.Status(r.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Placed == want {
+			if st.State != StateFinished || st.Faults != 0 || st.Remaining != 3000-want {
+				t.Errorf("%+v", st)
+			}
+			break
+		}
+	}
+	task.say("go")
+	task.expect("holding")
+	task.say("verify")
+	task.expect("ok")
+	cancel()
+	if err := r.result(); !errors.Is(err, context.Canceled) {
+		t.Errorf("result: %v", err)
 	}
 }

@@ -29,7 +29,8 @@ type server struct {
 	store    *pagestore.Store
 	probe    prober
 	count    counters
-	finished chan struct{} // closed when CRIU has finished
+	running  chan struct{} // closed when CRIU has finished
+	finished chan struct{} // closed when filling may begin
 	lock     *os.File
 	epoch    int
 	keeper   *keeper // nil without a holder
@@ -119,6 +120,7 @@ func newServer(ctx context.Context, cfg Config) (*server, error) {
 	}
 	return &server{
 		cfg: cfg, store: store, probe: probe, lock: locked,
+		running:  make(chan struct{}),
 		finished: make(chan struct{}),
 		changed:  make(chan struct{}),
 		news:     make(chan struct{}),
@@ -291,7 +293,7 @@ func (s *server) adopt(task Task) (*family, error) {
 // newFamily makes a family without pages.
 func (s *server) newFamily(task Task) (*family, error) {
 	f := &family{
-		task: task, store: s.store, probe: s.probe, count: &s.count, finish: s.finished,
+		task: task, store: s.store, probe: s.probe, count: &s.count, running: s.running, finish: s.finished,
 		log: s.cfg.Log, mayFill: s.cfg.mayFill, spaces: []*space{{name: fmt.Sprintf("pid %d", task.PID), fd: task.UFFD}},
 		wakeFD: -1, stride: minFill,
 	}
@@ -342,6 +344,13 @@ func (s *server) fill(ctx context.Context, finished time.Time) error {
 	if err := failpoint.Hit(ctx, "pages.fill"); err != nil {
 		return err
 	}
+	wake := func() {
+		for _, f := range families {
+			f.wakeUp()
+		}
+	}
+	close(s.running)
+	wake()
 	select {
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -350,9 +359,7 @@ func (s *server) fill(ctx context.Context, finished time.Time) error {
 	}
 	close(s.finished)
 	s.setState(StateFilling, nil)
-	for _, f := range families {
-		f.wakeUp()
-	}
+	wake()
 	return nil
 }
 

@@ -137,6 +137,7 @@ func TestMemoryStaysRightWhateverIsKilled(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRig(t)
+			r.seal = true
 			r.every, r.owed, r.cfg.FillAfter = tc.every, tc.owed, tc.after
 			r.spawn()
 			r.connect()

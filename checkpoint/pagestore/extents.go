@@ -149,8 +149,8 @@ func (x *extentIndex) runs() []pageRun {
 	return out
 }
 
-// Seal writes down which pages the store has, for whoever opens it next. Nothing
-// is put into the store after that.
+// Seal writes down which pages the store has, and which of them came last, for
+// whoever opens it next. Nothing is put into the store after that.
 func (s *Store) Seal() error {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -163,7 +163,7 @@ func (s *Store) Seal() error {
 			return fmt.Errorf("seal the pages of pid %d: %w", pid, full(err))
 		}
 	}
-	return nil
+	return s.sealLatest()
 }
 
 func encodeRuns(runs []pageRun) []byte { return appendList(nil, extentsMagic, runs) }

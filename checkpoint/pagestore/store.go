@@ -69,7 +69,8 @@ var (
 type Store struct {
 	dir string
 	// made: by Create, so that every page in it went through this Store.
-	made bool
+	made   bool
+	latest latest
 
 	mu    sync.RWMutex // guards files
 	files map[checkpoint.PID]*taskFile
@@ -181,7 +182,9 @@ func (s *Store) PutPages(pid checkpoint.PID, addr uint64, data []byte) error {
 		return fmt.Errorf("put %d pages at pid %d %#x: %w", len(data)/checkpoint.PageSize, pid, addr, full(err))
 	}
 	if f.index != nil {
-		f.index.put(addr, checkpoint.Pages(len(data)/checkpoint.PageSize))
+		n := checkpoint.Pages(len(data) / checkpoint.PageSize)
+		f.index.put(addr, n)
+		s.latest.add(pid, addr, n)
 	}
 	return nil
 }
