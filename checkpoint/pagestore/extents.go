@@ -166,13 +166,12 @@ func (s *Store) Seal() error {
 	return s.sealLatest()
 }
 
-func encodeRuns(runs []pageRun) []byte { return appendList(nil, extentsMagic, runs) }
+func encodeRuns(runs []pageRun) []byte { return encodeList(extentsMagic, runs) }
 
-// appendList is magic, the number of runs, each run's distance from the last and
+// encodeList is magic, the number of runs, each run's distance from the last and
 // its length, and the xxh3 of all that.
-func appendList(b []byte, magic string, runs []pageRun) []byte {
-	start := len(b)
-	b = append(b, magic...)
+func encodeList(magic string, runs []pageRun) []byte {
+	b := []byte(magic)
 	b = binary.AppendUvarint(b, uint64(len(runs)))
 	at := uint64(0)
 	for _, r := range runs {
@@ -180,7 +179,7 @@ func appendList(b []byte, magic string, runs []pageRun) []byte {
 		b = binary.AppendUvarint(b, r.to-r.from)
 		at = r.to
 	}
-	return binary.LittleEndian.AppendUint64(b, xxh3.Hash(b[start:]))
+	return binary.LittleEndian.AppendUint64(b, xxh3.Hash(b))
 }
 
 var errExtents = errors.New("not a list of extents")

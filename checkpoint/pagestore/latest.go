@@ -66,7 +66,7 @@ func (l *latest) byProcess() map[checkpoint.PID]*extentIndex {
 
 func (s *Store) sealLatest() error {
 	for pid, x := range s.latest.byProcess() {
-		if err := os.WriteFile(s.latestPath(pid), appendList(nil, latestMagic, x.runs()), 0o600); err != nil {
+		if err := os.WriteFile(s.latestPath(pid), encodeList(latestMagic, x.runs()), 0o600); err != nil {
 			return fmt.Errorf("seal the pages of pid %d: %w", pid, full(err))
 		}
 	}

@@ -48,7 +48,7 @@ func AppendOwed(b []byte, owed map[checkpoint.PID][]checkpoint.Extent) []byte {
 	b = append(b, listMagic...)
 	b = binary.AppendUvarint(b, uint64(len(owed)))
 	for _, pid := range slices.Sorted(maps.Keys(owed)) {
-		list := appendList(nil, owedMagic, runsOf(owed[pid]))
+		list := encodeList(owedMagic, runsOf(owed[pid]))
 		b = binary.AppendUvarint(b, uint64(pid))
 		b = binary.AppendUvarint(b, uint64(len(list)))
 		b = append(b, list...)
@@ -145,7 +145,7 @@ func (s *Store) Owe(owed map[checkpoint.PID][]checkpoint.Extent) error {
 		for _, e := range extents {
 			f.owed.put(e.Addr, e.Pages)
 		}
-		if err := os.WriteFile(path, appendList(nil, owedMagic, f.owed.runs()), 0o600); err != nil {
+		if err := os.WriteFile(path, encodeList(owedMagic, f.owed.runs()), 0o600); err != nil {
 			return fmt.Errorf("owe pages of pid %d: %w", pid, full(err))
 		}
 	}
