@@ -161,6 +161,7 @@ type Balancer struct {
 	ledger  *allocate.Ledger
 	booked  map[allocate.ShardID]*booking
 	heard   map[string]*rate.Limiter // by peer
+	debts   map[string]debt          // by peer
 	view    allocate.View            // of the last round, acting's
 	viewAt  time.Time
 	facts   Facts
@@ -209,7 +210,7 @@ func New(cfg Config) (*Balancer, error) {
 	facts := cfg.Host.Facts()
 	id := allocate.HostID(facts.Name)
 	b := &Balancer{
-		cfg: cfg, log: cfg.Log, now: cfg.Now, facts: facts, booked: map[allocate.ShardID]*booking{}, heard: map[string]*rate.Limiter{}, shards: map[allocate.ShardID]*known{},
+		cfg: cfg, log: cfg.Log, now: cfg.Now, facts: facts, booked: map[allocate.ShardID]*booking{}, heard: map[string]*rate.Limiter{}, debts: map[string]debt{}, shards: map[allocate.ShardID]*known{},
 		bars: map[allocate.ShardID]bar{}, left: map[allocate.ShardID]time.Time{}, current: map[string]*Decision{},
 		rng: rand.New(rand.NewPCG(cfg.Seed, 5)), most: map[allocate.ShardID]float64{},
 		counts: counts{decisions: map[[3]string]float64{}, vetoes: map[allocate.VetoCode]float64{}},

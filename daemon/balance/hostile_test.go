@@ -142,6 +142,93 @@ func TestToldTwiceIsToldOnce(t *testing.T) {
 	}
 }
 
+func TestWhoMovesNothingKeepsRoomForATenthOfTheTime(t *testing.T) {
+	const step, steps = 5 * time.Second, 2 * 720
+	book := func(r *rig, name string) {
+		m := asking(name, 0.1)
+		m.TakesMs = step.Milliseconds() // so that a promise is a whole number of steps
+		r.book("host-2", m)
+	}
+	unbook := func(r *rig, peer, name string, cost *v1.BalanceCost) {
+		if _, err := r.b.Unbook(peer, &v1.UnbookRequest{Namespace: "default", Name: name, Cost: cost}); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	for way, ask := range map[string]func(r *rig, was, is string){
+		"under ever new names": func(r *rig, _, is string) { book(r, is) },
+		"under the same names": func(r *rig, _, is string) { book(r, is[:1]) },
+		"given back for another": func(r *rig, was, is string) {
+			unbook(r, "host-2", was, nil)
+			book(r, is)
+		},
+		"told to have arrived": func(r *rig, was, is string) {
+			unbook(r, "host-2", was, &v1.BalanceCost{Bytes: 1})
+			book(r, is)
+		},
+		"given up by asking for too much": func(r *rig, was, is string) {
+			r.book("host-2", asking(was, 50))
+			book(r, is)
+		},
+	} {
+		t.Run(way, func(t *testing.T) {
+			r := ready(t)
+			kept, refused := time.Duration(0), 0
+			for i := range steps {
+				for _, name := range []string{"a", "b"} {
+					ask(r, fmt.Sprint(name, i-1), fmt.Sprint(name, i))
+				}
+				kept += time.Duration(len(r.plan().GetHeld())) * step
+				if r.book("host-3", asking("c", 0.1)) != "" {
+					refused++
+				} else {
+					unbook(r, "host-3", "c", nil)
+				}
+				r.pool.round(t, r) // a step
+			}
+			// What it may owe, the tenth that is forgiven, and the last promises that it got.
+			if most := idleMost + steps*step/forgiven + 2*(40*time.Second); kept > most {
+				t.Errorf("of %v it kept a place for %v, at most %v", 2*steps*step, kept, most)
+			}
+			if refused > steps/10 {
+				t.Errorf("another host was refused %d of %d times", refused, steps)
+			}
+			if got := r.b.counts.idle; got < kept*9/10 || r.b.counts.vetoes[vetoIdle] == 0 {
+				t.Errorf("of %v the metric knows %v; %v", kept, got, r.b.counts.vetoes)
+			}
+			r.pass(time.Hour)
+			r.pool.round(t, r)
+			if v := r.book("host-2", asking("later", 0.1)); v != "" {
+				t.Errorf("an hour later: %s", v)
+			}
+		})
+	}
+}
+
+func TestWhoMovesShardsOwesNothing(t *testing.T) {
+	r := ready(t)
+	for i := range 100 {
+		name := fmt.Sprint("a-", i)
+		id := allocate.ShardID("default/" + name)
+		if v := r.book("host-2", asking(name, 0.1)); v != "" {
+			t.Fatalf("move %d: %s", i, v)
+		}
+		r.facts.Arriving[id] = true
+		for range 60 { // longer than the promise lasts
+			r.pool.round(t, r)
+		}
+		delete(r.facts.Arriving, id)
+		r.run(name, 0.1)
+		if _, err := r.b.Unbook("host-2", &v1.UnbookRequest{Namespace: "default", Name: name, Cost: &v1.BalanceCost{Bytes: 1}}); err != nil {
+			t.Fatal(err)
+		}
+		r.pool.round(t, r)
+		delete(r.shards, name)
+	}
+	if got := r.b.owed(r.clock(), "host-2"); got > 0 || r.b.counts.expired > 0 {
+		t.Errorf("it owes %v; %v promises ran out", got, r.b.counts.expired)
+	}
+}
+
 func TestAFloodOfQuestionsIsItsSendersAlone(t *testing.T) {
 	r := ready(t)
 	ask := map[string]func(peer string) error{

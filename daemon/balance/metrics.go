@@ -17,6 +17,7 @@ type counts struct {
 	vetoes          map[allocate.VetoCode]float64
 	granted         float64
 	expired         float64
+	idle            time.Duration
 	garbage, faults float64
 }
 
@@ -26,9 +27,10 @@ func (c *counts) decided(d *v1.BalanceDecision) {
 
 // Collector shows what the loop does. Register it with one registry.
 type Collector struct {
-	b                                                    *Balancer
-	rounds, looked, planned, decisions, overload, loss   *prometheus.Desc
-	held, granted, vetoes, expired, garbage, faults, arm *prometheus.Desc
+	b                                                  *Balancer
+	rounds, looked, planned, decisions, overload, loss *prometheus.Desc
+	held, granted, vetoes, expired, idle               *prometheus.Desc
+	garbage, faults, arm                               *prometheus.Desc
 }
 
 var _ prometheus.Collector = (*Collector)(nil)
@@ -50,6 +52,7 @@ func (b *Balancer) NewCollector() *Collector {
 		granted:   desc("reservations_granted_total", "Reservations that this host granted."),
 		vetoes:    desc("vetoes_total", "Reservations that this host refused.", "code"),
 		expired:   desc("reservations_expired_total", "Reservations that ran out without a shard."),
+		idle:      desc("reservations_idle_seconds_total", "Time for which room was kept for shards that were not on their way."),
 		garbage:   desc("refused_requests_total", "Requests for room that could not be computed with."),
 		faults:    desc("peer_faults_total", "Answers of peers that could not be used, or did not come."),
 		arm:       desc("autopilot", "1 for the mode of shards that do not say it themselves.", "mode"),
@@ -58,7 +61,7 @@ func (b *Balancer) NewCollector() *Collector {
 
 // Describe sends the descriptions.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.rounds, c.looked, c.planned, c.decisions, c.overload, c.loss, c.held, c.granted, c.vetoes, c.expired, c.garbage, c.faults, c.arm} {
+	for _, d := range []*prometheus.Desc{c.rounds, c.looked, c.planned, c.decisions, c.overload, c.loss, c.held, c.granted, c.vetoes, c.expired, c.idle, c.garbage, c.faults, c.arm} {
 		ch <- d
 	}
 }
@@ -91,6 +94,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		counter(c.vetoes, v, string(code))
 	}
 	counter(c.expired, n.expired)
+	counter(c.idle, n.idle.Seconds())
 	counter(c.garbage, n.garbage)
 	counter(c.faults, n.faults)
 	gauge(c.arm, 1, string(b.cfg.Autopilot))

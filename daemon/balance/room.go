@@ -21,13 +21,23 @@ type booking struct {
 	expires  time.Time
 	landed   bool // it runs here
 	landedAt time.Time
-	told     bool // its source has said what the move cost
+	told     bool      // its source has said what the move cost
+	seen     bool      // it has run here, whatever its source says
+	charged  time.Time // until when its source's debt counts it
+}
+
+// debt of a peer is for how long room was kept for shards of it that were not on
+// their way.
+type debt struct {
+	kept time.Duration
+	at   time.Time
 }
 
 // Vetoes of the daemon's own, beside allocate's.
 const (
 	vetoNotReady allocate.VetoCode = "not-ready" // nothing has been planned here yet, or lately
 	vetoTaken    allocate.VetoCode = "taken"     // a shard of this name is here, or promised a place to another host
+	vetoIdle     allocate.VetoCode = "idle"      // room that was kept for the peer lately was not used
 )
 
 const (
@@ -39,7 +49,39 @@ const (
 	// A host asks another some times in a round, and rounds are a second apart at
 	// least. Each answer is work with b.mu held.
 	questionsPerSecond, questionsBurst = 20, 40
+	// idleMost, a few promises that ran out, is the debt from which on a peer is
+	// refused; of the time that passes the forgiven-th part is taken off it. A host
+	// whose moves fail pauses for so long that it stays below (allocate).
+	idleMost, forgiven = 2 * time.Minute, 10
 )
+
+// owed is a peer's debt. b.mu is held.
+func (b *Balancer) owed(now time.Time, peer string) time.Duration {
+	d := b.debts[peer]
+	return max(0, d.kept-now.Sub(d.at)/forgiven)
+}
+
+// charge adds to the debt of who asked for x the time since it was last looked at.
+// b.mu is held.
+func (b *Balancer) charge(now time.Time, id allocate.ShardID, x *booking) {
+	until := x.ends()
+	if now.Before(until) {
+		until = now
+	}
+	if idle := until.Sub(x.charged); idle > 0 && !x.seen && !b.facts.Arriving[id] {
+		b.debts[x.from] = debt{b.owed(now, x.from) + idle, now}
+		b.counts.idle += idle
+	}
+	x.charged = now
+}
+
+// ends is until when x counts, unless its shard is on its way.
+func (x *booking) ends() time.Time {
+	if x.landed {
+		return x.landedAt.Add(settling)
+	}
+	return x.expires
+}
 
 // hear says whether a peer's question is one too many. The peers are those that
 // the cluster's CA named, so there are not many.
@@ -109,7 +151,10 @@ func (b *Balancer) Book(peer string, m *v1.BookRequest) (*v1.BookResponse, error
 		b.log.Info("balance: no room", "peer", peer, "shard", req.Shard.ID, "err", veto)
 		return &v1.BookResponse{Veto: string(veto.Code), Words: vetoWords(veto)}, nil
 	}
-	b.booked[req.Shard.ID] = &booking{shard: req.Shard, from: peer, reason: req.Reason, expires: r.Expires}
+	if x := b.booked[req.Shard.ID]; x != nil {
+		b.charge(now, req.Shard.ID, x)
+	}
+	b.booked[req.Shard.ID] = &booking{shard: req.Shard, from: peer, reason: req.Reason, expires: r.Expires, charged: now}
 	b.counts.granted++
 	b.log.Info("balance: room is kept", "peer", peer, "shard", req.Shard.ID, "until", r.Expires)
 	return &v1.BookResponse{HoldsMs: r.Expires.Sub(now).Milliseconds()}, nil
@@ -150,6 +195,8 @@ func (b *Balancer) reserve(now time.Time, peer string, req allocate.Request) (al
 		return no(vetoNotReady)
 	case facts.Draining:
 		return no(allocate.VetoLeaving)
+	case b.owed(now, peer) > idleMost:
+		return no(vetoIdle)
 	}
 	if other := b.booked[req.Shard.ID]; other != nil && other.from != peer {
 		return no(vetoTaken)
@@ -171,9 +218,11 @@ func (b *Balancer) reserve(now time.Time, peer string, req allocate.Request) (al
 		return r, nil
 	}
 	// Of an earlier request for the shard the ledger has let go.
-	if x := b.booked[req.Shard.ID]; x != nil && b.facts.Arriving[req.Shard.ID] {
+	switch x := b.booked[req.Shard.ID]; {
+	case x != nil && b.facts.Arriving[req.Shard.ID]:
 		x.expires = now // it is on its way all the same
-	} else {
+	case x != nil:
+		b.charge(now, req.Shard.ID, x)
 		delete(b.booked, req.Shard.ID)
 	}
 	return r, veto
@@ -216,6 +265,7 @@ func (b *Balancer) Unbook(peer string, m *v1.UnbookRequest) (*v1.UnbookResponse,
 	}
 	c := m.GetCost()
 	if c == nil {
+		b.charge(b.now(), id, x)
 		b.ledger.Release(id)
 		delete(b.booked, id)
 		return &v1.UnbookResponse{}, nil
@@ -249,10 +299,12 @@ func (b *Balancer) tend(now time.Time, shards []allocate.Shard) {
 			if !x.landed {
 				x.landed, x.landedAt = true, now // the source's word was lost
 			}
+			x.seen = true
 			b.ledger.Release(id)
 		}
-		if over := x.landed && now.Sub(x.landedAt) > settling; over || !x.landed && !x.expires.After(now) && !b.facts.Arriving[id] {
-			if !over {
+		b.charge(now, id, x)
+		if !x.ends().After(now) && (x.landed || !b.facts.Arriving[id]) {
+			if !x.seen {
 				b.counts.expired++
 			}
 			b.ledger.Release(id)
@@ -267,6 +319,8 @@ func vetoWords(v *allocate.Veto) string {
 		return fmt.Sprintf("%s refuses: it has not looked at its own shards lately", v.Host)
 	case vetoTaken:
 		return fmt.Sprintf("%s refuses: a shard of this name is there, or was promised a place for another host", v.Host)
+	case vetoIdle:
+		return fmt.Sprintf("%s refuses: it kept room lately for shards of the same host, and they did not come", v.Host)
 	case allocate.VetoUsage:
 		return fmt.Sprintf("%s refuses: what its shards use now leaves too little, %.3g are missing", v.Host, v.Value)
 	case allocate.VetoMemory:
