@@ -206,7 +206,7 @@ const (
 	Yield       Reason = "yield"       // it makes room for higher priorities in place
 
 	NotSustained Reason = "not-sustained" // loss in too few of the last rounds
-	NotWorth     Reason = "not-worth"     // no move saves more than its cost
+	NotWorth     Reason = "not-worth"     // no move saves more than its cost and what it adds elsewhere
 	NoTarget     Reason = "no-target"     // no sampled peer may take it
 	InFlight     Reason = "in-flight"     // as many moves as allowed are under way
 	Vetoed       Reason = "vetoed"        // the targets refused

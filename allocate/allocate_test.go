@@ -280,6 +280,35 @@ func TestAFarOverloadIsRelievedMoveByMove(t *testing.T) {
 	}
 }
 
+func TestARiskThatOnlyMovesIsNotWorthAMove(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		load  float64 // of all peers, of 16
+		moves int
+		not   Reason
+	}{
+		{"peers with room", 1, 1, ""},
+		{"peers that it would put into the same danger", 12, 0, NotWorth},
+		{"peers that it would put into more than they accept", 13, 0, NoTarget},
+	} {
+		p := planner(t, Config{SustainK: 1, SustainN: 1})
+		peers := quiet(20)
+		for i := range peers.busy {
+			peers.busy[i].Load, peers.busy[i].Usage[CPU] = known(c.load, 1e9), 1
+		}
+		v := &View{Host: testHost("self", 16), Peers: peers}
+		v.Shards = []Shard{shard("a", 5, spread(2, 3, 4, 6, 8)), shard("b", 5, known(12, 1e9))}
+		v.Shards[1].Pinned = "by its owner"
+		plan := round(t, p, t0, v)
+		if p := plan.Overload[0]; p <= 0 || p >= 0.2 {
+			t.Fatalf("%s: a chance of %v", c.name, p)
+		}
+		if len(plan.Moves) != c.moves || c.moves == 0 && !slices.ContainsFunc(plan.Not, func(d Decision) bool { return d.Reason == c.not }) {
+			t.Errorf("%s: %+v", c.name, plan)
+		}
+	}
+}
+
 func TestWeakSignalsWait(t *testing.T) {
 	p := planner(t, Config{})
 	v := &View{Host: testHost("self", 8), Peers: quiet(20)}

@@ -260,17 +260,22 @@ func (j *joint) strainWith(s *Shard, sign float32, capacity *Amount) (out strain
 				}
 			}
 		}
-		n, sum := 0, float32(0)
-		for _, e := range excess {
-			if e > 0 {
-				n++
-				sum += e
-			}
-		}
-		out.chance[i] = float64(n) / scenarios
-		out.loss[i] = (float64(n) + excessLoss*float64(sum)) / scenarios
+		out.count(i, &excess)
 	}
 	return out
+}
+
+// count makes the i-th span of the excess in each scenario.
+func (s *strain) count(i int, excess *[scenarios]float32) {
+	n, sum := 0, float32(0)
+	for _, e := range excess {
+		if e > 0 {
+			n++
+			sum += e
+		}
+	}
+	s.chance[i] = float64(n) / scenarios
+	s.loss[i] = (float64(n) + excessLoss*float64(sum)) / scenarios
 }
 
 // top is the largest load of a resource in any scenario.

@@ -226,39 +226,39 @@ func (r *turn) grow() {
 // the lowest priority that has one, until nothing is left to save.
 func (r *turn) relieve() {
 	p := r.p
-	var first *Shard
+	var s *Shard
+	var benefit float64
+	var cost MoveCost
 	if r.plan.Loss > 0 {
-		first, _, _ = r.best()
+		s, benefit, cost = r.best()
 	}
-	p.signal.push(first != nil)
+	p.signal.push(s != nil)
 	switch {
 	case r.plan.Loss == 0:
 		return
-	case first == nil:
+	case s == nil:
 		r.not("", NotWorth)
 		return
 	case r.chance[0] < p.cfg.Urgent && !p.signal.sustained(p.cfg.SustainK, p.cfg.SustainN):
-		r.not(first.ID, NotSustained)
+		r.not(s.ID, NotSustained)
 		return
 	}
 	r.sample()
 	// Twice as many looks as moves allowed bound a round's work.
-	for look := 0; look < 2*p.cfg.OutMax; look++ {
+	for look := 0; s != nil && look < 2*p.cfg.OutMax; look++ {
 		if len(p.out)+len(r.plan.Moves) >= p.cfg.OutMax {
 			r.not("", InFlight)
 			return
 		}
-		s, benefit, cost := r.best()
-		if s == nil {
-			break
-		}
 		r.leave(s.ID)
-		p.cands = p.targets(r.now, r.v, s, Overload, p.cands)
-		if len(p.cands) == 0 {
+		if p.cands = p.targets(r.now, r.v, s, Overload, p.cands); len(p.cands) == 0 {
 			r.not(s.ID, NoTarget)
-			continue
+		} else if p.cands = r.gain(s, benefit-p.cfg.Margin*p.cfg.price(cost, s.Priority), p.cands); len(p.cands) == 0 {
+			r.not(s.ID, NotWorth)
+		} else {
+			r.move(s, Overload, benefit, cost)
 		}
-		r.move(s, Overload, benefit, cost)
+		s, benefit, cost = r.best()
 	}
 	if len(r.plan.Moves) == 0 && r.chance[0] >= p.cfg.Urgent {
 		r.yield()

@@ -98,6 +98,39 @@ func (p *Peer) after(s *Shard, rho float64) (chance [Spans]float64, load Demand)
 	return chance, load
 }
 
+// strain of the peer under a load of which no more than its curves is known.
+func (p *Peer) strain(load *Demand) (out strain) {
+	var at [scenarios]float32
+	for i := range load {
+		var excess [scenarios]float32 // of the worst resource, in capacities
+		for r, c := range p.Capacity {
+			if c <= 0 {
+				continue
+			}
+			room := float32(c * (1 + 1e-5))
+			load[i][r].table(&at)
+			for k, v := range at {
+				excess[k] = max(excess[k], (v-room)/room)
+			}
+		}
+		out.count(i, &excess)
+	}
+	return out
+}
+
+// gain are those of the targets at which s adds less loss than it saves here
+// beyond its cost: a risk that only moves is not worth a move. A second of
+// overload there counts as here.
+func (r *turn) gain(s *Shard, net float64, targets []Candidate) []Candidate {
+	p, w := r.p, r.weights[s.Priority]
+	return slices.DeleteFunc(targets, func(c Candidate) bool {
+		i := slices.IndexFunc(p.peers, func(peer *Peer) bool { return peer.ID == c.Host })
+		peer := p.peers[i]
+		_, load := peer.after(s, p.Correlation())
+		return p.cfg.loss(peer.strain(&load).loss, w)-p.cfg.loss(peer.strain(&peer.Load).loss, w) >= net
+	})
+}
+
 // fill is the fullest resource's usual share, in the middle of the horizon.
 func (p *Peer) fill() float64 {
 	f := 0.0

@@ -65,7 +65,7 @@ func (b *Balancer) carry(ctx context.Context, t turn) {
 }
 
 func (b *Balancer) stay(t *turn, p *allocate.Plan, planner *allocate.Planner, n allocate.Decision) {
-	if n.Reason == allocate.NoTarget {
+	if n.Reason == allocate.NoTarget || n.Reason == allocate.NotWorth && n.Shard != "" {
 		b.mu.Lock()
 		b.peers.again = true
 		b.mu.Unlock()

@@ -200,6 +200,9 @@ func (b *Balancer) stayWords(t *turn, p *allocate.Plan, planner *allocate.Planne
 	case allocate.NotSustained:
 		return fmt.Sprintf("%s; moving %s would be worth it, but not yet: %d of the last %d rounds must say so", over, shown(n.Shard), cfg.SustainK, cfg.SustainN)
 	case allocate.NotWorth:
+		if n.Shard != "" {
+			return fmt.Sprintf("%s, but where %s may go it would add as much overload as it saves here", over, shown(n.Shard))
+		}
 		words := fmt.Sprintf("%s, but no move saves %.0f times what it costs", over, cfg.Margin)
 		if held := b.heldBack(t); held != "" {
 			words += "; " + held
