@@ -20,6 +20,10 @@ type Outlook struct {
 	Peak  Curve // the most of it at any time of the horizon
 }
 
+// SeenFor: a host that was overloaded for so long is so in the nearest span, whatever
+// is forecast: forecasts follow a load that jumps with some delay.
+const SeenFor = time.Minute
+
 // Foresee asks for what a plan is made with. Production and the simulator plan
 // with what it answers.
 func Foresee(f Forecasts) (o Outlook, err error) {

@@ -44,9 +44,9 @@ type node struct {
 	index   []int // of view.Shards, in the world
 	err     error
 	told    allocate.Peer
-	full    int       // samples in a row in which the host was overloaded
-	took    []float32 // of rounds, ms
-	used    []float32 // of a processor, ms
+	full    time.Duration // for which the samples say that the host was overloaded
+	took    []float32     // of rounds, ms
+	used    []float32     // of a processor, ms
 }
 
 func newPlanned(w *world, oracle bool, o Options) (*planned, error) {
@@ -119,8 +119,8 @@ func (p *planned) refresh(n *node, k int) {
 	v.SampledAt = p.sampled
 }
 
-// heed makes the nearest span of a host that was overloaded in two samples no less
-// than what its shards use: forecasts follow a load that jumps.
+// heed makes the nearest span of a host that was overloaded for allocate.SeenFor no
+// less than what its shards use.
 func (p *planned) heed(n *node) {
 	used := 0.0
 	for k := range n.view.Shards {
@@ -130,7 +130,7 @@ func (p *planned) heed(n *node) {
 		n.full = 0
 		return
 	}
-	if n.full++; n.full < 2 {
+	if n.full += time.Duration(p.w.sc.Step); n.full < allocate.SeenFor {
 		return
 	}
 	for k := range n.view.Shards {

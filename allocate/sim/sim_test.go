@@ -75,6 +75,10 @@ func TestGoldens(t *testing.T) {
 			if x := r[Tranship]; x.Moves == 0 || x.OverloadHostMinutes > 0.5*r[None].OverloadHostMinutes {
 				t.Errorf("%d moves, %v of %v overloaded minutes", x.Moves, x.OverloadHostMinutes, r[None].OverloadHostMinutes)
 			}
+			// What nobody foresees is seen as soon as by a threshold.
+			if got, most := r[Tranship].OverloadHostMinutes, 1.2*r[Reactive].OverloadHostMinutes; got > most {
+				t.Errorf("%v overloaded minutes, more than %v", got, most)
+			}
 		}},
 		{"failure", func(t *testing.T, r map[string]Report) {
 			for name, x := range r {

@@ -660,7 +660,7 @@ func TestAHostThatIsFullForAMinuteIsOverloadedWhateverIsForecast(t *testing.T) {
 		a.settle()
 	}
 	if len(a.moved) != 0 {
-		t.Fatalf("within %v: %v", fullFor, a.moved)
+		t.Fatalf("within %v: %v", allocate.SeenFor, a.moved)
 	}
 	for range 4 {
 		p.round(t, b, a)

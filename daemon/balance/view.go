@@ -39,10 +39,6 @@ const (
 	// beyond it nothing is seen, and a host that is full would look as if it was
 	// just enough.
 	heldBack, heldBackMore = 0.05, 1.25
-	// fullFor: a host that was full for so long is, in the nearest span, whatever
-	// forecasts say, which follow a load that jumps with some delay. The simulator
-	// wants two samples in a row, which are a minute or more apart (ADR 12).
-	fullFor = time.Minute
 	// settling: so long after an arrival the source's forecasts, which it was
 	// booked with, are better than what was seen here.
 	settling = 2 * time.Minute
@@ -270,7 +266,7 @@ func (b *Balancer) foresee(now time.Time, s *Shard, k *known, a *allocate.Shard)
 		}
 	}
 	full := !b.fullAt.IsZero()
-	if full && now.Sub(b.fullAt) >= fullFor {
+	if full && now.Sub(b.fullAt) >= allocate.SeenFor {
 		k.demand[0][allocate.CPU].AtLeast(a.Usage[allocate.CPU])
 	}
 	if full || s.Rates[profile.Throttled.String()] > heldBack && s.CPULimit > 0 {
