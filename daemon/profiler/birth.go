@@ -40,6 +40,9 @@ func (p *Profiler) observeBirths() error {
 	if err != nil {
 		return fmt.Errorf("cgroups that were made: %w", err)
 	}
+	if len(all) == 0 {
+		return nil // as in most rounds
+	}
 	for _, b := range all {
 		if err := p.countBirth(b.Slot); err != nil {
 			return err

@@ -43,7 +43,10 @@ func (p *Probe) Births() ([]Birth, error) {
 		return nil, nil
 	}
 	out, err := p.born()
-	return out, errors.Join(err, p.refill())
+	if err != nil {
+		return out, err
+	}
+	return out, p.refill(len(p.spare) - len(out))
 }
 
 // born reads the provisional ones out of what was given to the kernel.
@@ -62,14 +65,19 @@ func (p *Probe) born() ([]Birth, error) {
 	return out, nil
 }
 
+// birth reads the provisional slot at. Its first word says whether it is one,
+// which of all spare ones is asked every second.
 func (p *Probe) birth(at int) (Birth, bool, error) {
-	raw := make([]byte, birthSize)
-	if _, err := p.births.ReadAt(raw, int64(at)*birthSize); err != nil {
+	b := &p.readBirth
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(b)), birthSize)
+	if _, err := p.births.ReadAt(raw[:unsafe.Sizeof(b.BornNs)], int64(at)*birthSize); err != nil {
 		return Birth{}, false, fmt.Errorf("birth in slot %d: %w", at, err)
 	}
-	b := (*birthsBirth)(unsafe.Pointer(&raw[0]))
 	if b.BornNs == 0 {
 		return Birth{}, false, nil
+	}
+	if _, err := p.births.ReadAt(raw, int64(at)*birthSize); err != nil {
+		return Birth{}, false, fmt.Errorf("birth in slot %d: %w", at, err)
 	}
 	path := make([]byte, min(int(b.Length), len(b.Path)))
 	for i := range path {
@@ -81,17 +89,9 @@ func (p *Probe) birth(at int) (Birth, bool, error) {
 	}, true, nil
 }
 
-// refill gives the kernel slots until it has spareSlots. Half of what is free
-// stays for shards that come another way.
-func (p *Probe) refill() error {
-	waiting := 0
-	for at := range p.spare {
-		if _, ok, err := p.birth(at); err != nil {
-			return err
-		} else if !ok {
-			waiting++
-		}
-	}
+// refill gives the kernel slots until it has spareSlots, of which so many wait
+// there. Half of what is free stays for shards that come another way.
+func (p *Probe) refill(waiting int) error {
 	for ; waiting < spareSlots && len(p.free) > spareSlots; waiting++ {
 		at := p.free[0]
 		if err := p.clear(int(at)); err != nil {

@@ -305,7 +305,11 @@ func (p *Probe) adopt() error {
 		}
 	}
 	if p.failed[PartBirths] == nil {
-		if err := p.refill(); err != nil {
+		all, err := p.born()
+		if err != nil {
+			return err
+		}
+		if err := p.refill(len(p.spare) - len(all)); err != nil {
 			return err
 		}
 	}

@@ -109,8 +109,9 @@ type Probe struct {
 	tcp    *ebpf.Memory
 	state  *ebpf.Memory
 	births *ebpf.Memory
-	// What Refresh and Read copy to and from maps.
+	// What is copied to and from maps.
 	nothing, counts, conns []byte
+	readBirth              birthsBirth
 	// generation of the programs' memory of which cgroup is whose.
 	generation uint32
 	slots      [MaxSlots]slot
