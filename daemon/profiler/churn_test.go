@@ -69,7 +69,7 @@ func (f *feed) say(t runtime.Task, ended bool) {
 }
 
 // running starts a profiler of this machine.
-func running(t *testing.T, change func(*Config)) (*Profiler, *feed) {
+func running(t testing.TB, change func(*Config)) (*Profiler, *feed) {
 	t.Helper()
 	testenv.NeedRoot(t)
 	testenv.NeedKernel(t, 5, 15)
@@ -99,7 +99,7 @@ func running(t *testing.T, change func(*Config)) (*Profiler, *feed) {
 }
 
 // removeParents removes the directories of containers' cgroups.
-func removeParents(t *testing.T) {
+func removeParents(t testing.TB) {
 	host, _, err := runtime.HostPlace()
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +121,14 @@ type container struct {
 	dirs []string
 }
 
+// startContainer starts one that computes.
 func startContainer(name string) (*container, error) {
+	return startContainerThat(name, "while :; do :; done", 0)
+}
+
+// startContainerThat starts one that does what a line of shell says, in new
+// namespaces.
+func startContainerThat(name, does string, namespaces uintptr) (*container, error) {
 	host, _, err := runtime.HostPlace()
 	if err != nil {
 		return nil, err
@@ -145,8 +152,8 @@ func startContainer(name string) (*container, error) {
 		join += "echo $$ >" + dir + "/cgroup.procs && "
 	}
 	// It waits for a byte, so that it is profiled before it does anything.
-	c.cmd = exec.Command("/bin/sh", "-c", join+"echo ready; read go; while :; do :; done")
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	c.cmd = exec.Command("/bin/sh", "-c", join+"echo ready; read go; "+does)
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Cloneflags: namespaces}
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
@@ -323,11 +330,12 @@ func TestASubjectWhoseFilesCannotBeReadKeepsItsOtherSignals(t *testing.T) {
 	eventually(t, "it is profiled", func() bool { return p.count() == 1 })
 	p.mu.Lock()
 	s := p.subjects["churn/unreadable"]
-	for name, d := range s.files.place.Dirs {
-		if name == "memory" {
-			d.Path += "-gone"
-			s.files.place.Dirs[name] = d
+	for _, file := range []*file{&s.files.used, &s.files.memory} {
+		path := file.path
+		if err := file.close(); err != nil {
+			t.Error(err)
 		}
+		*file = newFile(path + "-gone")
 	}
 	s.files.knowsInactive = false
 	p.mu.Unlock()

@@ -3,10 +3,11 @@ package profiler
 import (
 	"bytes"
 	"errors"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/ebpf/profile"
@@ -22,56 +23,115 @@ const workingSetEvery = 10
 type files struct {
 	place runtime.Place
 	// instead says which signals come from files because no program counts them.
-	instead profile.Mask
-	open    map[fileName]*os.File
-	buf     []byte
+	instead                            profile.Mask
+	stat, account, used, memory, block file
+	pressure                           [3]file
 	// inactive is the inactive page cache as of the last reading of memory.stat.
 	inactive      float64
 	knowsInactive bool
 }
 
-type fileName struct{ dir, name string }
+// file is read through a descriptor that stays open.
+type file struct {
+	path string // "" if there is none
+	fd   int    // -1 until it could be opened
+}
+
+func newFile(path string) file { return file{path, -1} }
 
 // anything that files know.
 const anything = ^profile.Mask(0)
 
+// pressures are v2's alone.
+var pressures = [3]struct {
+	controller, file string
+	signal           profile.Signal
+}{
+	{"cpu", "cpu.pressure", profile.CPUPressure},
+	{"memory", "memory.pressure", profile.MemoryPressure},
+	{"blkio", "io.pressure", profile.IOPressure},
+}
+
 func newFiles(place runtime.Place, instead profile.Mask) *files {
-	return &files{place: place, instead: instead, open: map[fileName]*os.File{}, buf: make([]byte, 16<<10)}
+	in := func(controller, v1, v2 string) file {
+		d, ok := place.Dirs[controller]
+		name := v1
+		if d.V2 {
+			name = v2
+		}
+		if !ok || name == "" {
+			return file{}
+		}
+		return newFile(filepath.Join(d.Path, name))
+	}
+	f := &files{
+		place: place, instead: instead,
+		stat: in("cpu", "cpu.stat", "cpu.stat"), account: in("cpuacct", "cpuacct.usage", ""),
+		used: in("memory", "memory.usage_in_bytes", "memory.current"), memory: in("memory", "memory.stat", "memory.stat"),
+		// v1's files stand still unless a device is throttled (Linux 6.10).
+		block: in("blkio", "", "io.stat"),
+	}
+	for i, p := range pressures {
+		f.pressure[i] = in(p.controller, "", p.file)
+	}
+	return f
 }
 
 func (f *files) close() error {
 	var errs []error
-	for _, file := range f.open {
-		errs = append(errs, file.Close())
+	for _, file := range []*file{&f.stat, &f.account, &f.used, &f.memory, &f.block, &f.pressure[0], &f.pressure[1], &f.pressure[2]} {
+		errs = append(errs, file.close())
 	}
-	f.open = nil
 	return errors.Join(errs...)
 }
 
-// read fills in what files know. tick numbers the seconds.
-func (f *files) read(s *profile.Sample, tick int) {
-	f.readCPU(s)
-	f.readMemory(s, tick)
-	f.readBlock(s)
-	for _, p := range []struct {
-		controller, file string
-		signal           profile.Signal
-	}{{"cpu", "cpu.pressure", profile.CPUPressure}, {"memory", "memory.pressure", profile.MemoryPressure}, {"blkio", "io.pressure", profile.IOPressure}} {
-		if d := f.place.Dirs[p.controller]; d.V2 {
-			if us, ok := parsePressure(f.content(p.controller, p.file)); ok {
-				s.Set(p.signal, us/1e6)
-			}
+// close ends all reading of it.
+func (f *file) close() error {
+	open := f.path != "" && f.fd >= 0
+	f.path = ""
+	if !open {
+		return nil
+	}
+	return unix.Close(f.fd)
+}
+
+// read returns the content, in buf; nil when it cannot be read.
+func (f *file) read(buf []byte) []byte {
+	if f.path == "" {
+		return nil
+	}
+	if f.fd < 0 {
+		var err error
+		if f.fd, err = unix.Open(f.path, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			f.fd = -1
+			return nil
+		}
+	}
+	n, err := unix.Pread(f.fd, buf, 0)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Pread(f.fd, buf, 0)
+	}
+	if n <= 0 || n == len(buf) {
+		return nil // the cgroup is gone, or the file is longer than any of the kernel's
+	}
+	return buf[:n]
+}
+
+// read fills in what files know. tick numbers the seconds; buf is read into.
+func (f *files) read(s *profile.Sample, tick int, buf []byte) {
+	f.readCPU(s, buf)
+	f.readMemory(s, tick, buf)
+	f.readBlock(s, buf)
+	for i := range f.pressure {
+		if us, ok := parsePressure(f.pressure[i].read(buf)); ok {
+			s.Set(pressures[i].signal, us/1e6)
 		}
 	}
 }
 
-func (f *files) readCPU(s *profile.Sample) {
-	d, ok := f.place.Dirs["cpu"]
-	if !ok {
-		return
-	}
-	stat := f.content("cpu", "cpu.stat")
-	if d.V2 {
+func (f *files) readCPU(s *profile.Sample, buf []byte) {
+	stat := f.stat.read(buf)
+	if f.place.Dirs["cpu"].V2 {
 		if us, ok := keyed(stat, "throttled_usec"); ok {
 			s.Set(profile.Throttled, us/1e6)
 		}
@@ -84,28 +144,24 @@ func (f *files) readCPU(s *profile.Sample) {
 		s.Set(profile.Throttled, ns/1e9)
 	}
 	if f.instead.Has(profile.CPU) {
-		if ns, ok := single(f.content("cpuacct", "cpuacct.usage")); ok {
+		if ns, ok := single(f.account.read(buf)); ok {
 			s.Set(profile.CPU, ns/1e9)
 		}
 	}
 }
 
-func (f *files) readMemory(s *profile.Sample, tick int) {
-	d, ok := f.place.Dirs["memory"]
-	if !ok {
-		return
-	}
-	current, prefix := "memory.usage_in_bytes", "total_"
-	if d.V2 {
-		current, prefix = "memory.current", ""
-	}
-	used, haveUsed := single(f.content("memory", current))
+func (f *files) readMemory(s *profile.Sample, tick int, buf []byte) {
+	used, haveUsed := single(f.used.read(buf))
 	if haveUsed {
 		s.Set(profile.MemoryBytes, used)
 	}
 	faults := f.instead.Has(profile.MinorFaults)
 	if tick%workingSetEvery == 0 || !f.knowsInactive || faults {
-		stat := f.content("memory", "memory.stat")
+		prefix := "total_"
+		if f.place.Dirs["memory"].V2 {
+			prefix = ""
+		}
+		stat := f.memory.read(buf)
 		if n, ok := keyed(stat, prefix+"inactive_file"); ok {
 			f.inactive, f.knowsInactive = n, true
 		}
@@ -121,13 +177,11 @@ func (f *files) readMemory(s *profile.Sample, tick int) {
 	}
 }
 
-func (f *files) readBlock(s *profile.Sample) {
-	d, ok := f.place.Dirs["blkio"]
-	if !ok || !d.V2 || !f.instead.Has(profile.ReadBytes) {
-		// v1's files stand still unless a device is throttled (Linux 6.10).
+func (f *files) readBlock(s *profile.Sample, buf []byte) {
+	if !f.instead.Has(profile.ReadBytes) {
 		return
 	}
-	raw := f.content("blkio", "io.stat")
+	raw := f.block.read(buf)
 	if raw == nil {
 		return
 	}
@@ -136,31 +190,6 @@ func (f *files) readBlock(s *profile.Sample) {
 	} {
 		s.Set(signal, sumOf(raw, name))
 	}
-}
-
-// content reads a file of a controller, through a descriptor that stays open;
-// nil when it cannot be read. It is valid until the next call.
-func (f *files) content(controller, name string) []byte {
-	d, ok := f.place.Dirs[controller]
-	if !ok || f.open == nil {
-		return nil
-	}
-	at := fileName{d.Path, name}
-	file := f.open[at]
-	if file == nil {
-		var err error
-		if file, err = os.Open(filepath.Join(d.Path, name)); err != nil {
-			return nil
-		}
-		f.open[at] = file
-	}
-	n, err := file.ReadAt(f.buf, 0)
-	if n == 0 || n == len(f.buf) {
-		// The cgroup is gone, or the file is longer than any of the kernel's.
-		_ = err
-		return nil
-	}
-	return f.buf[:n]
 }
 
 // single parses a file with one number.
@@ -200,10 +229,10 @@ func sumOf(raw []byte, name string) float64 {
 // parsePressure returns the microseconds of the line "some" (PSI,
 // Documentation/accounting/psi.rst).
 func parsePressure(raw []byte) (float64, bool) {
-	for line := range strings.Lines(string(raw)) {
-		if rest, ok := strings.CutPrefix(line, "some "); ok {
-			_, total, ok := strings.Cut(strings.TrimSpace(rest), "total=")
-			n, err := strconv.ParseUint(total, 10, 64)
+	for line := range bytes.Lines(raw) {
+		if rest, ok := bytes.CutPrefix(line, []byte("some ")); ok {
+			_, total, ok := bytes.Cut(bytes.TrimSuffix(rest, []byte("\n")), []byte("total="))
+			n, err := strconv.ParseUint(string(total), 10, 64)
 			return float64(n), ok && err == nil
 		}
 	}

@@ -1,6 +1,8 @@
 package profiler
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,10 +22,12 @@ const hostKey = "@host"
 type hostSubject struct {
 	files   *files
 	links   *links
+	netns   int // a descriptor of its network namespace
 	profile *profile.Profile
 	// total is what all slots together have counted since the daemon started;
 	// rest is the host's own slot as of the last sample.
 	total, rest probe.Usage
+	interfaces  map[uint32]linkCounters // as of the last round
 	uplinks     map[uint32]bool
 	// linkBytes is the uplinks' speed in bytes a second, 0 unknown.
 	linkBytes float64
@@ -35,21 +39,38 @@ func newHost(p *Profiler) (*hostSubject, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &hostSubject{files: newFiles(p.place, p.instead), links: l, profile: profile.New()}
+	h := &hostSubject{files: newFiles(p.place, p.instead), links: l, netns: -1, profile: profile.New(), interfaces: map[uint32]linkCounters{}}
+	if h.netns, err = unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, errors.Join(fmt.Errorf("network namespace: %w", err), h.close())
+	}
 	if p.probe != nil {
 		if h.rest, _, err = p.probe.Read(probe.HostSlot); err != nil {
-			return nil, err
+			return nil, errors.Join(err, h.close())
 		}
 	}
 	return h, nil
 }
 
 func (h *hostSubject) close() error {
-	err := h.links.close()
-	if ferr := h.files.close(); err == nil {
-		err = ferr
+	err := errors.Join(h.links.close(), h.files.close())
+	if h.netns >= 0 {
+		err = errors.Join(err, unix.Close(h.netns))
+		h.netns = -1
 	}
 	return err
+}
+
+// readInterfaces reads the counters of all the host's, by index; nil when that fails.
+func (h *hostSubject) readInterfaces(buf []byte) (map[uint32]linkCounters, error) {
+	all, err := h.links.dump(buf)
+	if err != nil {
+		return nil, err
+	}
+	clear(h.interfaces)
+	for _, c := range all {
+		h.interfaces[c.index] = c
+	}
+	return h.interfaces, nil
 }
 
 // add adds what a slot has counted since before.
@@ -83,10 +104,10 @@ func (h *hostSubject) add(before, after *probe.Usage) {
 }
 
 // observeHost samples the host, after its shards. p.mu is held.
-func (p *Profiler) observeHost(minutes map[string][]profile.Point) {
+func (p *Profiler) observeHost(r *round, minutes map[string][]profile.Point) {
 	h := p.host
-	sm := profile.Sample{At: now()}
-	h.files.read(&sm, p.tick)
+	sm := profile.Sample{At: r.at}
+	h.files.read(&sm, p.tick, p.buf)
 	if p.probe != nil {
 		u, conns, err := p.probe.Read(probe.HostSlot)
 		if err != nil {
@@ -101,8 +122,16 @@ func (p *Profiler) observeHost(minutes map[string][]profile.Point) {
 	if p.tick%workingSetEvery == 1 || h.uplinks == nil {
 		h.uplinks, h.linkBytes = uplinks("/sys/class/net")
 	}
-	if err := h.links.read(&sm, func(i uint32) bool { return h.uplinks[i] }); err != nil {
-		p.log.Warn("profiles: network of the host", "err", err)
+	if r.interfaces != nil {
+		var sum linkCounters
+		for index := range h.uplinks {
+			c := r.interfaces[index]
+			sum.add(&c)
+		}
+		sum.set(&sm)
+	}
+	if h.links.snmp != nil {
+		h.links.readSNMP(&sm, p.buf)
 	}
 	h.readMeminfo(&sm, p.tick)
 	done, gap := h.profile.Observe(&sm)

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/ebpf/profile"
@@ -17,10 +18,18 @@ import (
 // links reads the counters of a network namespace's interfaces: one dump of
 // RTM_GETSTATS, 200 bytes an interface, on a socket that was opened inside and
 // stays open. So the namespace lives as long as links does.
+//
+// A shard whose only interface is one end of a veth pair, of which the host has
+// the other, need not be asked: the host's dump has the same counts, as what one
+// end sent the other received (veth_get_stats64 of the kernel).
 type links struct {
 	fd  int
-	buf []byte
 	all []linkCounters // of the last dump
+	// hostEnd is the index of the host's interface that is a shard's other end; 0
+	// if there is none such. changes can be read once interfaces of a shard have
+	// come, gone or changed: hostEnd is to be looked for anew.
+	hostEnd uint32
+	changes int
 	// snmp is read instead of programs for TCP; nil when they count.
 	snmp *os.File
 }
@@ -29,54 +38,119 @@ type links struct {
 // the kernel).
 const loopback = 1
 
-// openLinks enters the namespace of a process for the time it takes to open the
-// socket.
-func openLinks(pid int, tcp bool) (*links, error) {
-	path := fmt.Sprintf("/proc/%d/ns/net", pid)
-	ns, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	defer unix.Close(ns)
-	l := &links{buf: make([]byte, 32<<10)}
-	err = osthread.Do(func() error {
-		if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter %s: %w", path, err)
-		}
+// openLinks enters the namespace of a process, by its pidfd, for the time it
+// takes to open what is read. host is the host's namespace.
+func openLinks(pidfd, host int, tcp bool) (*links, error) {
+	l := &links{fd: -1, changes: -1}
+	err := inside(pidfd, func() error {
 		var err error
-		l.fd, err = openRoute()
-		return err
+		if l.fd, err = openRoute(0); err != nil {
+			return err
+		}
+		if l.changes, err = openRoute(unix.RTMGRP_LINK); err != nil {
+			return err
+		}
+		if tcp {
+			if l.snmp, err = os.Open("/proc/thread-self/net/snmp"); err != nil {
+				return err
+			}
+		}
+		l.hostEnd = findHostEnd(host)
+		return nil
 	})
 	if err != nil {
-		return nil, err
-	}
-	if tcp {
-		if l.snmp, err = os.Open(fmt.Sprintf("/proc/%d/net/snmp", pid)); err != nil {
-			return nil, errors.Join(err, l.close())
-		}
+		return nil, errors.Join(err, l.close())
 	}
 	return l, nil
 }
 
-func openRoute() (int, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+// inside runs f in the network namespace of a process.
+func inside(pidfd int, f func() error) error {
+	return osthread.Do(func() error {
+		if err := unix.Setns(pidfd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter a network namespace: %w", err)
+		}
+		return f()
+	})
+}
+
+// openRoute opens a socket that is asked, or one that is told of a group.
+func openRoute(group uint32) (int, error) {
+	kind := unix.SOCK_RAW | unix.SOCK_CLOEXEC
+	if group != 0 {
+		kind |= unix.SOCK_NONBLOCK
+	}
+	fd, err := unix.Socket(unix.AF_NETLINK, kind, unix.NETLINK_ROUTE)
 	if err != nil {
 		return -1, fmt.Errorf("netlink: %w", err)
 	}
-	// The kernel answers at once; a bound against what nobody has thought of.
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1}); err != nil {
+	if group != 0 {
+		err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: group})
+	} else {
+		// The kernel answers at once; a bound against what nobody has thought of.
+		err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1})
+	}
+	if err != nil {
 		return -1, errors.Join(fmt.Errorf("netlink: %w", err), unix.Close(fd))
 	}
 	return fd, nil
 }
 
+// findHostEnd looks, from inside a shard's namespace, for the interface of the
+// host's that is the other end of the only one here besides loopback. 0 is none,
+// or not to be found: then the shard is asked itself.
+func findHostEnd(host int) uint32 {
+	all, err := netlink.LinkList()
+	if err != nil {
+		return 0
+	}
+	// The dump has given numbers to the namespaces that it names.
+	id, err := netlink.GetNetNsIdByFd(host)
+	if err != nil || id < 0 {
+		return 0
+	}
+	end := 0
+	for _, link := range all {
+		at := link.Attrs()
+		if at.Index == loopback {
+			continue
+		}
+		if end != 0 || link.Type() != "veth" || at.NetNsID != id {
+			return 0
+		}
+		end = at.ParentIndex
+	}
+	return uint32(end)
+}
+
+// maxChanges bounds what is read of changes in a second. A shard that makes more
+// of them is asked itself until it stops.
+const maxChanges = 64
+
+// changed looks for the host's end again.
+func (l *links) changed(pidfd, host int, buf []byte) {
+	l.hostEnd = 0
+	for range maxChanges {
+		// Lost ones (ENOBUFS) are changes as well.
+		if _, err := unix.Read(l.changes, buf); !errors.Is(err, unix.EAGAIN) {
+			continue
+		}
+		// Once the process has ended there is no way in any more, and no need.
+		_ = inside(pidfd, func() error {
+			l.hostEnd = findHostEnd(host)
+			return nil
+		})
+		return
+	}
+}
+
 // hostLinks reads the daemon's own namespace.
 func hostLinks(tcp bool) (*links, error) {
-	fd, err := openRoute()
+	fd, err := openRoute(0)
 	if err != nil {
 		return nil, err
 	}
-	l := &links{fd: fd, buf: make([]byte, 32<<10)}
+	l := &links{fd: fd, changes: -1}
 	if tcp {
 		if l.snmp, err = os.Open("/proc/self/net/snmp"); err != nil {
 			return nil, errors.Join(err, l.close())
@@ -86,15 +160,18 @@ func hostLinks(tcp bool) (*links, error) {
 }
 
 func (l *links) close() error {
-	if l.fd < 0 {
-		return nil
+	var errs []error
+	for _, fd := range []*int{&l.fd, &l.changes} {
+		if *fd >= 0 {
+			errs = append(errs, unix.Close(*fd))
+			*fd = -1
+		}
 	}
-	err := unix.Close(l.fd)
-	l.fd = -1
 	if l.snmp != nil {
-		err = errors.Join(err, l.snmp.Close())
+		errs = append(errs, l.snmp.Close())
+		l.snmp = nil
 	}
-	return err
+	return errors.Join(errs...)
 }
 
 // linkCounters are those of one interface.
@@ -103,28 +180,41 @@ type linkCounters struct {
 	rxPackets, txPackets, rxBytes, txBytes uint64
 }
 
-// read adds up all interfaces that wanted takes; nil takes all but loopback.
-func (l *links) read(s *profile.Sample, wanted func(index uint32) bool) error {
-	all, err := l.dump()
-	if err != nil {
-		return err
-	}
+func (c *linkCounters) add(o *linkCounters) {
+	c.rxPackets += o.rxPackets
+	c.txPackets += o.txPackets
+	c.rxBytes += o.rxBytes
+	c.txBytes += o.txBytes
+}
+
+// set fills them in.
+func (c *linkCounters) set(s *profile.Sample) {
+	s.Set(profile.ReceiveBytes, float64(c.rxBytes))
+	s.Set(profile.TransmitBytes, float64(c.txBytes))
+	s.Set(profile.ReceivePackets, float64(c.rxPackets))
+	s.Set(profile.TransmitPackets, float64(c.txPackets))
+}
+
+// read fills in the sum of a shard's interfaces but loopback. host are the
+// counters of the host's, if they are known. buf is read into.
+func (l *links) read(s *profile.Sample, host map[uint32]linkCounters, buf []byte) error {
 	var sum linkCounters
-	for _, c := range all {
-		if c.index == loopback || wanted != nil && !wanted(c.index) {
-			continue
+	if c, ok := host[l.hostEnd]; ok {
+		sum = linkCounters{rxPackets: c.txPackets, txPackets: c.rxPackets, rxBytes: c.txBytes, txBytes: c.rxBytes}
+	} else {
+		all, err := l.dump(buf)
+		if err != nil {
+			return err
 		}
-		sum.rxPackets += c.rxPackets
-		sum.txPackets += c.txPackets
-		sum.rxBytes += c.rxBytes
-		sum.txBytes += c.txBytes
+		for i := range all {
+			if all[i].index != loopback {
+				sum.add(&all[i])
+			}
+		}
 	}
-	s.Set(profile.ReceiveBytes, float64(sum.rxBytes))
-	s.Set(profile.TransmitBytes, float64(sum.txBytes))
-	s.Set(profile.ReceivePackets, float64(sum.rxPackets))
-	s.Set(profile.TransmitPackets, float64(sum.txPackets))
+	sum.set(s)
 	if l.snmp != nil {
-		l.readSNMP(s)
+		l.readSNMP(s, buf)
 	}
 	return nil
 }
@@ -146,13 +236,13 @@ var askStats = func() []byte {
 
 // dump asks the kernel, to which a netlink socket writes by default. What it
 // returns is valid until the next call.
-func (l *links) dump() ([]linkCounters, error) {
+func (l *links) dump(buf []byte) ([]linkCounters, error) {
 	if _, err := unix.Write(l.fd, askStats); err != nil {
 		return nil, fmt.Errorf("counters of interfaces: %w", err)
 	}
 	l.all = l.all[:0]
 	for {
-		n, err := unix.Read(l.fd, l.buf)
+		n, err := unix.Read(l.fd, buf)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -160,7 +250,7 @@ func (l *links) dump() ([]linkCounters, error) {
 			return nil, fmt.Errorf("counters of interfaces: %w", err)
 		}
 		var done bool
-		done, l.all, err = parseStats(l.all, l.buf[:n])
+		done, l.all, err = parseStats(l.all, buf[:n])
 		if err != nil || done {
 			return l.all, err
 		}
@@ -209,10 +299,10 @@ func parseStats(out []linkCounters, raw []byte) (done bool, _ []linkCounters, er
 func align4(n int) int { return (n + 3) &^ 3 }
 
 // readSNMP takes TCP's counters of the namespace (proc_net_snmp(5)).
-func (l *links) readSNMP(s *profile.Sample) {
-	n, _ := l.snmp.ReadAt(l.buf, 0)
+func (l *links) readSNMP(s *profile.Sample, buf []byte) {
+	n, _ := l.snmp.ReadAt(buf, 0)
 	var names []string
-	for line := range strings.Lines(string(l.buf[:n])) {
+	for line := range strings.Lines(string(buf[:n])) {
 		f := strings.Fields(line)
 		if len(f) == 0 || f[0] != "Tcp:" {
 			continue

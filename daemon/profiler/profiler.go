@@ -111,6 +111,10 @@ type Profiler struct {
 	// the host's until a shard claims the slot.
 	births map[int]probe.Usage
 	brief  map[string]int // shards that had ended when they were heard of: their pid
+	// What is read goes here, and what is polled.
+	buf      []byte
+	polled   []unix.PollFd
+	polledOf []*subject // two of polled are each's
 
 	writes  chan map[string][]profile.Point
 	dropped int
@@ -120,6 +124,9 @@ type Profiler struct {
 const (
 	// period is how often everything is sampled.
 	period = time.Second
+	// readSize is above what the kernel's files hold that are read here, and what
+	// it puts into one datagram of a dump (NLMSG_GOODSIZE, 32 KiB at most).
+	readSize = 32 << 10
 	// writeQueue bounds the batches of minutes that wait for the disk. A disk
 	// that takes longer than so many minutes loses the oldest.
 	writeQueue = 8
@@ -138,7 +145,7 @@ const (
 func New(cfg Config) (*Profiler, error) {
 	p := &Profiler{
 		cfg: cfg, log: cfg.Log, subjects: map[string]*subject{}, gaps: map[profile.GapReason]float64{},
-		births: map[int]probe.Usage{}, brief: map[string]int{},
+		births: map[int]probe.Usage{}, brief: map[string]int{}, buf: make([]byte, readSize),
 		writes: make(chan map[string][]profile.Point, writeQueue), pulls: make(chan string, pullQueue),
 	}
 	var unified bool
@@ -330,17 +337,30 @@ func (p *Profiler) sample() error {
 	if p.probe != nil {
 		err = p.probe.Refresh()
 	}
+	r := &round{at: now()}
+	var unread error
+	if r.interfaces, unread = p.host.readInterfaces(p.buf); unread != nil {
+		err = errors.Join(err, fmt.Errorf("network of the host: %w", unread))
+	}
 	minutes := map[string][]profile.Point{}
-	for _, key := range ended(p.subjects) {
+	for _, key := range p.news() {
 		p.remove(key, minutes)
 	}
 	for _, s := range p.subjects {
-		p.observe(s, minutes)
+		p.observe(s, r, minutes)
 	}
 	err = errors.Join(err, p.observeBirths())
-	p.observeHost(minutes)
+	p.observeHost(r, minutes)
 	p.queue(minutes)
 	return err
+}
+
+// round is one moment, of which all samples of a second are: the programs'
+// counts are as of it, the host's interfaces were read just then, and what is
+// read of files follows within milliseconds.
+type round struct {
+	at         profile.Instant
+	interfaces map[uint32]linkCounters // the host's, by index; nil if they are not known
 }
 
 // queue hands minutes to the writer. When it is full the oldest batch is lost

@@ -118,7 +118,7 @@ func (p *Profiler) newSubject(t runtime.Task) (*subject, error) {
 	s.noNetwork = sharedNetwork
 	if place.Netns != 0 {
 		s.noNetwork = ""
-		if s.links, err = openLinks(t.PID, p.instead.Has(profile.Retransmits)); err != nil {
+		if s.links, err = openLinks(s.pidfd, p.host.netns, p.instead.Has(profile.Retransmits)); err != nil {
 			s.noNetwork = err.Error()
 			// Without the network's counters, but not without the rest.
 			p.log.Warn("profiles: network", "shard", s.key, "err", err)
@@ -160,7 +160,7 @@ func (p *Profiler) insert(s *subject) error {
 		labels := forecasts.Labels{Tenant: s.tenant, Workload: s.workload}
 		s.profile.OnTen = func(ten *profile.Point) { fc.Offer(s.key, labels, ten) }
 	}
-	p.observe(s, map[string][]profile.Point{}) // the first only begins
+	p.observe(s, &round{at: now()}, map[string][]profile.Point{}) // the first only begins
 	return nil
 }
 
@@ -192,7 +192,7 @@ func (p *Profiler) remove(key string, minutes map[string][]profile.Point) {
 }
 
 func (p *Profiler) retire(s *subject, minutes map[string][]profile.Point) {
-	p.observe(s, minutes)
+	p.observe(s, &round{at: now()}, minutes)
 	if pt, ok := s.profile.Flush(); ok {
 		minutes[s.key] = append(minutes[s.key], pt)
 	}
@@ -201,30 +201,39 @@ func (p *Profiler) retire(s *subject, minutes map[string][]profile.Point) {
 	}
 }
 
-// ended asks the pidfds which inits are gone: the word that cannot be lost.
-func ended(subjects map[string]*subject) []string {
-	var fds []unix.PollFd
-	var keys []string
-	for key, s := range subjects {
-		fds = append(fds, unix.PollFd{Fd: int32(s.pidfd), Events: unix.POLLIN})
-		keys = append(keys, key)
+// news asks the kernel, by one call, which inits are gone, the word that cannot
+// be lost, and where interfaces have changed. p.mu is held.
+func (p *Profiler) news() (ended []string) {
+	p.polled, p.polledOf = p.polled[:0], p.polledOf[:0]
+	for _, s := range p.subjects {
+		changes := -1 // left out
+		if s.links != nil {
+			changes = s.links.changes
+		}
+		p.polled = append(p.polled, unix.PollFd{Fd: int32(s.pidfd), Events: unix.POLLIN}, unix.PollFd{Fd: int32(changes), Events: unix.POLLIN})
+		p.polledOf = append(p.polledOf, s)
 	}
-	if n, err := unix.Poll(fds, 0); err != nil || n == 0 {
+	if n, err := unix.Poll(p.polled, 0); err != nil || n == 0 {
 		return nil // interrupted: a second later is soon enough
 	}
-	var out []string
-	for i := range fds {
-		if fds[i].Revents != 0 {
-			out = append(out, keys[i])
+	for i, s := range p.polledOf {
+		switch {
+		case p.polled[2*i].Revents != 0:
+			ended = append(ended, s.key)
+		case p.polled[2*i+1].Revents != 0:
+			s.links.changed(s.pidfd, p.host.netns, p.buf)
 		}
 	}
-	return out
+	return ended
 }
 
 // observe samples one shard. p.mu is held.
-func (p *Profiler) observe(s *subject, minutes map[string][]profile.Point) {
-	sm := profile.Sample{At: now()}
-	s.files.read(&sm, p.tick+s.slot) // not all in the same tick
+func (p *Profiler) observe(s *subject, r *round, minutes map[string][]profile.Point) {
+	sm := profile.Sample{At: r.at}
+	if s.files.instead.Has(profile.CPU) {
+		sm.At = now() // no program has counted up to the round's moment
+	}
+	s.files.read(&sm, p.tick+s.slot, p.buf) // not all in the same tick
 	if s.slot >= 0 {
 		u, conns, err := p.probe.Read(s.slot)
 		if err != nil {
@@ -241,7 +250,7 @@ func (p *Profiler) observe(s *subject, minutes map[string][]profile.Point) {
 		}
 	}
 	if s.links != nil {
-		if err := s.links.read(&sm, nil); err != nil {
+		if err := s.links.read(&sm, r.interfaces, p.buf); err != nil {
 			p.log.Warn("profiles: network", "shard", s.key, "err", err)
 		}
 	}
