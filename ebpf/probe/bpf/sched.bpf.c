@@ -70,20 +70,23 @@ static __always_inline void remember(struct cpu_state *r, struct task_struct *ta
 /* waited adds the wait that the turn began with. */
 static __always_inline void waited(struct cpu_state *r, struct task_struct *task, u64 pid, struct seen *entry, struct shard_usage *u)
 {
-	u64 delay = task->sched_info.run_delay, wait;
+	u64 delay = task->sched_info.run_delay;
 	u64 now = pid << DELAY_BITS | (delay & DELAY_MASK), have = entry->delay;
+	u64 wait = now - have;
 
-	r->came = 0;
 	entry->delay = now;
-	if ((now ^ have) >> DELAY_BITS) {
-		wait = delay - r->delay;
-		entry->min_flt = task->min_flt;
-		entry->maj_flt = task->maj_flt;
-	} else {
-		wait = now - have;
-		/* A younger task with that pid has waited less than its predecessor. */
-		if (wait > DELAY_MASK / 2)
-			wait = delay;
+	/* Another pid in the entry is at least SEEN off. */
+	if (wait > DELAY_MASK / 2) {
+		if ((now ^ have) >> DELAY_BITS) {
+			wait = delay - r->delay;
+			entry->min_flt = task->min_flt;
+			entry->maj_flt = task->maj_flt;
+		} else {
+			wait &= DELAY_MASK; /* its 42 bits began anew */
+			/* A younger task with that pid has waited less than its predecessor. */
+			if (wait > DELAY_MASK / 2)
+				wait = delay;
+		}
 	}
 	u->wait_ns += wait;
 	u32 b = bucket_of(wait);
@@ -103,7 +106,7 @@ static __always_inline struct shard_usage *charge(struct cpu_state *r, struct ta
 	if (r->came)
 		waited(r, task, pid, entry, u);
 	u64 minor = task->min_flt, major = task->maj_flt;
-	if (minor == r->min_flt && major == r->maj_flt)
+	if (!((minor - r->min_flt) | (major - r->maj_flt)))
 		return u; /* as in most turns */
 	u->minor_faults += minor - r->min_flt;
 	u->major_faults += major - r->maj_flt;
@@ -181,7 +184,8 @@ int BPF_PROG(attach_task, struct cgroup *to, const char *path, struct task_struc
 
 	if (!r || r->task != (u64)task)
 		return 0;
-	charge(r, task, (u32)task->pid, cpu);
+	if (charge(r, task, (u32)task->pid, cpu))
+		r->came = 0;
 	remember(r, task);
 	r->slot = slot_of_task(task, r);
 	return 0;
@@ -197,7 +201,8 @@ static __always_inline void settle(struct task_struct *task)
 		return;
 	if (r->task != (u64)task)
 		missed(r, task, (u32)task->pid);
-	charge(r, task, (u32)task->pid, cpu);
+	if (charge(r, task, (u32)task->pid, cpu))
+		r->came = 0;
 	remember(r, task);
 }
 

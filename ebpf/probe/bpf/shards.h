@@ -119,9 +119,9 @@ const volatile u32 unified = 0; /* cgroup v2 alone */
 
 static __always_inline struct shard_usage *usage_of(u32 slot, u32 cpu)
 {
-	u32 at = slot * cpus + cpu;
+	u32 at = slot * cpus + cpu; /* of NO_SLOT beyond the end */
 
-	return slot == NO_SLOT ? 0 : bpf_map_lookup_elem(&usage, &at);
+	return bpf_map_lookup_elem(&usage, &at);
 }
 
 /* walk asks for each cgroup from cg up to the root. */
@@ -168,12 +168,14 @@ static __always_inline u32 bucket_of(u64 ns)
 	u64 b = 0, more;
 	barrier_var(v);
 #pragma unroll
-	for (int log = 4; log >= 0; log--) {
+	for (int log = 4; log >= 2; log--) {
 		more = ((1ULL << (1 << log)) - 1 - v) >> 63 << log;
 		v >>= more;
 		b += more;
 	}
-	b += v; /* the bits of v: the first bucket ends where it becomes 1 */
+	/* The bits of v: the first bucket ends where it becomes 1. What is left of it
+	 * is below 16, and nibble v of the constant is how many bits it has. */
+	b += 0x4444444433332210ULL >> (v << 2) & 15;
 	return b < BUCKETS ? b : BUCKETS - 1;
 }
 
