@@ -13,6 +13,7 @@ import (
 // work does.
 func BenchmarkRound(b *testing.B) {
 	const shards = 100
+	keepThread(b)
 	p, _ := running(b, nil)
 	for i := range shards {
 		name := fmt.Sprint("round-", i)
@@ -29,6 +30,12 @@ func BenchmarkRound(b *testing.B) {
 		if err := netlink.LinkAdd(link); err != nil {
 			b.Fatal(err)
 		}
+		// It would go with the namespace, but later, and another run has the same names.
+		b.Cleanup(func() {
+			if err := netlink.LinkDel(link); err != nil {
+				b.Error(err)
+			}
+		})
 		p.begin(b.Context(), c.task)
 	}
 	if n := p.count(); n != shards {
