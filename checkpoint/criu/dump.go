@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -119,6 +120,23 @@ func (d *Dumper) Dump(ctx context.Context, cfg DumpConfig) error {
 			return dumpError(cfg, err)
 		}
 	}
+}
+
+// Lives is an error if CRIU has died. While it lives, after Dump, it holds the
+// tasks. The kernel lets go of a dead tracer's tasks and shows its death in one
+// step (kernel/exit.c, exit_notify), so whoever finds it alive after the cgroup was
+// frozen knows that no task ran in between.
+func (d *Dumper) Lives() error {
+	// Without reaping it: that is the worker's.
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, d.PID(), &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	if err == nil && info.Signo == 0 {
+		return nil
+	}
+	if err == nil || errors.Is(err, unix.ECHILD) {
+		err = errors.New("it died while it held the tasks")
+	}
+	return fmt.Errorf("criu dump: %w", err)
 }
 
 // Kill ends CRIU. Tasks that it still traces are let go into whatever their

@@ -238,6 +238,53 @@ func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
 	v.mustEcho(t, "after")
 }
 
+// Until the cgroup is frozen again nobody but CRIU holds the tasks.
+func TestTheDeathOfCRIUAfterADumpIsNoticed(t *testing.T) {
+	path := needCRIU(t)
+	v := startVictim(t)
+	d, err := StartDumper(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Kill()
+	if err := v.freeze(true); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Dump(t.Context(), v.config(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Lives(); err != nil {
+		t.Fatalf("while it waits: %v", err)
+	}
+	if err := unix.Kill(d.PID(), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	// The process runs again, if only until it is frozen.
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", v.pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(status), "TracerPid:\t0\n") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it is held by a CRIU that is dead:\n%s", status)
+		}
+	}
+	if err := d.Lives(); err == nil {
+		t.Error("before it is reaped, it counts as alive")
+	}
+	d.Kill() // reaps it
+	if err := d.Lives(); err == nil {
+		t.Error("once it was reaped, it counts as alive")
+	}
+	if _, err := ReleaseSockets([]int{v.pid}); err != nil {
+		t.Fatal(err)
+	}
+	v.mustEcho(t, "after")
+}
+
 func TestARefusedDumpLeavesTheProcessAsItWas(t *testing.T) {
 	path := needCRIU(t)
 	v := startVictim(t)
