@@ -2,17 +2,20 @@ package lazypages
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/internal/testenv"
 )
 
 func someSnapshot() snapshot {
@@ -275,3 +278,52 @@ func TestARunAfterRunOfPagesSurvivesASnapshot(t *testing.T) {
 		t.Errorf("%d pages came back, %d were pending", spaces[0].pending.count, sp.pending.count)
 	}
 }
+
+// Another shard that comes may fill the tmpfs, and gives up a moment later.
+func TestALogThatFindsNoRoomIsBegunOnceThereIs(t *testing.T) {
+	testenv.NeedRoot(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=512k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	other := filepath.Join(dir, "other")
+	if err := os.WriteFile(other, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	tried := make(chan struct{})
+	f := &family{logPath: filepath.Join(dir, "log"), log: slog.New(onWarning(sync.OnceFunc(func() { close(tried) })))}
+	begun := make(chan error, 1)
+	go func() { begun <- f.beginLog() }()
+	select {
+	case <-tried:
+	case err := <-begun:
+		t.Fatalf("without room: %v", err)
+	}
+	if err := os.Remove(other); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-begun; err != nil {
+		t.Fatal(err)
+	}
+	if err := f.note(slotGaveUp, &space{}, 0, page); err != nil {
+		t.Error(err)
+	}
+	if err := f.events.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// onWarning is a log that calls a function for each warning.
+type onWarning func()
+
+var _ slog.Handler = onWarning(nil)
+
+func (onWarning) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
+func (h onWarning) Handle(context.Context, slog.Record) error      { h(); return nil }
+func (h onWarning) WithAttrs([]slog.Attr) slog.Handler             { return h }
+func (h onWarning) WithGroup(string) slog.Handler                  { return h }

@@ -2,7 +2,11 @@ package lazypages
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/pagestore"
@@ -206,14 +210,24 @@ func (f *family) note(kind byte, s *space, args ...uint64) error {
 	return f.beginLog()
 }
 
-// beginLog replaces the log by one that begins with the family as it is.
+// beginLog replaces the log by one that begins with the family as it is. If the
+// tmpfs is full, maybe of a shard that comes and will not fit, it tries again for a
+// while: the faults that wait meanwhile are better off than a shard that is killed.
 func (f *family) beginLog() error {
 	f.recent.shifted = f.recent.shifted[:0]
 	slots := minSlots
 	if f.events != nil {
 		slots = min(2*f.events.slots(), maxSlots)
 	}
-	next, err := createLog(f.logPath, f.snapshot().encode(), slots)
+	head := f.snapshot().encode()
+	next, err := createLog(f.logPath, head, slots)
+	if errors.Is(err, unix.ENOSPC) {
+		f.log.Warn("no room for an event log", "task", f.task.PID, "err", err)
+	}
+	for began := time.Now(); errors.Is(err, unix.ENOSPC) && time.Since(began) < memoryPatience; {
+		<-time.After(memoryWait)
+		next, err = createLog(f.logPath, head, slots)
+	}
 	if err != nil {
 		return err
 	}
