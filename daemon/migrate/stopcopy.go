@@ -190,8 +190,12 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 		}
 		o.step(stepDump, began)
 		// CRIU has thawed the cgroup and holds the tasks by ptrace. It must be
-		// FROZEN again while CRIU still lives; then CRIU is needed no more.
-		return freezer.Freeze(gctx)
+		// FROZEN again while CRIU still lives; then CRIU is needed no more. If it
+		// died before, the tasks have run, and are not what was dumped any more.
+		if err := freezer.Freeze(gctx); err != nil {
+			return err
+		}
+		return dumper.Lives()
 	})
 	if err := g.Wait(); err != nil {
 		return err
