@@ -73,7 +73,8 @@ type Stats struct {
 // have such I/O, what one Collect reported is reported again by the next; so at
 // least one Collect must follow the end of such I/O, which the frozen one does.
 // Memory pinned for longer (io_uring and RDMA buffers) is not covered: CRIU
-// refuses such processes.
+// refuses such processes. Nor is process_vm_writev(2) from memory that has to be
+// brought in first, if a Collect comes between the pinning and the copy.
 //
 // A Tracker is not for concurrent use.
 type Tracker interface {
@@ -93,8 +94,8 @@ type Tracker interface {
 	// meanwhile. If it returns an error, or ctx ends, Collect returns that error,
 	// and the next Collect reports the process it was at in full.
 	//
-	// A process that ended is skipped. One that cannot be tracked at all is a
-	// *ProcessError.
+	// A process that ended is skipped. One that cannot be tracked at all, or that
+	// died although it was frozen, is a *ProcessError.
 	Collect(ctx context.Context, procs []checkpoint.Process, opt Options, visit func(checkpoint.Extent) error) (Stats, error)
 
 	// Close stops tracking and leaves nothing in any process. It may be called
@@ -130,6 +131,8 @@ var (
 	ErrMainThreadExited = errors.New("its main thread has exited while others run")
 	// ErrForeignABI: a 32-bit process on a 64-bit kernel.
 	ErrForeignABI = errors.New("the process runs under another system call ABI")
+	// ErrDied: a frozen process was killed, and what it had written last is lost.
+	ErrDied = errors.New("the process died while it stood still")
 
 	// errGone: the process ended. It never leaves the package.
 	errGone = errors.New("the process is gone")

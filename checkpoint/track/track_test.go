@@ -106,6 +106,35 @@ func TestCloseAfterTheProcessDied(t *testing.T) {
 	})
 }
 
+// A dump may have it already, whose pages nobody can read any more.
+func TestAFrozenProcessThatDiesIsNotSkipped(t *testing.T) {
+	each(t, func(t *testing.T, kind Kind) {
+		r := newRig(t, kind)
+		r.collect()
+		stopProcess(t, r.victim.pid())
+		if err := r.victim.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		collect := func() error {
+			_, err := r.tracker.Collect(t.Context(), r.procs, Options{Frozen: true}, ignore)
+			return err
+		}
+		waitFor(t, "the victim to be a zombie", func() bool {
+			st, err := readStat(fmt.Sprintf("/proc/%d/stat", r.victim.pid()))
+			return err == nil && st.state == 'Z' && st.threads == 1
+		})
+		if err := collect(); !errors.Is(err, ErrDied) {
+			t.Errorf("of a zombie: %v", err)
+		}
+		if err := r.victim.cmd.Wait(); err == nil {
+			t.Fatal("the victim survived")
+		}
+		if err := collect(); !errors.Is(err, ErrDied) {
+			t.Errorf("of one that is gone: %v", err)
+		}
+	})
+}
+
 func TestASeccompFilterThatKillsForUserfaultfdIsNotTriggered(t *testing.T) {
 	testenv.NeedRoot(t)
 	testenv.NeedKernel(t, 6, 7)

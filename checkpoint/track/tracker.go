@@ -112,18 +112,20 @@ func (t *tracker) Collect(ctx context.Context, procs []checkpoint.Process, opt O
 			return stats, context.Cause(ctx)
 		}
 		p := t.shards[proc.PID]
-		if p == nil || p.HostPID == 0 {
-			continue // it ended before it was looked at
-		}
-		c := collection{ctx: ctx, t: t, p: p, frozen: opt.Frozen, visit: visit, stats: &stats, window: &t.buf.window}
-		err := c.run()
-		if errors.Is(err, errGone) {
-			if err := t.forget(p); err != nil {
-				return stats, err
+		err := errGone
+		if p != nil && p.HostPID != 0 {
+			c := collection{ctx: ctx, t: t, p: p, frozen: opt.Frozen, visit: visit, stats: &stats, window: &t.buf.window}
+			if err = c.run(); errors.Is(err, errGone) {
+				if err := t.forget(p); err != nil {
+					return stats, err
+				}
 			}
-			continue
 		}
-		if err != nil {
+		switch {
+		case errors.Is(err, errGone) && opt.Frozen:
+			return stats, &ProcessError{Process: proc, Op: "look at its memory", Err: ErrDied}
+		case errors.Is(err, errGone): // it ended by itself
+		case err != nil:
 			return stats, err
 		}
 	}

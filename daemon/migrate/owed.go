@@ -56,6 +56,7 @@ func (o *outgoing) leaveOwed(ctx context.Context, n int) (RoundResult, error) {
 	if err != nil {
 		return RoundResult{}, err
 	}
+	o.stood = procs
 	var holes []checkpoint.Extent
 	_, err = o.tracker.Collect(ctx, procs, track.Options{Frozen: true}, func(e checkpoint.Extent) error {
 		if e.Hole {

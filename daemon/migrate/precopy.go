@@ -195,6 +195,9 @@ func (o *outgoing) round(ctx context.Context, n int, opt track.Options) (RoundRe
 	if err != nil {
 		return RoundResult{}, err
 	}
+	if opt.Frozen {
+		o.stood = procs
+	}
 	// The tracker must not wait for the link while it walks a process, so the
 	// extents are collected first: 32 bytes an extent.
 	var extents []checkpoint.Extent
@@ -234,6 +237,9 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 		r.ReadAgain(func(pid checkpoint.PID, addr uint64, dst []byte) (there bool, err error) {
 			there = true
 			err = track.ReadMemory(host[pid], addr, dst, func(uint64, checkpoint.Pages) { there = false })
+			if err == nil && !there {
+				err = o.mayBeGone(checkpoint.Extent{PID: pid, Addr: addr, Pages: 1})
+			}
 			return there, err
 		})
 		if o.tracker.Kind() != track.None {
@@ -279,9 +285,19 @@ func (o *outgoing) send(ctx context.Context, n int, procs []checkpoint.Process, 
 	}, nil
 }
 
+// mayBeGone is an error if pages went away that nobody may have given up. What
+// came instead of those of a running shard is seen by the next round, or by the
+// frozen one. Those of a frozen shard go only with a process that is killed, and
+// CRIU may have dumped that already: it would be restored without them.
+func (o *outgoing) mayBeGone(e checkpoint.Extent) error {
+	if o.frozenAt.IsZero() {
+		return nil
+	}
+	return fmt.Errorf("%v: %w", e, track.ErrDied)
+}
+
 // sendExtent reads and sends one run of pages. Pages whose mapping went away
-// since the scan are left out: the next round, or the frozen one, sees what
-// came instead.
+// since the scan are left out, if they may.
 func (o *outgoing) sendExtent(ctx context.Context, r *transfer.Round, hostPID int, e checkpoint.Extent, buf []byte) error {
 	for at := e.Addr; at < e.End(); {
 		if ctx.Err() != nil {
@@ -295,6 +311,9 @@ func (o *outgoing) sendExtent(ctx context.Context, r *transfer.Round, hostPID in
 		err := track.ReadMemory(hostPID, at, chunk, func(addr uint64, n checkpoint.Pages) {
 			gone = append(gone, span{addr, addr + uint64(n.Bytes())})
 		})
+		if err == nil && len(gone) > 0 {
+			err = o.mayBeGone(e)
+		}
 		if err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/layer"
 	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
@@ -68,6 +69,7 @@ type outgoing struct {
 	logSent    int64
 	tmpfs      []tmpfsSource // as Record.Tmpfs
 	told       extentSet
+	stood      []checkpoint.Process // whose memory the last round looked at
 	shared     sharedMemory
 	owed       extentSet // post-copy: what the last round left here
 	owedDigest uint64

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -283,6 +284,9 @@ func (o *outgoing) sendUntold(ctx context.Context, images string) error {
 	if err != nil {
 		return fmt.Errorf("pages left out of the images: %w", err)
 	}
+	if err := o.allStood(lazy); err != nil {
+		return err
+	}
 	if o.req.GetMode() == ModePostCopy {
 		return o.sendOwed(ctx, lazy)
 	}
@@ -305,6 +309,18 @@ func (o *outgoing) sendUntold(ctx context.Context, images string) error {
 	}
 	o.m.log.Warn("pages that no round covered", "migration", o.entry.ID, "shard", o.entry.Shard, "bytes", res.BytesRaw)
 	o.report.round(res, 0, 0)
+	return nil
+}
+
+// allStood makes sure that the last round has looked at every process that left
+// pages out of the images. One that was killed after CRIU had dumped it and before
+// that round would be restored as an earlier round found it.
+func (o *outgoing) allStood(lazy map[checkpoint.PID][]checkpoint.Extent) error {
+	for pid, extents := range lazy {
+		if len(extents) > 0 && !slices.ContainsFunc(o.stood, func(p checkpoint.Process) bool { return p.PID == pid }) {
+			return fmt.Errorf("last pages of process %d: %w", pid, track.ErrDied)
+		}
+	}
 	return nil
 }
 
