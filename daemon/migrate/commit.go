@@ -141,22 +141,30 @@ func (m *Manager) askToRun(ctx context.Context, e *Entry, peer transhipv1connect
 	stop := context.AfterFunc(m.life, cancel)
 	defer stop()
 	for {
-		resp, err := peer.Commit(ctx, connect.NewRequest(&v1.CommitRequest{Id: e.ID}))
-		if err == nil && resp.Msg.GetRunning() {
-			return resp.Msg, nil
-		}
-		if err == nil {
-			err = errors.New("it neither runs the shard nor refuses it")
-		}
-		if connect.CodeOf(err) == connect.CodeAborted {
-			return nil, &refusedToRunError{peerError(err)}
+		resp, err := askOnce(ctx, e, peer)
+		if !errors.Is(err, errInDoubt) {
+			return resp, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, errors.Join(errInDoubt, fmt.Errorf("commit on %s: %w", e.Peer, peerError(err)))
+			return nil, err
 		case <-time.After(commitRetry):
 		}
 	}
+}
+
+// askOnce is askToRun with one question.
+func askOnce(ctx context.Context, e *Entry, peer transhipv1connect.PeerClient) (*v1.CommitResponse, error) {
+	resp, err := peer.Commit(ctx, connect.NewRequest(&v1.CommitRequest{Id: e.ID}))
+	switch {
+	case err == nil && resp.Msg.GetRunning():
+		return resp.Msg, nil
+	case err == nil:
+		err = errors.New("it neither runs the shard nor refuses it")
+	case connect.CodeOf(err) == connect.CodeAborted:
+		return nil, &refusedToRunError{peerError(err)}
+	}
+	return nil, errors.Join(errInDoubt, fmt.Errorf("commit on %s: %w", e.Peer, peerError(err)))
 }
 
 // refusedToRunError is the destination's durable word that it did not run the
@@ -189,9 +197,12 @@ func (m *Manager) discard(ctx context.Context, e *Entry) error {
 		errs = append(errs, err)
 	}
 	if len(errs) > 0 {
+		// It is in doubt no more: nobody may say that it stays here.
+		e.RunsThere = true
+		errs = append(errs, m.journal.Put(e))
 		return fmt.Errorf("remove what is left of %s: %w", e.Shard, errors.Join(errs...))
 	}
-	e.State, e.Code, e.Reason = Done, "", ""
+	e.State, e.Code, e.Reason, e.RunsThere = Done, "", "", false
 	return m.journal.Put(e)
 }
 

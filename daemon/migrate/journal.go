@@ -84,6 +84,9 @@ type Entry struct {
 	FrozenBefore bool     `json:"frozen_before,omitempty"` // the operator had paused it
 	// Throttle is set before the shard is slowed for the first time.
 	Throttle *Throttling `json:"throttle,omitempty"`
+	// RunsThere is the destination's word, or an operator's, as long as what is left
+	// here could not be removed.
+	RunsThere bool `json:"runs_there,omitempty"`
 	// Bandwidth is what may be sent, in bits a second, 0 for unlimited.
 	Bandwidth int64 `json:"bandwidth,omitempty"`
 

@@ -25,6 +25,7 @@ import (
 
 	"connectrpc.com/connect"
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
@@ -92,6 +93,8 @@ type Manager struct {
 	busy     map[shardKey]string // which migration has a shard
 	holds    map[shardKey]*hold  // measurements, which give way to migrations
 	fixed    time.Duration       // the last blackout's fixed part, for the stop rule
+	// words are of migrations that were in doubt since the daemon started.
+	words map[string]*semaphore.Weighted
 
 	turns *turns
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/semaphore"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/runtime"
@@ -180,21 +181,17 @@ func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
 // long as the daemon lives.
 func (m *Manager) settle(ctx context.Context, e *Entry) {
 	log := m.log.With("migration", e.ID, "shard", e.Shard, "peer", e.Peer)
+	var warned time.Time
 	for ctx.Err() == nil {
 		if err := failpoint.Hit(ctx, "source.settle"); err != nil {
 			return
 		}
-		// An operator may have settled it meanwhile.
-		if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded && now.State != Serving {
-			return
-		}
-		s, err := m.serveAgain(ctx, e)
-		if err == nil && e.State == Yielded {
-			err = m.askAgain(ctx, e)
-		}
-		var refused *refusedToRunError
+		s, answered, err := m.settleOnce(ctx, e)
 		switch {
-		case err == nil && s != nil:
+		case errors.Is(err, errSettled), ctx.Err() != nil && !answered:
+			return
+		case answered: // and err says whether that was carried out
+		case err == nil:
 			_, err = m.serve(ctx, s)
 			var lost *pagesLostError
 			if errors.As(err, &lost) {
@@ -204,31 +201,21 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 			if ctx.Err() != nil {
 				return
 			}
-		case err == nil:
-			err = m.discard(ctx, e)
-		case errors.As(err, &refused):
-			err = m.takeBack(ctx, e, refused.Error())
 		case e.Mode == ModePostCopy && s == nil:
 			log.Error("pages that the destination lacks cannot be served", "err", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(doubtPatience):
-			}
+			pause(ctx, doubtPatience)
 			continue
 		default:
-			log.Warn("migration is in doubt", "err", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(commitRetry):
+			if time.Since(warned) > doubtPatience {
+				warned = time.Now()
+				log.Warn("migration is in doubt", "err", err)
 			}
+			pause(ctx, commitRetry)
 			continue
 		}
 		if err != nil {
 			log.Error("settle", "err", err)
-			select {
-			case <-ctx.Done():
-			case <-time.After(doubtPatience):
-			}
+			pause(ctx, doubtPatience)
 			continue
 		}
 		m.release(shardKey{e.Namespace, e.Shard}, e.ID)
@@ -237,14 +224,59 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 	}
 }
 
-// askAgain asks the destination to run a shard, and journals that it does if it
-// lacks pages that are here.
+// errSettled says that there is nothing to settle any more.
+var errSettled = errors.New("an operator has settled it")
+
+// settleOnce asks the destination once. answered: it said whether it runs the shard,
+// and err says whether that was carried out. If not, s is to be served, or err says
+// why there is no answer. An operator's word comes before the question or after what
+// follows from its answer: in between the shard would run here and there.
+func (m *Manager) settleOnce(ctx context.Context, e *Entry) (s *serving, answered bool, err error) {
+	word := m.lastWord(e.ID)
+	if err := word.Acquire(ctx, 1); err != nil {
+		return nil, false, err
+	}
+	defer word.Release(1)
+	if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded && now.State != Serving {
+		return nil, false, errSettled
+	}
+	s, err = m.serveAgain(ctx, e)
+	if err == nil && e.State == Yielded {
+		err = m.askAgain(ctx, e)
+	}
+	var refused *refusedToRunError
+	switch {
+	case err == nil && s == nil:
+		return nil, true, m.discard(ctx, e)
+	case errors.As(err, &refused):
+		return nil, true, m.takeBack(ctx, e, refused.Error())
+	}
+	return s, false, err
+}
+
+// lastWord is held by whoever settles a yielded migration.
+func (m *Manager) lastWord(id string) *semaphore.Weighted {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.words == nil {
+		m.words = map[string]*semaphore.Weighted{}
+	}
+	if m.words[id] == nil {
+		m.words[id] = semaphore.NewWeighted(1)
+	}
+	return m.words[id]
+}
+
+// askAgain asks the destination once to run a shard, and journals that it does if
+// it lacks pages that are here.
 func (m *Manager) askAgain(ctx context.Context, e *Entry) error {
 	peer, err := m.peers.Client(e.Peer)
 	if err != nil {
 		return err
 	}
-	if _, err := m.askToRun(ctx, e, peer, doubtPatience); err != nil || e.Mode != ModePostCopy {
+	asked, cancel := context.WithTimeout(ctx, doubtPatience)
+	defer cancel()
+	if _, err := askOnce(asked, e, peer); err != nil || e.Mode != ModePostCopy {
 		return err
 	}
 	e.State = Serving
@@ -300,6 +332,15 @@ func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequ
 	if e.State == Serving {
 		return m.resolveServing(ctx, e, r.Msg.GetKeep())
 	}
+	word := m.lastWord(e.ID)
+	if err := word.Acquire(ctx, 1); err != nil {
+		return nil, connect.NewError(connect.CodeCanceled, err)
+	}
+	defer word.Release(1)
+	// The destination may have answered meanwhile.
+	if e, err = m.journal.Get(Source, e.ID); err != nil {
+		return nil, connect.NewError(connect.CodeInternal, err)
+	}
 	if e.State != Yielded {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s: there is no doubt to resolve", e.ID, e.State))
 	}
@@ -310,9 +351,13 @@ func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequ
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is still under way", e.ID))
 	}
 	switch keep := r.Msg.GetKeep(); keep {
-	case "here":
+	case keepHere:
+		if e.RunsThere {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(
+				"%s runs on %s; what is left of it here is removed as soon as that can be done", e.Shard, e.Peer))
+		}
 		err = m.takeBack(ctx, e, "an operator kept it on "+m.cfg.Node)
-	case "there":
+	case keepThere:
 		err = m.discard(ctx, e)
 	default:
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("keep %q: say here or there", keep))
