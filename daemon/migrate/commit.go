@@ -243,8 +243,9 @@ func (m *Manager) keepTellingAbort(e *Entry, peer transhipv1connect.PeerClient) 
 }
 
 // giveBack lets a shard go on here as if nothing had happened. Every step may
-// run on a shard that was never touched, and twice.
-func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) error {
+// run on a shard that was never touched, and twice. cg is its cgroup as far as that
+// is known: a containerd that is away must not keep it frozen.
+func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record, cg runtime.Cgroup) error {
 	var errs []error
 	step := func(what string, err error) {
 		if err != nil {
@@ -252,7 +253,10 @@ func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record) e
 		}
 	}
 	step("criu", killByStart(e.CRIUPID, e.CRIUStart))
-	cg, err := m.rt.Cgroup(ctx, e.Namespace, e.Shard)
+	var err error
+	if !exists(cg.Dir) {
+		cg, err = m.rt.Cgroup(ctx, e.Namespace, e.Shard)
+	}
 	if err != nil {
 		// The shard died meanwhile (out of memory, killed by an operator):
 		// there is nobody to give back to, but its labels still count.

@@ -156,7 +156,7 @@ func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
 	switch {
 	case err != nil: // it is gone
 	case e.State == Stopping:
-		err = m.giveBack(uctx, e, rec)
+		err = m.giveBack(uctx, e, rec, runtime.Cgroup{})
 	case e.Throttle != nil:
 		err = m.unthrottleShard(uctx, e)
 	}
@@ -314,7 +314,7 @@ func (m *Manager) takeBack(ctx context.Context, e *Entry, reason string) error {
 		e.State = before
 		return err
 	}
-	if err := m.giveBack(uctx, e, rec); err != nil {
+	if err := m.giveBack(uctx, e, rec, runtime.Cgroup{}); err != nil {
 		return err
 	}
 	return os.RemoveAll(m.dir(e.ID, Source))
