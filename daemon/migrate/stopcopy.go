@@ -190,6 +190,9 @@ func (o *outgoing) dumpAndSend(ctx context.Context, dumper *criu.Dumper, freezer
 			return err
 		}
 		o.step(stepDump, began)
+		if err := failpoint.Hit(gctx, "source.held"); err != nil {
+			return err
+		}
 		// CRIU has thawed the cgroup and holds the tasks by ptrace. It must be
 		// FROZEN again while CRIU still lives; then CRIU is needed no more. If it
 		// died before, the tasks have run, and are not what was dumped any more.

@@ -257,8 +257,8 @@ func (f *faulty) awaitNothingPending() {
 func TestKillingCRIULeavesTheSourceRunning(t *testing.T) {
 	f := startFaulty(t, "kill-criu")
 	digest := f.digest()
-	// While it stands ready, and again while it dumps.
-	for _, point := range []string{"source.before-freeze", "source.frozen"} {
+	// While it stands ready, while it dumps, and when it holds what it has dumped.
+	for _, point := range []string{"source.before-freeze", "source.frozen", "source.held"} {
 		t.Run(point, func(t *testing.T) {
 			f.t = t
 			release, wait := f.pauseAt("host-1", point)
