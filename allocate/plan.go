@@ -40,7 +40,6 @@ type Planner struct {
 	errors     map[Workload]float64
 	byWorkload []float64
 	cands      []Candidate
-	offers     []offer
 }
 
 // NewPlanner makes the planner of a host. Equal seeds and views give equal plans.
@@ -223,41 +222,43 @@ func (r *turn) grow() {
 	}
 }
 
-// relieve finds the fewest moves that are worth it: one at a time, the best there
-// is, until nothing is left to save.
+// relieve finds the fewest moves that are worth it: one at a time, the best of
+// the lowest priority that has one, until nothing is left to save.
 func (r *turn) relieve() {
 	p := r.p
-	var o offer
+	var s *Shard
+	var benefit float64
+	var cost MoveCost
 	if r.plan.Loss > 0 {
-		o = r.best()
+		s, benefit, cost = r.best()
 	}
-	p.signal.push(o.s != nil)
+	p.signal.push(s != nil)
 	switch {
 	case r.plan.Loss == 0:
 		return
-	case o.s == nil:
+	case s == nil:
 		r.not("", NotWorth)
 		return
 	case r.chance[0] < p.cfg.Urgent && !p.signal.sustained(p.cfg.SustainK, p.cfg.SustainN):
-		r.not(o.s.ID, NotSustained)
+		r.not(s.ID, NotSustained)
 		return
 	}
 	r.sample()
 	// Twice as many looks as moves allowed bound a round's work.
-	for look := 0; o.s != nil && look < 2*p.cfg.OutMax; look++ {
+	for look := 0; s != nil && look < 2*p.cfg.OutMax; look++ {
 		if len(p.out)+len(r.plan.Moves) >= p.cfg.OutMax {
 			r.not("", InFlight)
 			return
 		}
-		r.leave(o.s.ID)
-		if p.cands = p.targets(r.now, r.v, o.s, Overload, p.cands); len(p.cands) == 0 {
-			r.not(o.s.ID, NoTarget)
-		} else if p.cands = r.gain(&o, p.cands); len(p.cands) == 0 {
-			r.not(o.s.ID, NotWorth)
+		r.leave(s.ID)
+		if p.cands = p.targets(r.now, r.v, s, Overload, p.cands); len(p.cands) == 0 {
+			r.not(s.ID, NoTarget)
+		} else if p.cands = r.gain(s, benefit-p.cfg.Margin*p.cfg.price(cost, s.Priority), p.cands); len(p.cands) == 0 {
+			r.not(s.ID, NotWorth)
 		} else {
-			r.move(o.s, Overload, o.benefit, o.cost)
+			r.move(s, Overload, benefit, cost)
 		}
-		o = r.best()
+		s, benefit, cost = r.best()
 	}
 	if len(r.plan.Moves) == 0 && r.chance[0] >= p.cfg.Urgent {
 		r.yield()
@@ -283,52 +284,35 @@ func (r *turn) move(s *Shard, why Reason, benefit float64, cost MoveCost) {
 	r.strain = p.sum.strain(&r.v.Host.Capacity)
 }
 
-// offer is a move that is worth it: what it saves, and that less its cost with the
-// margin.
-type offer struct {
-	s            *Shard
-	benefit, net float64
-	cost         MoveCost
-}
-
-// best is the move that saves most beyond its cost: as few as possible end an
-// overload. What a move saves for lower priorities than the shard's own does not
-// count, so that a higher one moves only where it saves more of its own.
-func (r *turn) best() (best offer) {
-	p, top := r.p, 0.0
-	p.offers = p.offers[:0]
+// best is the shard to move next: of the lowest priority that has one worth its
+// cost, the one that saves most beyond it. What a move saves for lower
+// priorities than the shard's own does not count.
+func (r *turn) best() (best *Shard, benefit float64, cost MoveCost) {
+	net := 0.0
 	for i := range r.v.Shards {
 		s := &r.v.Shards[i]
-		if r.gone[s.ID] || !p.movable(r.now, s) {
+		if best != nil && s.Priority > best.Priority || r.gone[s.ID] || !r.p.movable(r.now, s) {
 			continue
 		}
-		if benefit, net, cost := r.worth(s); net > 0 {
-			p.offers = append(p.offers, offer{s, benefit, net, cost})
-			top = max(top, net)
+		b, n, c := r.worth(s)
+		if n <= 0 {
+			continue
 		}
-	}
-	for _, o := range p.offers {
-		if o.net*tie >= top && (best.s == nil || r.rather(&o, &best)) {
-			best = o
+		switch {
+		case best == nil || s.Priority < best.Priority:
+		case n > net*tie:
+		case n*tie > net && r.v.Dominant[s.Tenant] > r.v.Dominant[best.Tenant]:
+		default:
+			continue
 		}
+		best, benefit, cost, net = s, b, c, n
 	}
-	return best
+	return best, benefit, cost
 }
 
-// tie: nets closer than a tenth are the same.
+// tie: nets closer than a tenth are the same, and the tenant with the larger
+// dominant share moves.
 const tie = 1.1
-
-// rather a than b, which save the same: the lower priority, then the shard of the
-// tenant with the larger dominant share, then the one that moves faster.
-func (r *turn) rather(a, b *offer) bool {
-	if a.s.Priority != b.s.Priority {
-		return a.s.Priority < b.s.Priority
-	}
-	if x, y := r.v.Dominant[a.s.Tenant], r.v.Dominant[b.s.Tenant]; x != y {
-		return x > y
-	}
-	return a.cost.Takes < b.cost.Takes
-}
 
 // worth of moving s: what it saves, and that less its cost with the margin.
 func (r *turn) worth(s *Shard) (benefit, net float64, cost MoveCost) {

@@ -118,16 +118,16 @@ func (p *Peer) strain(load *Demand) (out strain) {
 	return out
 }
 
-// gain are those of the targets at which a move adds less loss than it saves here
+// gain are those of the targets at which s adds less loss than it saves here
 // beyond its cost: a risk that only moves is not worth a move. A second of
 // overload there counts as here.
-func (r *turn) gain(o *offer, targets []Candidate) []Candidate {
-	p, w := r.p, r.weights[o.s.Priority]
+func (r *turn) gain(s *Shard, net float64, targets []Candidate) []Candidate {
+	p, w := r.p, r.weights[s.Priority]
 	return slices.DeleteFunc(targets, func(c Candidate) bool {
 		i := slices.IndexFunc(p.peers, func(peer *Peer) bool { return peer.ID == c.Host })
 		peer := p.peers[i]
-		_, load := peer.after(o.s, p.Correlation())
-		return p.cfg.loss(peer.strain(&load).loss, w)-p.cfg.loss(peer.strain(&peer.Load).loss, w) >= o.net
+		_, load := peer.after(s, p.Correlation())
+		return p.cfg.loss(peer.strain(&load).loss, w)-p.cfg.loss(peer.strain(&peer.Load).loss, w) >= net
 	})
 }
 
