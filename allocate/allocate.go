@@ -124,8 +124,9 @@ type Spread struct {
 
 // Data is an image layer or volume that a host may have already.
 type Data struct {
-	Digest string
-	Bytes  float64
+	Name   string
+	Bytes  float64 // that a host without it has to be sent
+	Needed bool    // it cannot be sent: a host that says it has none cannot take the shard
 }
 
 // Shard as its host knows it.
@@ -167,7 +168,7 @@ type Host struct {
 	Link     float64       // bytes/s for moves
 	Blackout time.Duration // of moves from here, without their last pages; zero: as where it was measured first
 	Cordoned bool
-	Data     map[string]bool // digests of layers and volumes that it has
+	Data     map[string]bool // by Data.Name, of what it was asked for: whether it has it
 }
 
 // Peer is what another host tells of itself. It may be old or wrong: only a

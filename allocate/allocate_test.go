@@ -721,11 +721,39 @@ func TestDataThatIsThereAlreadyDraws(t *testing.T) {
 	peers := quiet(6)
 	peers.busy[3].Data = map[string]bool{"layer": true}
 	s := shard("a", 5, known(9, 1e9))
-	s.Data = []Data{{"layer", 500e9}}
+	s.Data = []Data{{Name: "layer", Bytes: 500e9}}
 	v := &View{Host: testHost("self", 8), Peers: peers, Shards: []Shard{s}}
 	plan := round(t, planner(t, Config{Peers: 32}), t0, v)
 	if len(plan.Moves) != 1 || plan.Moves[0].Targets[0].Host != "peer-3" {
 		t.Errorf("%+v", plan.Moves)
+	}
+}
+
+// A volume cannot be sent: whoever says that he has none takes no shard that
+// needs it, and whoever was not asked may.
+func TestWhoeverHasNotAVolumeIsNoTarget(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		data map[string]bool
+		ok   bool
+	}{
+		{"not there", map[string]bool{"/srv": false}, false},
+		{"there", map[string]bool{"/srv": true}, true},
+		{"not asked", nil, true},
+		{"a layer that is not there", map[string]bool{"layer": false}, true},
+	} {
+		peers := quiet(1)
+		peers.busy[0].Data = c.data
+		s := shard("a", 5, known(9, 1e9))
+		s.Data = []Data{{Name: "layer", Bytes: 1}, {Name: "/srv", Needed: true}}
+		v := &View{Host: testHost("self", 8), Peers: peers, Shards: []Shard{s}}
+		p := planner(t, Config{})
+		if plan := round(t, p, t0, v); len(plan.Moves) == 1 != c.ok {
+			t.Errorf("%s: %+v", c.name, plan)
+		}
+		if refused := p.Refusals(t0, &s, Overload); (len(refused) == 0) != c.ok {
+			t.Errorf("%s: %v", c.name, refused)
+		}
 	}
 }
 

@@ -152,6 +152,7 @@ const (
 	UnfitSpread   = "spread"   // too many of its workload in the zone
 	UnfitLabel    = "label"    // one of Shard.Labels is missing or another
 	UnfitLeft     = "left"     // the shard has just left it
+	UnfitData     = "data"     // it has not what cannot be sent
 )
 
 // Unfit says which rule or resource keeps s from the peer, "" when none does.
@@ -170,6 +171,11 @@ func (p *Peer) Unfit(now time.Time, s *Shard, c *Config) string {
 	for k, v := range s.Labels {
 		if p.Labels[k] != v {
 			return UnfitLabel
+		}
+	}
+	for _, d := range s.Data {
+		if has, asked := p.Data[d.Name]; d.Needed && asked && !has {
+			return UnfitData
 		}
 	}
 	for r, limit := range p.Capacity {
@@ -196,6 +202,7 @@ type Refusal struct {
 var unfitWords = map[string]string{
 	UnfitCordoned: "takes no shards now", UnfitZone: "is in another zone", UnfitSpread: "is in a zone that has enough of the workload",
 	UnfitLabel: "lacks a label that it needs", UnfitLeft: "is where it came from",
+	UnfitData: "has not a volume that it shares with its host",
 }
 
 // Refusals are of those of the peers that the last round sampled that may not
@@ -269,7 +276,7 @@ const tilt = 20
 func (p *Planner) missing(s *Shard, peer *Peer) float64 {
 	bytes := 0.0
 	for _, d := range s.Data {
-		if !peer.Data[d.Digest] {
+		if !peer.Data[d.Name] {
 			bytes += d.Bytes
 		}
 	}

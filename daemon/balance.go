@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/tranship/tranship/allocate"
 	"github.com/tranship/tranship/checkpoint"
@@ -40,7 +41,7 @@ func (h *host) startBalance() {
 	conf := balance.Config{
 		Autopilot: balance.Mode(h.cfg.Autopilot), Every: time.Duration(h.cfg.Balance.EverySeconds) * time.Second,
 		Consolidate: h.cfg.Balance.Consolidate, Reactive: h.cfg.Balance.Policy == policyReactive, StorePath: filepath.Join(h.cfg.StateDir, "balance.db"),
-		Host: &balanced{h: h}, Forecasts: h.forecasts, Log: h.log, Seed: seed.Sum64(), Weights: map[allocate.Tenant]float64{},
+		Host: &balanced{h: h, stat: make(chan struct{}, maxStats)}, Forecasts: h.forecasts, Log: h.log, Seed: seed.Sum64(), Weights: map[allocate.Tenant]float64{},
 	}
 	for name, t := range h.cfg.Tenants {
 		conf.Weights[allocate.Tenant(name)] = t.Weight
@@ -76,8 +77,12 @@ type balanced struct {
 	looked time.Time
 	known  map[string]map[string]runtime.Settings // by namespace and name
 	came   map[[2]string]migrate.Arrival
-	images map[string]map[string]runtime.ImageRef // by namespace and name
-	sizes  map[string]int64
+	images map[string]map[string][]allocate.Data // layers, by namespace and image's name
+	layers map[string]bool                       // of them all
+	read   map[string][]runtime.Layer            // as Runtime.Layers remembers them
+
+	stats singleflight.Group
+	stat  chan struct{} // as many at once
 }
 
 var _ balance.Host = (*balanced)(nil)
@@ -109,12 +114,7 @@ func (b *balanced) Facts() balance.Facts {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	f.Link, f.Images = b.link, map[string]bool{}
-	for _, of := range b.images {
-		for _, ref := range of {
-			f.Images[ref.Key] = true
-		}
-	}
+	f.Link, f.Layers = b.link, b.layers
 	if n := float64(goruntime.NumCPU()); f.CPUs == 0 {
 		f.CPUs = max(n-b.rest, n/10)
 	}
@@ -143,10 +143,7 @@ func (b *balanced) Shards(ctx context.Context) ([]balance.Shard, error) {
 		o := balance.Shard{
 			Namespace: at[0], Name: at[1], Labels: s.Labels, CPULimit: s.CPUs, Rates: l.GetRates(),
 			Migration: b.h.moves.MigrationOf(at[0], at[1]), Foreign: runtime.ForeignNamespace(at[0]),
-			MovedAt: b.came[at].At, LastHost: b.came[at].From,
-		}
-		if ref, ok := b.images[at[0]][s.Image]; ok {
-			o.Image, o.ImageBytes = ref.Key, float64(ref.Bytes)
+			MovedAt: b.came[at].At, LastHost: b.came[at].From, Layers: b.images[at[0]][s.Image], Volumes: s.Shared,
 		}
 		if l.DirtyPagesPerSecond != nil {
 			bytes := l.GetDirtyPagesPerSecond() * checkpoint.PageSize
@@ -208,22 +205,66 @@ func (b *balanced) lookAtImages(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if b.sizes == nil || len(b.sizes) > maxSizes {
-		b.sizes = map[string]int64{}
+	if b.read == nil || len(b.read) > maxImages {
+		b.read = map[string][]runtime.Layer{}
 	}
-	images := map[string]map[string]runtime.ImageRef{}
+	images, all := map[string]map[string][]allocate.Data{}, map[string]bool{}
 	for _, ns := range namespaces {
-		if images[ns], err = b.h.rt.Images(ctx, ns, b.sizes); err != nil {
+		of, err := b.h.rt.Layers(ctx, ns, b.read)
+		if err != nil {
 			// Plans are worth having without them.
 			b.h.log.Debug("balance: images", "err", err)
 		}
+		images[ns] = map[string][]allocate.Data{}
+		for name, layers := range of {
+			for _, l := range layers {
+				images[ns][name] = append(images[ns][name], allocate.Data{Name: l.Key, Bytes: float64(l.Bytes)})
+				all[l.Key] = true
+			}
+		}
 	}
-	b.images = images
+	b.images, b.layers = images, all
 	return nil
 }
 
-// maxSizes of images are remembered.
-const maxSizes = 4096
+const (
+	// maxImages of which the layers are remembered.
+	maxImages = 4096
+	// statTimeout and maxStats keep a file server that is away from holding peers
+	// that ask, and from holding all threads.
+	statTimeout = 500 * time.Millisecond
+	maxStats    = 32
+)
+
+// Volumes are those of the paths that are here. One that does not answer soon
+// is not.
+func (b *balanced) Volumes(ctx context.Context, paths []string) (here []string) {
+	ctx, cancel := context.WithTimeout(ctx, statTimeout)
+	defer cancel()
+	asked := make([]<-chan singleflight.Result, len(paths))
+	for i, path := range paths {
+		asked[i] = b.stats.DoChan(path, func() (any, error) {
+			select {
+			case b.stat <- struct{}{}:
+				defer func() { <-b.stat }()
+				return os.Stat(path)
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		})
+	}
+	for i, path := range paths {
+		select {
+		case <-ctx.Done():
+			return here
+		case r := <-asked[i]:
+			if r.Err == nil {
+				here = append(here, path)
+			}
+		}
+	}
+	return here
+}
 
 // Resize sets a shard's CPU limit.
 func (b *balanced) Resize(ctx context.Context, namespace, name string, cpus float64) error {

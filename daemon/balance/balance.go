@@ -56,8 +56,8 @@ type Facts struct {
 	Cordoned, Draining bool
 	// Arriving are the shards that migrations are bringing here.
 	Arriving map[allocate.ShardID]bool
-	// Images that are here, as Shard.Image names them.
-	Images map[string]bool
+	// Layers of images that are here, as Shard.Layers names them.
+	Layers map[string]bool
 }
 
 // Shard is one that runs here.
@@ -75,9 +75,11 @@ type Shard struct {
 	// MovedAt is when a migration brought it here, from LastHost.
 	MovedAt  time.Time
 	LastHost string
-	// Image is the same on every host that has it, ImageBytes its size; "" unknown.
-	Image      string
-	ImageBytes float64
+	// Layers of its image are named the same on every host; none: unknown.
+	Layers []allocate.Data
+	// Volumes are the paths, the same on every host, of those that it shares with
+	// its host.
+	Volumes []string
 }
 
 // ID is the shard's name in plans.
@@ -88,7 +90,7 @@ func shardID(namespace, name string) allocate.ShardID {
 }
 
 // Host is the host that plans. Its methods are called by one goroutine at a
-// time, but for Migrate.
+// time, but for Migrate and Volumes.
 type Host interface {
 	Facts() Facts
 	// Shards lists those that run here, by name.
@@ -99,6 +101,8 @@ type Host interface {
 	Check(ctx context.Context, namespace, name, node string) (string, error)
 	// Migrate moves a shard and returns when the migration has ended, or ctx.
 	Migrate(ctx context.Context, namespace, name, node string) (*v1.Migration, error)
+	// Volumes are those of the paths that are here, as far as that is known soon.
+	Volumes(ctx context.Context, paths []string) []string
 }
 
 // Forecasts answer for this host's shards; *forecasts.Keeper is one.

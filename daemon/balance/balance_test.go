@@ -39,6 +39,7 @@ type rig struct {
 	shards  map[string]*Shard
 	curves  map[string]map[profile.Signal]predict.Quantiles
 	refuse  map[string]string // by target: what pre-flight says
+	volumes []string          // that are here
 	resized []string
 	moved   []string
 	migrate func(name, node string) (*v1.Migration, error)
@@ -186,6 +187,10 @@ func (r *rig) Resize(_ context.Context, _, name string, cpus float64) error {
 	r.resized = append(r.resized, fmt.Sprintf("%s %.2f", name, cpus))
 	r.shards[name].CPULimit = cpus
 	return nil
+}
+
+func (r *rig) Volumes(_ context.Context, paths []string) []string {
+	return slices.DeleteFunc(slices.Clone(paths), func(p string) bool { return !slices.Contains(r.volumes, p) })
 }
 
 func (r *rig) Check(_ context.Context, _, _, node string) (string, error) { return r.refuse[node], nil }
@@ -712,17 +717,11 @@ func TestAHostThatHasTheImageIsTheBetterTarget(t *testing.T) {
 	c := p.add(t, "host-3", On)
 	b.run("other", 0.1) // the emptier is the better one, if nothing else counts
 	for _, s := range a.shards {
-		s.Image, s.ImageBytes = "default/sha256:1", 4<<30
+		s.Layers = []allocate.Data{{Name: "default/sha256:1", Bytes: 4 << 30}}
 	}
-	b.facts.Images = map[string]bool{"default/sha256:1": true}
+	b.facts.Layers = map[string]bool{"default/sha256:1": true}
 	p.round(t, b, c)
-	// The first round names nothing yet: advice of its own is not awaited.
-	a.b.askPeers(t.Context())
-	a.b.mu.Lock()
-	if _, err := a.b.think(mustShards(t, a)); err != nil {
-		t.Error(err)
-	}
-	a.b.mu.Unlock()
+	a.think(t)
 	p.round(t, a)
 	a.settle()
 	// Moves of a round end in any order: the first is the first that was decided.
@@ -733,11 +732,40 @@ func TestAHostThatHasTheImageIsTheBetterTarget(t *testing.T) {
 	}
 }
 
-func mustShards(t *testing.T, r *rig) []Shard {
+func TestAHostWithoutAVolumeIsNoTarget(t *testing.T) {
+	p, a, b := overloaded(t, On)
+	c := p.add(t, "host-3", On)
+	c.run("other", 0.1) // the emptier is the better one, if nothing else counts
+	for _, s := range a.shards {
+		s.Volumes = []string{"/srv/web"}
+	}
+	c.volumes = []string{"/srv", "/srv/web"}
+	p.round(t, b, c)
+	a.think(t)
+	p.round(t, a)
+	a.settle()
+	if len(a.moved) == 0 {
+		t.Fatalf("nothing moved: %v", a.history())
+	}
+	for _, m := range a.moved {
+		if !strings.HasSuffix(m, " host-3") {
+			t.Errorf("moved: %v", a.moved)
+		}
+	}
+}
+
+// think looks at the host and does nothing: the first round does not know yet
+// what to ask others for.
+func (r *rig) think(t *testing.T) {
 	t.Helper()
-	s, err := r.Shards(t.Context())
+	r.b.askPeers(t.Context())
+	shards, err := r.Shards(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s
+	r.b.mu.Lock()
+	defer r.b.mu.Unlock()
+	if _, err := r.b.think(shards); err != nil {
+		t.Error(err)
+	}
 }

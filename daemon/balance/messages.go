@@ -88,16 +88,16 @@ func flat(d *allocate.Demand) []float32 {
 
 // peerOf is what a host said of itself, if it can be true. Its name is whom was
 // asked, not what it says.
-func peerOf(name string, images []string, m *v1.RoomResponse) (*allocate.Peer, error) {
+func peerOf(name string, data []string, m *v1.RoomResponse) (*allocate.Peer, error) {
 	p := &allocate.Peer{Shards: int(m.GetShards()), Leaving: m.GetLeaving()}
 	p.Host = allocate.Host{ID: allocate.HostID(name), Zone: m.GetZone(), Labels: m.GetLabels(), Cost: m.GetCostPerHour(), Link: m.GetLinkBytesPerSecond(), Cordoned: m.GetCordoned()}
 	errs := []error{checkText("zone", p.Zone)}
-	if len(m.GetImages()) > maxWords {
-		errs = append(errs, fmt.Errorf("%d images", len(m.GetImages())))
+	if len(m.GetData()) > maxWords {
+		errs = append(errs, fmt.Errorf("%d layers and volumes", len(m.GetData())))
 	}
 	p.Data = map[string]bool{}
-	for _, image := range images {
-		p.Data[image] = slices.Contains(m.GetImages(), image)
+	for _, name := range data {
+		p.Data[name] = slices.Contains(m.GetData(), name)
 	}
 	if len(p.Labels) > maxWords {
 		errs = append(errs, fmt.Errorf("%d labels", len(p.Labels)))

@@ -3,6 +3,7 @@ package balance
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -102,8 +103,17 @@ func (b *Balancer) Room(ctx context.Context, peer string, m *v1.RoomRequest) (*v
 	if err := b.hear(peer); err != nil {
 		return nil, err
 	}
-	if n := len(m.GetImages()); n > maxWords {
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%d images, and %d may be named", n, maxWords))
+	if n := len(m.GetData()); n > maxWords {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("%d layers and volumes, and %d may be named", n, maxWords))
+	}
+	var volumes []string
+	for _, name := range m.GetData() {
+		if isVolume(name) && checkText("path", name) == nil {
+			volumes = append(volumes, name)
+		}
+	}
+	if len(volumes) > 0 {
+		volumes = b.cfg.Host.Volumes(ctx, volumes)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -119,9 +129,9 @@ func (b *Balancer) Room(ctx context.Context, peer string, m *v1.RoomRequest) (*v
 		self.Load, self.Usage, self.Shards = allocate.Demand{}, allocate.Amount{}, 0
 	}
 	resp := roomMessage(&self)
-	for _, image := range m.GetImages() {
-		if b.facts.Images[image] {
-			resp.Images = append(resp.Images, image)
+	for _, name := range m.GetData() {
+		if b.facts.Layers[name] || slices.Contains(volumes, name) {
+			resp.Data = append(resp.Data, name)
 		}
 	}
 	return resp, nil

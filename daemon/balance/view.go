@@ -1,9 +1,11 @@
 package balance
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,8 +151,9 @@ func (b *Balancer) shardOf(now time.Time, s *Shard) allocate.Shard {
 	}
 	a.Request[allocate.CPU] = decimalLabel(s.Labels, runtime.LabelRequestCPUs)
 	a.Request[allocate.Memory] = decimalLabel(s.Labels, runtime.LabelRequestMemory)
-	if s.Image != "" && good(s.ImageBytes) {
-		a.Data = []allocate.Data{{Digest: s.Image, Bytes: s.ImageBytes}}
+	a.Data = slices.Clip(s.Layers)
+	for _, path := range s.Volumes {
+		a.Data = append(a.Data, allocate.Data{Name: path, Needed: true})
 	}
 	b.foresee(now, s, k, &a)
 	a.SampledAt, a.Demand, a.Peak = k.at, k.demand, k.peak
@@ -437,7 +440,7 @@ func (b *Balancer) askPeers(ctx context.Context) {
 	}) || len(b.peers.names) < min(len(all), b.acting.Config().Peers) {
 		b.peers.names, b.peers.since, b.peers.again = b.choose(all), now, false
 	}
-	names, images := b.peers.names, b.images()
+	names, data := b.peers.names, b.data()
 	b.mu.Unlock()
 	said, faults := map[string]*allocate.Peer{}, map[string]string{}
 	var wg sync.WaitGroup
@@ -446,7 +449,7 @@ func (b *Balancer) askPeers(ctx context.Context) {
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 			defer cancel()
-			p, err := b.ask(ctx, name, images)
+			p, err := b.ask(ctx, name, data)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
@@ -471,24 +474,43 @@ func (b *Balancer) askPeers(ctx context.Context) {
 	b.peers.said, b.peers.faults = said, faults
 }
 
-// images are those of the shards of the last round, as many as may be asked for.
-func (b *Balancer) images() (out []string) {
+// data are the layers and volumes of the shards of the last round: as many as
+// may be asked for, those that are needed first, then the largest.
+func (b *Balancer) data() (out []string) {
+	var all []allocate.Data
+	seen := map[string]bool{}
 	for i := range b.view.Shards {
 		for _, d := range b.view.Shards[i].Data {
-			if !slices.Contains(out, d.Digest) && len(out) < maxWords {
-				out = append(out, d.Digest)
+			if !seen[d.Name] && checkText("name", d.Name) == nil {
+				seen[d.Name] = true
+				all = append(all, d)
 			}
 		}
+	}
+	slices.SortFunc(all, func(a, b allocate.Data) int {
+		switch {
+		case a.Needed == b.Needed:
+			return cmp.Or(cmp.Compare(b.Bytes, a.Bytes), strings.Compare(a.Name, b.Name))
+		case a.Needed:
+			return -1
+		}
+		return 1
+	})
+	for _, d := range all[:min(len(all), maxWords)] {
+		out = append(out, d.Name)
 	}
 	return out
 }
 
-func (b *Balancer) ask(ctx context.Context, name string, images []string) (*allocate.Peer, error) {
-	resp, err := b.cfg.Peers.Room(ctx, name, &v1.RoomRequest{Images: images})
+// isVolume tells a volume's path from a layer's name.
+func isVolume(name string) bool { return filepath.IsAbs(name) }
+
+func (b *Balancer) ask(ctx context.Context, name string, data []string) (*allocate.Peer, error) {
+	resp, err := b.cfg.Peers.Room(ctx, name, &v1.RoomRequest{Data: data})
 	if err != nil {
 		return nil, errors.New("does not say what room it has: " + plain(err))
 	}
-	p, err := peerOf(name, images, resp)
+	p, err := peerOf(name, data, resp)
 	if err != nil {
 		return nil, fmt.Errorf("says of itself what cannot be: %w", err)
 	}

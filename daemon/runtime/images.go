@@ -3,21 +3,18 @@ package runtime
 import (
 	"context"
 	"fmt"
-
-	"github.com/containerd/errdefs"
 )
 
-// ImageRef is an image of a namespace as hosts compare it.
-type ImageRef struct {
-	// Key is NAMESPACE/DIGEST of what the name points to.
-	Key string
-	// Bytes of content that a host without it has to be sent; 0 unknown.
-	Bytes int64
+// Layer is of an image, as hosts compare it.
+type Layer struct {
+	Key   string // NAMESPACE/DIGEST
+	Bytes int64  // that a host without it has to be sent
 }
 
-// Images lists the images of a namespace, by name. sizes remembers what images
-// were measured before, by Key: content never changes under a digest.
-func (r *Runtime) Images(ctx context.Context, namespace string, sizes map[string]int64) (map[string]ImageRef, error) {
+// Layers lists those of the images of a namespace, by the image's name. known
+// remembers them by NAMESPACE/DIGEST of the image: content never changes under
+// a digest. Images that cannot be unpacked here are left out.
+func (r *Runtime) Layers(ctx context.Context, namespace string, known map[string][]Layer) (map[string][]Layer, error) {
 	if err := CheckName("namespace", namespace); err != nil {
 		return nil, err
 	}
@@ -26,24 +23,21 @@ func (r *Runtime) Images(ctx context.Context, namespace string, sizes map[string
 	if err != nil {
 		return nil, fmt.Errorf("images of namespace %s: %w", namespace, err)
 	}
-	out := make(map[string]ImageRef, len(list))
+	out := make(map[string][]Layer, len(list))
 	for _, img := range list {
-		ref := ImageRef{Key: namespace + "/" + img.Target().Digest.String()}
-		size, known := sizes[ref.Key]
-		if !known {
-			size, err = img.Size(ctx)
+		key := namespace + "/" + img.Target().Digest.String()
+		layers, ok := known[key]
+		if !ok {
+			manifest, _, err := manifestOf(ctx, r.client.ContentStore(), img.Target(), img.Platform())
 			if err != nil {
-				// Content of another platform, or removed meanwhile: no reason not to
-				// know the others.
-				if !errdefs.IsNotFound(err) {
-					return nil, fmt.Errorf("image %s: %w", img.Name(), err)
-				}
-				size = 0
+				continue // removed meanwhile, or of another platform: no reason not to know the others
 			}
-			sizes[ref.Key] = size
+			for _, l := range manifest.Layers {
+				layers = append(layers, Layer{Key: namespace + "/" + l.Digest.String(), Bytes: l.Size})
+			}
+			known[key] = layers
 		}
-		ref.Bytes = size
-		out[img.Name()] = ref
+		out[img.Name()] = layers
 	}
 	return out, nil
 }

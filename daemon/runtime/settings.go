@@ -17,9 +17,10 @@ import (
 type Settings struct {
 	Image    string
 	Labels   map[string]string
-	CPUs     float64 // the limit; 0: none
-	Incoming string  // as Shard has it
-	Running  bool    // or paused
+	CPUs     float64  // the limit; 0: none
+	Incoming string   // as Shard has it
+	Running  bool     // or paused
+	Shared   []string // sources of the mounts that are declared shared
 
 	updated time.Time
 }
@@ -71,5 +72,11 @@ func settingsOf(c *containers.Container) (Settings, error) {
 		}
 		s.limits(&spec)
 	}
-	return Settings{Image: c.Image, Labels: c.Labels, CPUs: s.CPUs, Incoming: c.Labels[LabelIncoming], updated: c.UpdatedAt}, nil
+	out := Settings{Image: c.Image, Labels: c.Labels, CPUs: s.CPUs, Incoming: c.Labels[LabelIncoming], updated: c.UpdatedAt}
+	for _, m := range mountsOf(c.Labels) {
+		if m.Policy == MountShared {
+			out.Shared = append(out.Shared, m.Source)
+		}
+	}
+	return out, nil
 }

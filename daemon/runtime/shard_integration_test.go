@@ -382,6 +382,20 @@ func TestAnAbortedArrivalLeavesNothing(t *testing.T) {
 	ctx := t.Context()
 	src.run(t, runtime.RunSpec{Name: "web"})
 	rec, sn := incoming(t, src, dst, "web", "m1")
+	for _, h := range []*host{src, dst} {
+		known := map[string][]runtime.Layer{}
+		for range 2 { // what was read is remembered
+			layers, err := h.Layers(ctx, namespace, known)
+			must(t, err)
+			var want []runtime.Layer
+			for _, l := range rec.Image.Layers {
+				want = append(want, runtime.Layer{Key: namespace + "/" + l.Digest.String(), Bytes: l.Size})
+			}
+			if len(layers) != 1 || !slices.Equal(layers[rec.Image.Name], want) || len(known) != 1 {
+				t.Errorf("layers: %v, and not %v", layers, want)
+			}
+		}
+	}
 	t.Cleanup(func() { dst.Network().Delete(context.Background(), sn) })
 	images := t.TempDir()
 	task, err := dst.NewRestoreTask(ctx, rec, images, t.TempDir())

@@ -8452,7 +8452,7 @@ func (x *AskedTarget) GetWords() string {
 
 type RoomRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Images        []string               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	Data          []string               `protobuf:"bytes,1,rep,name=data,proto3" json:"data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -8487,9 +8487,9 @@ func (*RoomRequest) Descriptor() ([]byte, []int) {
 	return file_daemon_control_tranship_proto_rawDescGZIP(), []int{131}
 }
 
-func (x *RoomRequest) GetImages() []string {
+func (x *RoomRequest) GetData() []string {
 	if x != nil {
-		return x.Images
+		return x.Data
 	}
 	return nil
 }
@@ -8508,7 +8508,7 @@ type RoomResponse struct {
 	Load               []float32              `protobuf:"fixed32,8,rep,packed,name=load,proto3" json:"load,omitempty"`
 	Usage              []float64              `protobuf:"fixed64,9,rep,packed,name=usage,proto3" json:"usage,omitempty"`
 	Shards             uint32                 `protobuf:"varint,10,opt,name=shards,proto3" json:"shards,omitempty"`
-	Images             []string               `protobuf:"bytes,11,rep,name=images,proto3" json:"images,omitempty"` // those that it has, of the ones that were named
+	Data               []string               `protobuf:"bytes,11,rep,name=data,proto3" json:"data,omitempty"` // what it has of that
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -8613,9 +8613,9 @@ func (x *RoomResponse) GetShards() uint32 {
 	return 0
 }
 
-func (x *RoomResponse) GetImages() []string {
+func (x *RoomResponse) GetData() []string {
 	if x != nil {
-		return x.Images
+		return x.Data
 	}
 	return nil
 }
@@ -9610,9 +9610,9 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\vAskedTarget\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\tR\x04code\x12\x14\n" +
-	"\x05words\x18\x03 \x01(\tR\x05words\"%\n" +
-	"\vRoomRequest\x12\x16\n" +
-	"\x06images\x18\x01 \x03(\tR\x06images\"\x9f\x03\n" +
+	"\x05words\x18\x03 \x01(\tR\x05words\"!\n" +
+	"\vRoomRequest\x12\x12\n" +
+	"\x04data\x18\x01 \x03(\tR\x04data\"\x9b\x03\n" +
 	"\fRoomResponse\x12\x12\n" +
 	"\x04zone\x18\x01 \x01(\tR\x04zone\x12=\n" +
 	"\x06labels\x18\x02 \x03(\v2%.tranship.v1.RoomResponse.LabelsEntryR\x06labels\x12\x1a\n" +
@@ -9624,8 +9624,8 @@ const file_daemon_control_tranship_proto_rawDesc = "" +
 	"\x04load\x18\b \x03(\x02R\x04load\x12\x14\n" +
 	"\x05usage\x18\t \x03(\x01R\x05usage\x12\x16\n" +
 	"\x06shards\x18\n" +
-	" \x01(\rR\x06shards\x12\x16\n" +
-	"\x06images\x18\v \x03(\tR\x06images\x1a9\n" +
+	" \x01(\rR\x06shards\x12\x12\n" +
+	"\x04data\x18\v \x03(\tR\x04data\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x03\n" +
