@@ -213,7 +213,7 @@ func TestDamageIsFound(t *testing.T) {
 		t.Run(c.corrupt, func(t *testing.T) {
 			feature, _, _ := strings.Cut(c.corrupt, ":")
 			addr, cmd := start(t, "--size=1MiB", "--rate=1MiB/s", "--procs=1", "--verify=200",
-				"--features="+feature, "--corrupt="+c.corrupt, "--corrupt-after=600")
+				"--features="+feature, "--corrupt="+c.corrupt, "--corrupt-after=200")
 			client := dial(t, addr)
 			s := until(t, client, "the damage is found", func(s Stat) bool { return len(s.Errors) > 0 })
 			if s.OK || s.Err() == nil {
