@@ -57,6 +57,9 @@ func run(m *testing.M) int {
 			Name: image, Bins: []string{"/bin/sh", "/bin/sleep", "/usr/bin/stress-ng", "/usr/bin/iperf3", "/usr/bin/redis-server", "/usr/bin/fio", "/bin/dd"}, Cmd: []string{"sh"},
 		})
 	}
+	if err == nil {
+		err = startMoves(ctx)
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "profile:", err)
 		return 1
@@ -93,11 +96,7 @@ func must(t *testing.T, h *lab.Host, args ...string) string {
 func start(t *testing.T, h *lab.Host, name string, args ...string) (ip string, pid int) {
 	t.Helper()
 	must(t, h, append([]string{"tranship", "run", "--name", name, image}, args...)...)
-	t.Cleanup(func() {
-		for _, h := range theLab.Hosts() {
-			_, _ = h.Exec(context.Background(), "tranship", "rm", "-f", name)
-		}
-	})
+	removeAtEnd(t, name)
 	var doc struct {
 		Shards []struct {
 			Name, IP string
@@ -115,6 +114,16 @@ func start(t *testing.T, h *lab.Host, name string, args ...string) (ip string, p
 	}
 	t.Fatalf("%s is not among the shards", name)
 	return "", 0
+}
+
+// removeAtEnd removes a shard, wherever it is by then, when the test ends.
+func removeAtEnd(t *testing.T, name string) {
+	t.Helper()
+	t.Cleanup(func() {
+		for _, h := range theLab.Hosts() {
+			_, _ = h.Exec(context.Background(), "tranship", "rm", "-f", name)
+		}
+	})
 }
 
 // scrape reads the host's metrics from inside its network namespace: the first
