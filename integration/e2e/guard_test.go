@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tranship/tranship/integration/lab"
 	"github.com/tranship/tranship/integration/leak"
 )
@@ -63,34 +65,44 @@ func guard(t *testing.T) {
 	}
 	// Not this binary: the race detector makes an inventory take ten times as long.
 	helper := goBuilt(t, "leakcheck", "integration/leak/cmd/leakcheck")
-	var before []leak.Snapshot
-	for _, h := range theLab.Hosts() {
-		ctx, cancel := context.WithTimeout(t.Context(), leakPatience)
-		s, err := leak.Settled(ctx, h, helper)
-		cancel()
-		if err != nil {
-			t.Fatalf("%s: %v", h.Name(), err)
+	hosts := theLab.Hosts()
+	before := make([]leak.Snapshot, len(hosts))
+	onAll := func(ctx context.Context, f func(ctx context.Context, i int, h *lab.Host) error) error {
+		ctx, cancel := context.WithTimeout(ctx, leakPatience)
+		defer cancel()
+		all, ctx := errgroup.WithContext(ctx)
+		for i, h := range hosts {
+			all.Go(func() error {
+				if err := f(ctx, i, h); err != nil {
+					return fmt.Errorf("%s: %w", h.Name(), err)
+				}
+				return nil
+			})
 		}
-		before = append(before, s)
+		return all.Wait()
+	}
+	if err := onAll(t.Context(), func(ctx context.Context, i int, h *lab.Host) (err error) {
+		before[i], err = leak.Settled(ctx, h, helper)
+		return err
+	}); err != nil {
+		t.Fatal(err)
 	}
 	if guards.tests == nil {
 		guards.tests = map[string]bool{}
 	}
 	guards.tests[t.Name()] = true
 	t.Cleanup(func() {
-		for i, h := range theLab.Hosts() {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), leakPatience)
+		if err := onAll(context.WithoutCancel(t.Context()), func(ctx context.Context, i int, h *lab.Host) error {
 			changes, err := leak.Await(ctx, h, helper, before[i], ignores)
-			cancel()
-			if err != nil {
-				t.Errorf("%s: %v", h.Name(), err)
-			}
 			for _, c := range changes {
 				t.Errorf("leak: %v", c)
 			}
+			return err
+		}); err != nil {
+			t.Error(err)
 		}
 		if t.Failed() {
-			for _, h := range theLab.Hosts() {
+			for _, h := range hosts {
 				t.Logf("the daemon of %s said last:\n%s", h.Name(), tail(h.LogPath("transhipd"), 60))
 			}
 		}

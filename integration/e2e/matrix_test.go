@@ -107,7 +107,7 @@ func askMemcheck(t *testing.T, host, addr, request string, through ...string) me
 
 func TestMemcheckMoves(t *testing.T) {
 	needChecks(t)
-	ip := runShard(t, "memcheck-0", checksImage, "memcheck", "--size=48MiB", "--rate=8MiB/s", "--procs=2", "--threads=2", "--verify=1000")
+	ip := runShard(t, "memcheck-0", checksImage, "memcheck", "--size=24MiB", "--rate=8MiB/s", "--procs=2", "--threads=2", "--verify=1000")
 	addr := ip + ":" + strconv.Itoa(memcheck.DefaultPort)
 	awaitListening(t, ip, memcheck.DefaultPort)
 	c := startClient(t, "watch", "memcheck", "watch", "--addr", addr)

@@ -26,31 +26,29 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 	askMemcheck(t, "client", addr, "stat") // answers once all of it is written
 	c := startClient(t, "watch", "memcheck", "watch", "--addr", addr)
 	awaitConnections(t, ip, 1)
-	f := &faulty{t: t, name: name, ip: ip}
+	f := &faulty{t: t, name: name, ip: ip, from: "host-1", to: "host-2"}
 	flags := []string{"--mode", "postcopy", "--bandwidth", link}
 
-	// moved checks a migration that brought the shard to a host.
-	moved := func(t *testing.T, r result, code int, at string) {
+	// moved checks a migration that brought the shard to the other host, from where
+	// the next one goes.
+	moved := func(t *testing.T, r result, code int) {
 		t.Helper()
 		if code != 0 || r.Outcome != "done" {
 			t.Fatalf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
 		}
-		await(t, "one running copy, on "+at, func() bool {
+		await(t, "one running copy, on "+f.to, func() bool {
 			running := slices.DeleteFunc(where(t, name), func(s shard) bool { return s.Status != "running" })
-			return len(running) == 1 && running[0].Node == at && running[0].Migration == ""
+			return len(running) == 1 && running[0].Node == f.to && running[0].Migration == ""
 		})
 		c.mustGoOn(t, 5)
-	}
-	back := func(t *testing.T) {
-		t.Helper()
-		moved(t, mustMigrate(t, name, "host-2", "host-1", flags...), 0, "host-1")
+		f.from, f.to = f.to, f.from
 	}
 
-	t.Run("there and back", func(t *testing.T) {
+	t.Run("nothing breaks", func(t *testing.T) {
 		f.t = t
-		shared := sharedPages(t, "host-1", name) // the frozen round sends what changed of them
-		r := mustMigrate(t, name, "host-1", "host-2", flags...)
-		moved(t, r, 0, "host-2")
+		shared := sharedPages(t, f.from, name) // the frozen round sends what changed of them
+		r := mustMigrate(t, name, f.from, f.to, flags...)
+		moved(t, r, 0)
 		n := len(r.Rounds)
 		if n < 3 || n > 4 || r.Rounds[n-2].Pages > shared || r.Rounds[n-1].Pages <= shared {
 			t.Errorf("two rounds, a frozen one without private pages (%d are shared), and what was fetched: %+v", shared, r.Rounds)
@@ -69,16 +67,15 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		}) {
 			t.Errorf("phases %+v", r.Phases)
 		}
-		back(t)
 	})
 
 	t.Run("it cannot be cancelled", func(t *testing.T) {
 		f.t = t
-		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
-		if out, err := on(t, "host-1", "tranship", "cancel", f.pendingID()); err == nil || !strings.Contains(err.Error(), "can no longer be cancelled") {
+		release, wait := f.pauseAt(f.to, "destination.post-copy", flags...)
+		if out, err := on(t, f.from, "tranship", "cancel", f.pendingID()); err == nil || !strings.Contains(err.Error(), "can no longer be cancelled") {
 			t.Errorf("cancel: %q, %v", out, err)
 		}
-		for host, want := range map[string]string{"host-1": "runs on host-2", "host-2": "are still on host-1"} {
+		for host, want := range map[string]string{f.from: "runs on " + f.to, f.to: "are still on " + f.from} {
 			for _, command := range []string{"ps", "migrations"} {
 				await(t, command+" on "+host+" says where its pages are", func() bool {
 					return strings.Contains(must(t, host, "tranship", command, "-o", "json"), want)
@@ -87,55 +84,57 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		}
 		release()
 		r, code := wait()
-		moved(t, r, code, "host-2")
-		back(t)
+		moved(t, r, code)
 	})
 
-	for _, kill := range []struct{ what, host, point string }{
-		{"the destination's daemon is killed", "host-2", "destination.post-copy"},
-		{"the source's daemon is killed", "host-1", "source.fetch"},
-		{"the source's daemon is killed before it knows that the shard runs", "host-1", "source.yielded"},
-		{"the source's daemon is killed when it begins to serve", "host-1", "source.serving"},
-		{"the destination's daemon is killed when it has every page", "host-2", "destination.release"},
+	for _, kill := range []struct{ what, point string }{
+		{"the destination's daemon is killed", "destination.post-copy"},
+		{"the source's daemon is killed", "source.fetch"},
+		{"the source's daemon is killed before it knows that the shard runs", "source.yielded"},
+		{"the source's daemon is killed when it begins to serve", "source.serving"},
+		{"the destination's daemon is killed when it has every page", "destination.release"},
 	} {
 		t.Run(kill.what, func(t *testing.T) {
 			f.t = t
-			hit, _ := arm(t, kill.host, kill.point, "kill")
+			source := strings.HasPrefix(kill.point, "source.")
+			host := f.to
+			if source {
+				host = f.from
+			}
+			hit, _ := arm(t, host, kill.point, "kill")
 			wait := f.begin(flags...)
 			await(t, kill.point+" is reached", hit)
 			await(t, "the daemon has died", func() bool {
-				_, err := on(t, kill.host, "tranship", "ps", "--local")
+				_, err := on(t, host, "tranship", "ps", "--local")
 				return err != nil
 			})
-			f.restart(kill.host)
+			f.restart(host)
 			r, code := wait()
 			f.awaitNothingPending()
-			if kill.host == "host-1" && code != 0 {
+			if source && code != 0 {
 				// A daemon that comes back may be in doubt, and says so to a command that
 				// asks before the destination has answered.
 				t.Logf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
-				r.Outcome, code = outcomeOf(t, "host-1", r.ID), 0
+				r.Outcome, code = outcomeOf(t, host, r.ID), 0
 			}
-			moved(t, r, code, "host-2")
-			back(t)
+			moved(t, r, code)
 		})
 	}
 
 	t.Run("the page server is killed", func(t *testing.T) {
 		f.t = t
-		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
-		server, holder := pageServer(t, "host-2")
-		must(t, "host-2", "kill", "-KILL", strconv.Itoa(server))
-		awaitPageServer(t, "host-2", server, holder)
+		release, wait := f.pauseAt(f.to, "destination.post-copy", flags...)
+		server, holder := pageServer(t, f.to)
+		must(t, f.to, "kill", "-KILL", strconv.Itoa(server))
+		awaitPageServer(t, f.to, server, holder)
 		release()
 		r, code := wait()
-		moved(t, r, code, "host-2")
-		back(t)
+		moved(t, r, code)
 	})
 
 	t.Run("the link is cut", func(t *testing.T) {
 		f.t = t
-		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
+		release, wait := f.pauseAt(f.to, "destination.post-copy", flags...)
 		f.cut(true)
 		t.Cleanup(func() { f.cut(false) })
 		release()
@@ -143,7 +142,7 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 		f.cut(false)
 		r, code := wait()
 		f.awaitNothingPending()
-		moved(t, r, code, "host-2")
+		moved(t, r, code)
 	})
 	f.t = t
 	c.end(t) // verifies every page
@@ -158,7 +157,8 @@ func TestPostCopyLosesNoPage(t *testing.T) {
 	}
 	t.Run("an operator takes it back from a host that is lost", func(t *testing.T) {
 		f.t = t
-		mustMigrate(t, name, "host-2", "host-1")
+		mustMigrate(t, name, f.from, f.to)
+		f.from, f.to = f.to, f.from // host-1 → host-2 from here on
 		release, wait := f.pauseAt("host-2", "destination.post-copy", flags...)
 		id := f.pendingID()
 		await(t, "the source serves", func() bool {
@@ -272,7 +272,7 @@ func outcomeOf(t *testing.T, host, id string) string {
 	return doc.Outcome
 }
 
-// begin starts a migration host-1 → host-2 and returns what awaits its end.
+// begin starts a migration and returns what awaits its end.
 func (f *faulty) begin(flags ...string) (wait func() (result, int)) {
 	f.t.Helper()
 	type ended struct {
@@ -281,8 +281,9 @@ func (f *faulty) begin(flags ...string) (wait func() (result, int)) {
 	}
 	done := make(chan ended, 1)
 	t := f.t
+	from, to := f.ends()
 	go func() {
-		r, code, _ := migrate(t, f.name, "host-1", "host-2", flags...)
+		r, code, _ := migrate(t, f.name, from, to, flags...)
 		done <- ended{r, code}
 	}()
 	return func() (result, int) {

@@ -12,9 +12,10 @@ import (
 
 // Each case makes a shard and asks for a move that pre-flight must refuse: with
 // exit code 3, with the finding, and with the shard running on as the same
-// process as before.
+// process as before. One guard is for all: each leaves nothing, so all do.
 func TestARefusedShardIsLeftAlone(t *testing.T) {
 	needChecks(t)
+	guard(t)
 	hold := func(kind string) func(t *testing.T, name string) {
 		return func(t *testing.T, name string) {
 			runShard(t, name, checksImage, "checker", "hold", kind)
