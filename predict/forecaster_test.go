@@ -205,40 +205,48 @@ func TestIntervalRecoversWithinAnHourOfALevelShift(t *testing.T) {
 }
 
 func TestBoundsHoldAfterALongRest(t *testing.T) {
+	rests := map[string]float64{"of nothing": 0, "of little": 0.01}
 	for name, load := range map[string]struct {
 		mean  func(i int) float64 // of the i-th cell after the rest
 		noise float64
 	}{
-		"noise":            {func(int) float64 { return 50 }, 10},
-		"every other hour": {func(i int) float64 { return float64(i / 12 % 2 * 50) }, 0},
-		"a climb":          {func(i int) float64 { return float64(i + 1) }, 0.1},
+		"noise":               {func(int) float64 { return 50 }, 10},
+		"every other hour":    {func(i int) float64 { return float64(i / 12 % 2 * 50) }, 0},
+		"every third hour":    {func(i int) float64 { return float64(i / 12 % 3 / 2 * 50) }, 0},
+		"three hours in six":  {func(i int) float64 { return float64(i / 36 % 2 * 50) }, 0},
+		"a climb":             {func(i int) float64 { return float64(i + 1) }, 0.1},
+		"a climb within days": {func(i int) float64 { return float64(i+1) / 72 }, 0.1},
 	} {
-		f := mustNew(t, fiveMin)
-		rng := rand.New(rand.NewPCG(4, 5))
-		at := feed(f, start, 5*288, func(int) float64 { return 0 })
-		v := make([]float64, 3*288)
-		drift := 0.0 // noise that lasts an hour, as that of loads does
-		for i := range v {
-			drift = 0.9*drift + 0.436*load.noise*rng.NormFloat64()
-			v[i] = load.mean(i) + drift
-		}
-		held, n := 0, 0
-		for i := range v[:len(v)-12] {
-			at = feed(f, at, 1, func(int) float64 { return v[i] })
-			if i < 288 {
-				continue // the first day of it is new
-			}
-			n++
-			bound := mustForecast(t, f, time.Hour, Peak).P95
-			if slices.Max(v[i+1:i+13]) <= bound {
-				held++
-			}
-			if so := slices.Max(v[:i+1]); bound > 2*so {
-				t.Fatalf("%s: %.1f may come within an hour, of a load that has been %.1f at most", name, bound, so)
-			}
-		}
-		if share := float64(held) / float64(n); share < 0.9 {
-			t.Errorf("%s: the 95 %% bound held %.3f of the peaks of an hour", name, share)
+		for rest, little := range rests {
+			t.Run(name+" after a rest "+rest, func(t *testing.T) {
+				f := mustNew(t, fiveMin)
+				rng := rand.New(rand.NewPCG(4, 5))
+				at := feed(f, start, 5*288, func(int) float64 { return little * (10 + rng.NormFloat64()) })
+				v := make([]float64, 3*288)
+				drift := 0.0 // noise that lasts an hour, as that of loads does
+				for i := range v {
+					drift = 0.9*drift + 0.436*load.noise*rng.NormFloat64()
+					v[i] = load.mean(i) + drift + little*(10+rng.NormFloat64())
+				}
+				held, n := 0, 0
+				for i := range v[:len(v)-12] {
+					at = feed(f, at, 1, func(int) float64 { return v[i] })
+					if i < 288 {
+						continue // the first day of it is new
+					}
+					n++
+					bound := mustForecast(t, f, time.Hour, Peak).P95
+					if slices.Max(v[i+1:i+13]) <= bound {
+						held++
+					}
+					if so := slices.Max(v[:i+1]); bound > 2*so {
+						t.Fatalf("%.1f may come within an hour, of a load that has been %.1f at most", bound, so)
+					}
+				}
+				if share := float64(held) / float64(n); share < 0.9 {
+					t.Errorf("the 95 %% bound held %.3f of the peaks of an hour", share)
+				}
+			})
 		}
 	}
 }

@@ -25,6 +25,12 @@ const (
 	// not a spike. Six keep a false alarm rare and are a minute at 10 s and
 	// half an hour at 5 min, inside the hour that recovery may take.
 	shiftRun = 6
+	// margin around a range, in its width, that a new level lies beyond.
+	margin = 0.25
+	// farWidths of all that was seen away, a new level says nothing of how much the
+	// load will vary there, and the old one is no less likely than before. With 3
+	// and 30, losses differ by a quarter of a percent.
+	farWidths = 10
 )
 
 // history is what the members see of the past: levels, recent cells, two days
@@ -56,7 +62,10 @@ type history struct {
 	runUp     bool
 	runSum    float64
 	shiftCell int64
-	before    struct{ slow, q50, volFast, volSlow, scale float64 } // when the run began
+	// The same extremes, but of levels that were left as well, see unseen.
+	seenLo, seenHi float64
+	levelCell      int64                                                // when the latest level began
+	before         struct{ slow, q50, volFast, volSlow, scale float64 } // when the run began
 
 	cur    int64 // bin being filled, counted from the epoch
 	curSum float64
@@ -107,6 +116,7 @@ func (h *history) init(step int64) {
 		tau *= ratio
 	}
 	h.least = math.MaxFloat64
+	h.levelCell = -day / step
 	h.sharedCell = -1
 	h.usual = math.Inf(-1)
 }
@@ -133,10 +143,10 @@ func (h *history) hourOf(cell int64) int {
 }
 
 // push takes the value of cell c; the cells since the last one were gaps. It
-// reports whether the series has just been found on a new level.
-func (h *history) push(c int64, v float64) (shifted bool) {
+// reports whether the series has just been found on a level unlike all it was on.
+func (h *history) push(c int64, v float64) (unseen bool) {
 	if h.cells == 0 {
-		h.last, h.q50, h.lo, h.hi = v, v, v, v
+		h.last, h.q50, h.lo, h.hi, h.seenLo, h.seenHi = v, v, v, v, v, v
 		for i := range h.ew {
 			h.ew[i] = v
 		}
@@ -187,8 +197,8 @@ func (h *history) outside(v float64) (up, down bool) {
 	if float64(h.cells)*float64(h.step) <= float64(day)/4 || h.cells <= 48 {
 		return false, false
 	}
-	margin := 0.25*(h.hi-h.lo) + h.rounding()
-	return v > h.hi+margin, v < h.lo-margin
+	room := margin*(h.hi-h.lo) + h.rounding()
+	return v > h.hi+room, v < h.lo-room
 }
 
 // rounding is what two cells of the same load may differ by.
@@ -207,7 +217,8 @@ func (h *history) opens(v float64) bool {
 }
 
 // detect finds a level shift: shiftRun cells in a row, all on one side outside.
-// A daily batch job is inside the range and is left to the profile.
+// A daily batch job is inside the range and is left to the profile. It reports
+// whether the level is unseen.
 func (h *history) detect(c int64, v float64) bool {
 	up, down := h.outside(v)
 	if !up && !down || h.run > 0 && up != h.runUp {
@@ -241,12 +252,32 @@ func (h *history) detect(c int64, v float64) bool {
 			// was and what it now is.
 			h.lo, h.hi = min(h.lo, slices.Min(h.recent[:])), max(h.hi, slices.Max(h.recent[:]))
 		}
-		return true
+		return h.unseen()
 	}
-	fade := h.alpha[ladder-1] / 7
-	h.lo = min(v, h.lo+fade*(h.ew[ladder-1]-h.lo))
-	h.hi = max(v, h.hi+fade*(h.ew[ladder-1]-h.hi))
+	fade, slow := h.alpha[ladder-1]/7, h.ew[ladder-1]
+	h.lo = min(v, h.lo+fade*(slow-h.lo))
+	h.hi = max(v, h.hi+fade*(slow-h.hi))
+	h.seenLo = min(v, h.seenLo+fade*(slow-h.seenLo))
+	h.seenHi = max(v, h.seenHi+fade*(slow-h.seenHi))
 	return false
+}
+
+// unseen says whether the level just found lies beyond all that was seen. What
+// was seen moves along with the load, as its range does. But a level that is far
+// away, or that comes within a day of the last one, adds to it instead: a load
+// that varies far more than it did is found on a new level again and again, and
+// would have learnt nothing when the next one comes.
+func (h *history) unseen() bool {
+	// The middle of the run: its mean and its ends may be a spike's.
+	at, width := h.median, h.seenHi-h.seenLo
+	off := max(at-h.seenHi, h.seenLo-at)
+	is := off > margin*width+h.rounding()
+	if is && off <= farWidths*width && h.shiftCell-h.levelCell >= day/h.step {
+		h.seenLo, h.seenHi = at-width/2, at+width/2
+	}
+	h.seenLo, h.seenHi = min(h.seenLo, at), max(h.seenHi, at)
+	h.levelCell = h.shiftCell
+	return is
 }
 
 // lift moves everything remembered to the new level; the shape stays.

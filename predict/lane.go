@@ -355,7 +355,7 @@ func (l *lane) keep() {
 	}
 }
 
-// shifted forgets what a level shift made meaningless: forecasts from before it
+// shifted forgets what an unseen level made meaningless: forecasts from before it
 // was recognised, and outcomes on the old level. Beyond shiftHorizon a shift
 // is an outcome like others, which the bounds of a day ahead must allow for.
 func (l *lane) shifted() {

@@ -15,7 +15,7 @@ const MaxState = 64 << 10
 
 // stateVersion changes with the fields and with the meaning of any of them; a
 // state of another version is refused, and the series starts cold.
-const stateVersion = 6
+const stateVersion = 7
 
 // ErrState is wrapped by every refusal of UnmarshalBinary.
 var ErrState = errors.New("forecaster state")
@@ -252,7 +252,7 @@ func (s *state) history(h *history) {
 	s.int64(&h.origin, -anyTime, anyTime)
 	s.int64(&h.cells, 0, anyTime)
 	s.int64(&h.lastCell, 0, anyTime)
-	s.float(&h.last, &h.prev, &h.median, &h.q50, &h.volFast, &h.volSlow, &h.scale, &h.least, &h.lentScale, &h.lentVol, &h.lentN, &h.lo, &h.hi, &h.before.slow, &h.before.q50, &h.before.volFast, &h.before.volSlow, &h.before.scale, &h.runSum, &h.curSum, &h.weekSum)
+	s.float(&h.last, &h.prev, &h.median, &h.q50, &h.volFast, &h.volSlow, &h.scale, &h.least, &h.lentScale, &h.lentVol, &h.lentN, &h.lo, &h.hi, &h.seenLo, &h.seenHi, &h.before.slow, &h.before.q50, &h.before.volFast, &h.before.volSlow, &h.before.scale, &h.runSum, &h.curSum, &h.weekSum)
 	for i := range h.ew {
 		s.float(&h.ew[i])
 	}
@@ -263,6 +263,7 @@ func (s *state) history(h *history) {
 	s.int(&h.run, 0, shiftRun)
 	s.bool(&h.runUp)
 	s.int64(&h.shiftCell, 0, anyTime)
+	s.int64(&h.levelCell, -day/h.step, anyTime)
 	s.int64(&h.cur, -anyTime, anyTime)
 	s.int64(&h.weekCur, -anyTime, anyTime)
 	s.count(&h.curN)
@@ -275,7 +276,7 @@ func (s *state) history(h *history) {
 	s.floats(h.prof, false)
 	s.floats(h.ptop, false)
 	s.bytes(h.profN)
-	if s.reading && s.err == nil && (h.volFast < 0 || h.volSlow < 0 || h.scale < 0 || h.lentN < 0 || h.lo > h.hi) {
+	if s.reading && s.err == nil && (h.volFast < 0 || h.volSlow < 0 || h.scale < 0 || h.lentN < 0 || h.lo > h.hi || h.seenLo > h.seenHi) {
 		s.fail("a scale is negative")
 	}
 }
