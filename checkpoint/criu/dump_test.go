@@ -177,17 +177,24 @@ func (v *victim) config(t *testing.T) DumpConfig {
 	}
 }
 
-func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
+// startDump is a frozen victim, and a CRIU that stands ready to dump it.
+func startDump(t *testing.T) (*victim, *Dumper) {
+	t.Helper()
 	path := needCRIU(t)
 	v := startVictim(t)
 	d, err := StartDumper(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Kill()
+	t.Cleanup(d.Kill)
 	if err := v.freeze(true); err != nil {
 		t.Fatal(err)
 	}
+	return v, d
+}
+
+func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
+	v, d := startDump(t)
 	cfg := v.config(t)
 	if err := d.Dump(t.Context(), cfg); err != nil {
 		t.Fatal(err)
@@ -240,16 +247,7 @@ func TestAfterADumpTheTasksStayFrozenWithoutCRIU(t *testing.T) {
 
 // Until the cgroup is frozen again nobody but CRIU holds the tasks.
 func TestTheDeathOfCRIUAfterADumpIsNoticed(t *testing.T) {
-	path := needCRIU(t)
-	v := startVictim(t)
-	d, err := StartDumper(path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Kill()
-	if err := v.freeze(true); err != nil {
-		t.Fatal(err)
-	}
+	v, d := startDump(t)
 	if err := d.Dump(t.Context(), v.config(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -286,19 +284,10 @@ func TestTheDeathOfCRIUAfterADumpIsNoticed(t *testing.T) {
 }
 
 func TestARefusedDumpLeavesTheProcessAsItWas(t *testing.T) {
-	path := needCRIU(t)
-	v := startVictim(t)
-	d, err := StartDumper(path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Kill()
-	if err := v.freeze(true); err != nil {
-		t.Fatal(err)
-	}
+	v, d := startDump(t)
 	cfg := v.config(t)
 	cfg.TCPEstablished = false // CRIU refuses established connections
-	err = d.Dump(t.Context(), cfg)
+	err := d.Dump(t.Context(), cfg)
 	var logged *LogError
 	if !errors.As(err, &logged) || !strings.Contains(logged.Tail, "tcp") {
 		t.Fatalf("want an error with CRIU's reason, got: %v", err)
@@ -311,13 +300,7 @@ func TestARefusedDumpLeavesTheProcessAsItWas(t *testing.T) {
 }
 
 func TestADumpObeysItsContext(t *testing.T) {
-	path := needCRIU(t)
-	v := startVictim(t)
-	d, err := StartDumper(path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Kill()
+	v, d := startDump(t)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("the operator said so")
 	cancel(why)
