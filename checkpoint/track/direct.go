@@ -26,16 +26,27 @@ type openFiles struct {
 // pinning.
 func surveyFiles(hostPID int) openFiles {
 	var files openFiles
-	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", hostPID))
+	process := fmt.Sprintf("/proc/%d", hostPID)
+	mounts, err := os.ReadFile(process + "/mountinfo")
 	files.pinning = err != nil || pinningMount(mounts)
-	dir := fmt.Sprintf("/proc/%d/fd", hostPID)
-	entries, err := os.ReadDir(dir)
-	if err != nil {
+	if err := files.look(process); err != nil {
 		files.pinning = true
 		return files
 	}
+	for _, thread := range OwnTables(hostPID) {
+		_ = files.look(thread) // fails only once it has ended
+	}
+	return files
+}
+
+// look looks through the table of a process, or of a thread, by its directory.
+func (files *openFiles) look(dir string) error {
+	entries, err := os.ReadDir(dir + "/fd")
+	if err != nil {
+		return err
+	}
 	for _, e := range entries {
-		link, err := os.Readlink(filepath.Join(dir, e.Name()))
+		link, err := os.Readlink(filepath.Join(dir, "fd", e.Name()))
 		if err != nil {
 			continue // closed meanwhile
 		}
@@ -44,10 +55,41 @@ func surveyFiles(hostPID int) openFiles {
 		if files.pinning || !strings.HasPrefix(link, "/") {
 			continue
 		}
-		info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%s", hostPID, e.Name()))
+		info, err := os.ReadFile(filepath.Join(dir, "fdinfo", e.Name()))
 		files.pinning = err == nil && openedDirect(info)
 	}
-	return files
+	return nil
+}
+
+// kcmpFiles is KCMP_FILES of include/uapi/linux/kcmp.h.
+const kcmpFiles = 2
+
+// OwnTables lists, by their directories in /proc, the threads of a process that have
+// files in a table that is not the process's (unshare(2), CLONE_FILES). Without
+// kcmp(2) there is none, but CRIU does not do without it either.
+func OwnTables(hostPID int) []string {
+	dir := fmt.Sprintf("/proc/%d/task", hostPID)
+	threads, err := os.ReadDir(dir)
+	if err != nil {
+		return nil // it has ended
+	}
+	var own []string
+	for _, t := range threads {
+		tid, err := strconv.Atoi(t.Name())
+		if err != nil || tid == hostPID {
+			continue
+		}
+		order, _, errno := unix.Syscall6(unix.SYS_KCMP, uintptr(hostPID), uintptr(tid), kcmpFiles, 0, 0, 0)
+		if errno != 0 || order == 0 {
+			continue
+		}
+		// A thread that is ending has no table any more.
+		thread := filepath.Join(dir, t.Name())
+		if files, err := os.ReadDir(thread + "/fd"); err == nil && len(files) > 0 {
+			own = append(own, thread)
+		}
+	}
+	return own
 }
 
 // pinningMount looks through /proc/PID/mountinfo (proc_pid_mountinfo(5)).

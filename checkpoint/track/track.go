@@ -73,8 +73,10 @@ type Stats struct {
 // have such I/O, what one Collect reported is reported again by the next; so at
 // least one Collect must follow the end of such I/O, which the frozen one does.
 // Memory pinned for longer (io_uring and RDMA buffers) is not covered: CRIU
-// refuses such processes. Nor is process_vm_writev(2) from memory that has to be
-// brought in first, if a Collect comes between the pinning and the copy.
+// refuses such processes. Nor is process_vm_writev(2), or a write to /proc/PID/mem,
+// if a Collect comes between the pinning of a page and the copy into it: a moment,
+// unless the former has to bring its source in first. Nothing tells of such a
+// write, and to report again all that any Collect reported would be no pre-copy.
 //
 // A Tracker is not for concurrent use.
 type Tracker interface {

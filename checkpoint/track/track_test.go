@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/internal/osthread"
 	"github.com/tranship/tranship/internal/testenv"
 )
 
@@ -210,6 +211,21 @@ func TestDirectIOIsLookedForEverywhere(t *testing.T) {
 	dir := t.TempDir()
 	if surveyFiles(os.Getpid()).pinning {
 		testenv.Missing(t, "a process without a file system that may pin pages")
+	}
+	err := osthread.Do(func() error {
+		if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+			return err
+		}
+		if _, err := unix.Open(filepath.Join(dir, "of a thread"), os.O_CREATE|os.O_RDWR|unix.O_DIRECT, 0o600); err != nil {
+			return err
+		}
+		if !surveyFiles(os.Getpid()).pinning {
+			t.Error("a file that only a thread has open is not seen")
+		}
+		return nil // the thread ends, and its table with it
+	})
+	if err != nil {
+		testenv.Missing(t, "direct I/O on the temporary directory: "+err.Error())
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "direct"), os.O_CREATE|os.O_RDWR|unix.O_DIRECT, 0o600)
 	if err != nil {

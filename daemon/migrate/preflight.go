@@ -12,6 +12,7 @@ import (
 
 	"github.com/tranship/tranship/checkpoint"
 	"github.com/tranship/tranship/checkpoint/criu"
+	"github.com/tranship/tranship/checkpoint/track"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
 
@@ -201,6 +202,11 @@ func checkProcesses(shard string, procs []checkpoint.Process, addressMoves bool)
 			// CRIU reads the resource limits of every process (prlimit(2)).
 			add(refuse("capability", "give transhipd CAP_SYS_RESOURCE, or run the shard as root",
 				"process %d of %s is not root's, and transhipd has no CAP_SYS_RESOURCE to look at it", p.PID, shard))
+		}
+		if len(track.OwnTables(p.HostPID)) > 0 {
+			// CRIU dumps the process's, and restores every thread with that.
+			add(refuse("file-table", "run the program without unshare(CLONE_FILES)",
+				"a thread of process %d of %s has open files of its own, which CRIU cannot carry", p.PID, shard))
 		}
 		for _, d := range openDescriptors(p.HostPID) {
 			if f := judgeDescriptor(shard, p, d, addressMoves); f != nil {

@@ -8,8 +8,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tranship/tranship/checkpoint"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
+	"github.com/tranship/tranship/internal/osthread"
 )
 
 func facts(node string) hostFacts {
@@ -114,6 +117,26 @@ func TestOpenDescriptorsSeesTheStateOfSockets(t *testing.T) {
 	})
 	if !found {
 		t.Error("the established loopback connection of this process was not seen")
+	}
+}
+
+func TestFilesThatOnlyAThreadHasOpenAreRefused(t *testing.T) {
+	self := []checkpoint.Process{{PID: 1, HostPID: os.Getpid()}}
+	found := func() []string { return codes(checkProcesses("redis", self, true)) }
+	if got := found(); slices.Contains(got, "file-table") {
+		t.Errorf("threads that share one table: %v", got)
+	}
+	err := osthread.Do(func() error {
+		if err := unix.Unshare(unix.CLONE_FILES); err != nil {
+			return err
+		}
+		if got := found(); !slices.Contains(got, "file-table") {
+			t.Errorf("a thread that has its own: %v", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
