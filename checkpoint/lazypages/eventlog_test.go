@@ -11,10 +11,12 @@ import (
 	"reflect"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tranship/tranship/checkpoint"
+	"github.com/tranship/tranship/checkpoint/pagestore"
 	"github.com/tranship/tranship/internal/testenv"
 )
 
@@ -279,10 +281,11 @@ func TestARunAfterRunOfPagesSurvivesASnapshot(t *testing.T) {
 	}
 }
 
-// Another shard that comes may fill the tmpfs, and gives up a moment later.
-func TestALogThatFindsNoRoomIsBegunOnceThereIs(t *testing.T) {
+// smallTmpfs is a directory of half a megabyte, and what fills all of it.
+func smallTmpfs(t *testing.T) (dir string, fill func() (empty func())) {
+	t.Helper()
 	testenv.NeedRoot(t)
-	dir := t.TempDir()
+	dir = t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=512k"); err != nil {
 		t.Fatal(err)
 	}
@@ -292,9 +295,22 @@ func TestALogThatFindsNoRoomIsBegunOnceThereIs(t *testing.T) {
 		}
 	})
 	other := filepath.Join(dir, "other")
-	if err := os.WriteFile(other, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
-		t.Fatal(err)
+	return dir, func() func() {
+		if err := os.WriteFile(other, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+		return func() {
+			if err := os.Remove(other); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
+}
+
+// Another shard that comes may fill the tmpfs, and gives up a moment later.
+func TestALogThatFindsNoRoomIsBegunOnceThereIs(t *testing.T) {
+	dir, fill := smallTmpfs(t)
+	empty := fill()
 	tried := make(chan struct{})
 	f := &family{logPath: filepath.Join(dir, "log"), log: slog.New(onWarning(sync.OnceFunc(func() { close(tried) })))}
 	begun := make(chan error, 1)
@@ -304,9 +320,7 @@ func TestALogThatFindsNoRoomIsBegunOnceThereIs(t *testing.T) {
 	case err := <-begun:
 		t.Fatalf("without room: %v", err)
 	}
-	if err := os.Remove(other); err != nil {
-		t.Fatal(err)
-	}
+	empty()
 	if err := <-begun; err != nil {
 		t.Fatal(err)
 	}
@@ -327,3 +341,35 @@ func (onWarning) Enabled(_ context.Context, level slog.Level) bool { return leve
 func (h onWarning) Handle(context.Context, slog.Record) error      { h(); return nil }
 func (h onWarning) WithAttrs([]slog.Attr) slog.Handler             { return h }
 func (h onWarning) WithGroup(string) slog.Handler                  { return h }
+
+func TestPlacedPagesAreGivenBackOnceThereIsRoomToNoteThem(t *testing.T) {
+	dir, fill := smallTmpfs(t)
+	store, err := pagestore.Create(filepath.Join(dir, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	if err := store.PutPages(1, 0x10000, bytes.Repeat([]byte{1}, 4*page)); err != nil {
+		t.Fatal(err)
+	}
+	f := &family{task: Task{PID: 1}, store: store, filling: true, log: slog.New(slog.DiscardHandler)}
+	if err := f.loadStore(); err != nil {
+		t.Fatal(err)
+	}
+	f.spaces = []*space{{pending: f.live.empty(), owed: &f.owed}} // all is placed
+	f.isTouch = make([]bool, len(f.live.groups))
+	f.touchAll()
+	empty := fill()
+	if f.release() || f.refused.IsZero() {
+		t.Fatal("there is room to note it")
+	}
+	empty()
+	for deadline := time.Now().Add(10 * time.Second); !f.release(); {
+		if time.Now().After(deadline) {
+			t.Fatal("it was not tried again")
+		}
+	}
+	if n, err := store.Bytes(); err != nil || n != 0 || len(f.touched) != 0 {
+		t.Errorf("%d bytes are kept, and %d groups to look through, %v", n, len(f.touched), err)
+	}
+}

@@ -87,7 +87,8 @@ type family struct {
 	live    pageSet
 	touched []int // indexes into live.groups
 	isTouch []bool
-	keep    bool // give nothing back any more
+	// refused is when the store last had no room to note what is given back.
+	refused time.Time
 	// owed are the pages of live that the store does not have yet. Nothing is
 	// placed from there, and a fault on one waits.
 	owed pageSet
@@ -223,6 +224,9 @@ func (f *family) run(ctx context.Context) (err error) {
 			if wait != 0 && f.release() {
 				wait = 0
 			}
+			if len(f.touched) > 0 {
+				wait = min(wait, memoryWait)
+			}
 		}
 		f.reap()
 		f.account()
@@ -292,7 +296,9 @@ func (f *family) apply(s *space, m message, fd int) {
 		s.layout.unmap(m.span, func(image span) { f.giveUp(s, image) })
 	case eventRemove:
 		// MADV_DONTNEED, MADV_FREE: the mapping stays registered and faults
-		// again, and gets zero pages, as nothing is pending there any more.
+		// again, and gets zero pages, as nothing is pending there any more. A child
+		// whose fork is heard later lacks them as well, and the other way round: both
+		// calls were under way at once, and had either returned, it was heard before.
 		//
 		// MADV_GUARD_INSTALL (Linux 6.13) drops pages without an event, and
 		// UFFDIO_COPY replaces the guards. Guards from before the dump are safe:

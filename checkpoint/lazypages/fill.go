@@ -272,9 +272,11 @@ func (f *family) touchAll() {
 // release looks through the group that was touched first and gives back the
 // pages that no space lacks any more. It reports whether there was one. Nothing
 // is touched before CRIU has finished: until then the restore may fail and be
-// tried again.
+// tried again. A tmpfs that is full has no room to note it; then it is tried again,
+// until all is placed and the store goes as a whole.
 func (f *family) release() bool {
-	if len(f.touched) == 0 {
+	over := len(f.spaces) == 0
+	if len(f.touched) == 0 || !over && time.Since(f.refused) < memoryWait {
 		return false
 	}
 	i := f.touched[0]
@@ -290,15 +292,22 @@ func (f *family) release() bool {
 		}
 	}
 	first := free.groups[0].first
-	for from := first; !f.keep; {
+	for from := first; ; {
 		start, end, ok := free.next(from, first+groupPages, groupPages)
 		if !ok {
 			break
 		}
 		if err := f.store.Release(f.task.PID, start*checkpoint.PageSize, checkpoint.Pages(end-start)); err != nil {
 			// The pages take room for longer, that is all.
-			f.log.Warn("keep the placed pages in the store", "task", f.task.PID, "err", err)
-			f.keep = true
+			if f.refused.IsZero() {
+				f.log.Warn("keep the placed pages in the store", "task", f.task.PID, "err", err)
+			}
+			f.refused = time.Now()
+			if !over {
+				f.isTouch[i] = true
+				f.touched = append(f.touched, i)
+				return false
+			}
 		}
 		f.live.clear(start, end)
 		f.settleOwed(start, end)

@@ -42,6 +42,12 @@ func (w window) part(s span) window {
 // older window is then kept aside in leaving, where the departure, when it is
 // heard, finds it first.
 //
+// It does not show where a mapping has grown since the restore, of which there is no
+// event: B seems to be free, and the departure, when it is heard, takes the arrival
+// with it, whose missing pages read as zeros. For that one thread has to move a
+// mapping there between the moment in which another's munmap lets go of the lock
+// and the one in which the kernel queues its event.
+//
 // No event is outstanding when an operation on the userfaultfd does not answer
 // EAGAIN; settle is called then.
 type layout struct {
