@@ -4,16 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
-	"github.com/tranship/tranship/checkpoint/criu"
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
 	"github.com/tranship/tranship/daemon/runtime"
@@ -239,86 +235,6 @@ func (m *Manager) keepTellingAbort(e *Entry, peer transhipv1connect.PeerClient) 
 			case <-time.After(commitRetry):
 			}
 		}
-	})
-}
-
-// giveBack lets a shard go on here as if nothing had happened. Every step may
-// run on a shard that was never touched, and twice. cg is its cgroup as far as that
-// is known: a containerd that is away must not keep it frozen.
-func (m *Manager) giveBack(ctx context.Context, e *Entry, rec *runtime.Record, cg runtime.Cgroup) error {
-	var errs []error
-	step := func(what string, err error) {
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", what, err))
-		}
-	}
-	step("criu", killByStart(e.CRIUPID, e.CRIUStart))
-	var err error
-	if !exists(cg.Dir) {
-		cg, err = m.rt.Cgroup(ctx, e.Namespace, e.Shard)
-	}
-	if err != nil {
-		// The shard died meanwhile (out of memory, killed by an operator):
-		// there is nobody to give back to, but its labels still count.
-		step("cgroup", err)
-	} else {
-		pids, err := cg.Processes()
-		step("processes", err)
-		_, err = criu.ReleaseSockets(pids)
-		step("sockets", err)
-		step("throttling", unthrottle(cg, e.Throttle))
-	}
-	if rec != nil {
-		if net, ok := shardNet(rec); ok {
-			step("network", m.rt.Network().Restore(ctx, net))
-		}
-		if rec.Network.Own() {
-			step("loopback", runtime.FreeLoopback(rec.PID))
-		}
-	}
-	step("link remaps", m.removeLinkRemaps(ctx, e))
-	if cg.Dir != "" && !e.FrozenBefore {
-		step("thaw", cg.Freezer().Thaw(ctx))
-	}
-	if e.MarkedStop {
-		step("restart label", m.rt.UnmarkStopped(ctx, e.Namespace, e.Shard))
-	}
-	return errors.Join(errs...)
-}
-
-// linkRemapPrefix begins the names that CRIU gives to files that a process has
-// open and that have no name any more (criu/files-reg.c, create_link_remap).
-const linkRemapPrefix = "link_remap."
-
-// removeLinkRemaps removes the names that a dump made in the writable layer and
-// that CRIU, being killed, did not take away again.
-func (m *Manager) removeLinkRemaps(ctx context.Context, e *Entry) error {
-	if !exists(filepath.Join(m.dir(e.ID, Source), imagesDir, "remap-fpath.img")) {
-		return nil // the dump made none
-	}
-	upper, err := m.rt.UpperDir(ctx, e.Namespace, e.Shard)
-	if err != nil || upper == "" {
-		return err
-	}
-	// Through the mounted root, not behind the overlay's back.
-	rootfs, err := m.rt.Rootfs(ctx, e.Namespace, e.Shard)
-	if err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(rootfs.Path)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	return filepath.WalkDir(upper, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() || !strings.HasPrefix(d.Name(), linkRemapPrefix) {
-			return err
-		}
-		rel, err := filepath.Rel(upper, path)
-		if err != nil {
-			return err
-		}
-		return root.Remove(rel)
 	})
 }
 

@@ -190,7 +190,8 @@ func (m *Manager) launch(o *outgoing) error {
 }
 
 func (m *Manager) refuseBusy(key shardKey, err error) []*v1.Finding {
-	return []*v1.Finding{refuse("migrating", "wait, or tranship cancel "+m.MigrationOf(key.namespace, key.name), "%v", err)}
+	return []*v1.Finding{refuse("migrating", "wait, or tranship cancel "+m.MigrationOf(key.namespace, key.name),
+		"%v%s", err, m.because(key.namespace, key.name))}
 }
 
 // conclude undoes what a failed migration did and writes the last word.
@@ -214,7 +215,13 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 			log.Error("undo", "err", uerr)
 		}
 		cancel()
-		o.entry.State = Aborted
+		if o.entry.State != Returning {
+			o.entry.State = Aborted
+		}
+	}
+	if o.entry.State == Returning && !o.entry.Runs {
+		outcome, code = OutcomeInDoubt, CodeReturning
+		reason, _ = m.noteOf(o.entry)
 	}
 	o.report.finish(outcome, code, reason)
 	if outcome == OutcomeDone {
@@ -226,7 +233,12 @@ func (m *Manager) conclude(ctx context.Context, o *outgoing, err error) {
 	}
 	if jerr != nil {
 		log.Error("journal", "err", jerr)
+		if o.entry.State == Aborted {
+			// A later daemon would undo it once more, under whoever has the shard then.
+			o.entry.State = Returning
+		}
 	}
+	unsettled = unsettled || o.entry.State == Returning
 	result, _ := o.report.snapshot()
 	m.metrics.ended(result)
 	traceMigration(m.cfg.Traces, result)

@@ -40,6 +40,9 @@ const (
 	// are here; the destination's word that it has them all, or an operator's,
 	// ends this state.
 	Serving State = "serving"
+	// Returning: the shard runs here and nowhere else, but what the migration did to
+	// it could not be undone yet. Only that it could ends this state.
+	Returning State = "returning"
 )
 
 // States of the destination.
@@ -82,6 +85,9 @@ type Entry struct {
 	CopiedMounts []string `json:"copied_mounts,omitempty"`
 	MarkedStop   bool     `json:"marked_stopped,omitempty"`
 	FrozenBefore bool     `json:"frozen_before,omitempty"` // the operator had paused it
+	// Runs says that only traces are left to be undone; Left is what could not be.
+	Runs bool   `json:"runs,omitempty"`
+	Left string `json:"left,omitempty"`
 	// Throttle is set before the shard is slowed for the first time.
 	Throttle *Throttling `json:"throttle,omitempty"`
 	// RunsThere is the destination's word, or an operator's, as long as what is left
@@ -108,6 +114,9 @@ type Entry struct {
 	Record json.RawMessage `json:"record,omitempty"`
 	// Report is the migration's result, kept for `tranship migrations`.
 	Report json.RawMessage `json:"report,omitempty"`
+
+	// home is nil once the daemon that began the migration has ended.
+	home *home
 }
 
 // Journal is the host's durable memory of migrations. Every write is synced

@@ -2,21 +2,25 @@ package migrate
 
 import (
 	"fmt"
+	"strings"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 )
 
-// described adds in words where the pages of a shard are.
+// described adds in words where the pages of a shard are, or why it does not go on.
 func (m *Manager) described(v *v1.Migration, e *Entry) *v1.Migration {
 	if note, _ := m.noteOf(e); note != "" {
 		v.Reason = note
-		v.Phase = PhasePostCopy
+		if e.Mode == ModePostCopy && e.State != Returning {
+			v.Phase = PhasePostCopy
+		}
 	}
 	return v
 }
 
-// Note says what an operator should know of a shard in post-copy, "" of others,
-// and whether what is here of it stands still.
+// Note says what an operator should know of a shard in post-copy, or of one that
+// could not be given back, "" of others, and whether what is here of it stands
+// still.
 func (m *Manager) Note(namespace, name string) (note string, frozen bool) {
 	id := m.MigrationOf(namespace, name)
 	if id == "" {
@@ -30,8 +34,22 @@ func (m *Manager) Note(namespace, name string) (note string, frozen bool) {
 	return "", false
 }
 
+// because is Note behind the word that a shard is migrating.
+func (m *Manager) because(namespace, name string) string {
+	note, _ := m.Note(namespace, name)
+	if note == "" {
+		return ""
+	}
+	return ": it " + note
+}
+
 func (m *Manager) noteOf(e *Entry) (note string, frozen bool) {
+	left := strings.ReplaceAll(e.Left, "\n", "; ")
 	switch {
+	case e.State == Returning && e.Runs:
+		return "runs here as before; what is left of its migration is removed as soon as that can be done: " + left, false
+	case e.State == Returning:
+		return "is to go on here, and does as soon as that can be done: " + left, false // as it may, in part
 	case e.Mode != ModePostCopy:
 	case e.State == Serving && e.Code == CodePagesLost:
 		return fmt.Sprintf("was lost on %s (%s), and is here as it was when it was frozen: tranship migrations resolve %s --keep here|there",

@@ -64,7 +64,8 @@ func (m *Manager) checkHere(ctx context.Context, rec *runtime.Record) []*v1.Find
 	}
 	out = append(out, checkCopiedMounts(rec)...)
 	if other := m.MigrationOf(rec.Namespace, rec.Name); other != "" && m.outgoingOf(other) == nil && m.arriving(shardKey{rec.Namespace, rec.Name}) == nil {
-		out = append(out, refuse("migrating", "wait until migration "+other+" has ended", "shard %s is part of migration %s", rec.Name, other))
+		out = append(out, refuse("migrating", "wait until migration "+other+" has ended", "shard %s is part of migration %s%s",
+			rec.Name, other, m.because(rec.Namespace, rec.Name)))
 	}
 	if m.trackerKind() == track.None {
 		out = append(out, warn("tracker", "Linux 6.7 or newer, or a kernel with CONFIG_MEM_SOFT_DIRTY, pre-copies",

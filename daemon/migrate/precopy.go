@@ -38,6 +38,10 @@ func (o *outgoing) preCopy(ctx context.Context) error {
 	if o.upper, err = o.m.rt.UpperDir(ctx, o.rec.Namespace, o.rec.Name); err != nil {
 		return err
 	}
+	o.entry.home = &home{rec: o.rec, cgroup: o.cgroup, root: o.rootfs.Path, upper: o.upper}
+	if o.entry.home.start, err = startTime(int(o.rec.PID)); err != nil {
+		return err
+	}
 	if err := o.openTmpfs(); err != nil {
 		return err
 	}

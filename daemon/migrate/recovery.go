@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
-	"github.com/tranship/tranship/daemon/runtime"
 	"github.com/tranship/tranship/internal/failpoint"
 )
 
@@ -29,6 +28,8 @@ const (
 	ask action = "ask"
 	// serve: the shard runs at the destination, and reads its last pages here.
 	serve action = "serve"
+	// again: the shard is to go on here, and could not yet.
+	again action = "again"
 	// wait: the source decides; ask it until it has.
 	wait action = "wait"
 	// look: a restore was under way; see whether the shard runs.
@@ -46,6 +47,8 @@ func recoveryOf(role Role, state State) action {
 		return ask
 	case role == Source && state == Serving:
 		return serve
+	case role == Source && state == Returning:
+		return again
 	case role == Source:
 		return undoAll
 	case state == Sealed:
@@ -71,7 +74,7 @@ func decisionOf(s State) string {
 	switch s {
 	case Yielded, Serving, Done:
 		return decisionCommitted
-	case Aborted:
+	case Returning, Aborted:
 		return decisionAborted
 	default:
 		return decisionPending
@@ -112,7 +115,7 @@ func (m *Manager) Recover(ctx context.Context) error {
 
 func (m *Manager) recover(ctx context.Context, act action, e *Entry) error {
 	switch act {
-	case ask, serve:
+	case ask, serve, again:
 		m.work.Go(func() { m.settle(m.life, e) })
 		return nil
 	case undoAll:
@@ -147,48 +150,35 @@ func (m *Manager) recover(ctx context.Context, act action, e *Entry) error {
 
 // recoverSource gives a shard back that an earlier daemon may have frozen.
 func (m *Manager) recoverSource(ctx context.Context, e *Entry) error {
-	uctx, cancel := undo(ctx)
-	defer cancel()
-	rec, err := m.rt.Describe(uctx, e.Namespace, e.Shard)
-	if err != nil && !errors.Is(err, runtime.ErrNotFound) {
-		return err
-	}
-	switch {
-	case err != nil: // it is gone
-	case e.State == Stopping:
-		err = m.giveBack(uctx, e, rec, runtime.Cgroup{})
-	case e.Throttle != nil:
-		err = m.unthrottleShard(uctx, e)
-	}
-	if err != nil && !errors.Is(err, runtime.ErrNotFound) {
-		m.log.Error("give a shard back", "migration", e.ID, "shard", e.Shard, "err", err)
-	}
-	if err := os.RemoveAll(m.dir(e.ID, Source)); err != nil {
-		return err
-	}
-	e.State, e.Code, e.Reason = Aborted, CodeRestarted, "transhipd of the source was restarted"
-	if err := m.journal.Put(e); err != nil {
-		return err
-	}
-	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+	e.State, e.Code, e.Reason = Returning, CodeRestarted, "transhipd of the source was restarted"
 	if peer, err := m.peers.Client(e.Peer); err == nil {
 		m.keepTellingAbort(e, peer)
 	}
+	if err := m.goOn(ctx, e); err != nil {
+		m.work.Go(func() { m.settle(m.life, e) })
+		return err
+	}
+	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
 	return nil
 }
 
-// settle asks the destination of a yielded shard until it has answered, for as
-// long as the daemon lives.
+// settle asks the destination of a yielded shard until it has answered, and tries
+// what follows from that until it is done, for as long as the daemon lives. Until
+// then the shard is claimed: whatever freeze is found is this migration's own.
 func (m *Manager) settle(ctx context.Context, e *Entry) {
 	log := m.log.With("migration", e.ID, "shard", e.Shard, "peer", e.Peer)
 	var warned time.Time
+	wait := commitRetry
 	for ctx.Err() == nil {
 		if err := failpoint.Hit(ctx, "source.settle"); err != nil {
 			return
 		}
 		s, answered, err := m.settleOnce(ctx, e)
 		switch {
-		case errors.Is(err, errSettled), ctx.Err() != nil && !answered:
+		case errors.Is(err, errSettled):
+			m.release(shardKey{e.Namespace, e.Shard}, e.ID)
+			return
+		case ctx.Err() != nil && !answered:
 			return
 		case answered: // and err says whether that was carried out
 		case err == nil:
@@ -200,6 +190,9 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 			}
 			if ctx.Err() != nil {
 				return
+			}
+			if e.State == Returning {
+				continue
 			}
 		case e.Mode == ModePostCopy && s == nil:
 			log.Error("pages that the destination lacks cannot be served", "err", err)
@@ -215,7 +208,8 @@ func (m *Manager) settle(ctx context.Context, e *Entry) {
 		}
 		if err != nil {
 			log.Error("settle", "err", err)
-			pause(ctx, doubtPatience)
+			pause(ctx, wait)
+			wait = min(2*wait, doubtPatience)
 			continue
 		}
 		m.release(shardKey{e.Namespace, e.Shard}, e.ID)
@@ -237,8 +231,16 @@ func (m *Manager) settleOnce(ctx context.Context, e *Entry) (s *serving, answere
 		return nil, false, err
 	}
 	defer word.Release(1)
-	if now, err := m.journal.Get(Source, e.ID); err == nil && now.State != Yielded && now.State != Serving {
-		return nil, false, errSettled
+	if now, err := m.journal.Get(Source, e.ID); err == nil {
+		switch {
+		case now.State.Final():
+			return nil, false, errSettled
+		case now.State == Returning && e.State != Returning: // on an operator's word
+			e.State, e.Code, e.Reason, e.Runs, e.Left = now.State, now.Code, now.Reason, now.Runs, now.Left
+		}
+	}
+	if e.State == Returning {
+		return nil, true, m.goOn(ctx, e)
 	}
 	s, err = m.serveAgain(ctx, e)
 	if err == nil && e.State == Yielded {
@@ -298,102 +300,93 @@ func (m *Manager) serveAgain(ctx context.Context, e *Entry) (*serving, error) {
 }
 
 // takeBack lets a yielded shard go on here, after the destination's word that
-// it never will there, or an operator's.
+// it never will there, or an operator's. With an error and the state Returning
+// that is decided, and settle tries it again.
 func (m *Manager) takeBack(ctx context.Context, e *Entry, reason string) error {
-	uctx, cancel := undo(ctx)
-	defer cancel()
 	m.endServing(e.ID)
-	rec, err := m.rt.Describe(uctx, e.Namespace, e.Shard)
-	if err != nil {
-		return err
-	}
 	// Journaled first: between here and the thaw a restart must not ask again.
 	before := e.State
-	e.State, e.Code, e.Reason = Aborted, CodeRestore, reason
+	e.State, e.Code, e.Reason = Returning, CodeRestore, reason
 	if err := m.journal.Put(e); err != nil {
 		e.State = before
 		return err
 	}
-	if err := m.giveBack(uctx, e, rec, runtime.Cgroup{}); err != nil {
-		return err
-	}
-	return os.RemoveAll(m.dir(e.ID, Source))
+	return m.goOn(ctx, e)
 }
 
 // Resolve settles a migration on an operator's word.
 func (m *Manager) Resolve(ctx context.Context, r *connect.Request[v1.ResolveRequest]) (*connect.Response[v1.ResolveResponse], error) {
-	e, err := m.journal.Get(Source, r.Msg.GetId())
-	if errors.Is(err, ErrUnknownMigration) {
-		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w on %s as source", err, m.cfg.Node))
-	}
-	if err != nil {
-		return nil, connect.NewError(connect.CodeInternal, err)
-	}
-	if e.State == Serving {
-		return m.resolveServing(ctx, e, r.Msg.GetKeep())
-	}
-	word := m.lastWord(e.ID)
-	if err := word.Acquire(ctx, 1); err != nil {
-		return nil, connect.NewError(connect.CodeCanceled, err)
-	}
-	defer word.Release(1)
-	// The destination may have answered meanwhile.
-	if e, err = m.journal.Get(Source, e.ID); err != nil {
-		return nil, connect.NewError(connect.CodeInternal, err)
-	}
-	if e.State != Yielded {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s: there is no doubt to resolve", e.ID, e.State))
-	}
-	m.mu.Lock()
-	_, running := m.outgoing[e.ID]
-	m.mu.Unlock()
-	if running {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is still under way", e.ID))
-	}
-	switch keep := r.Msg.GetKeep(); keep {
-	case keepHere:
-		if e.RunsThere {
-			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(
-				"%s runs on %s; what is left of it here is removed as soon as that can be done", e.Shard, e.Peer))
-		}
-		err = m.takeBack(ctx, e, "an operator kept it on "+m.cfg.Node)
-	case keepThere:
-		err = m.discard(ctx, e)
-	default:
-		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("keep %q: say here or there", keep))
-	}
-	if err != nil {
-		return nil, connect.NewError(connect.CodeInternal, err)
-	}
-	m.release(shardKey{e.Namespace, e.Shard}, e.ID)
-	return connect.NewResponse(&v1.ResolveResponse{Migration: migrationOf(e, m.cfg.Node)}), nil
-}
-
-// resolveServing ends, on an operator's word, the wait for a destination that
-// will never have every page.
-func (m *Manager) resolveServing(ctx context.Context, e *Entry, keep string) (*connect.Response[v1.ResolveResponse], error) {
+	id, keep := r.Msg.GetId(), r.Msg.GetKeep()
 	if keep != keepHere && keep != keepThere {
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("keep %q: say here or there", keep))
 	}
-	m.mu.Lock()
-	s := m.serving[e.ID]
-	m.mu.Unlock()
-	var err error
-	switch reason := "an operator kept it on " + m.cfg.Node; {
-	case s != nil:
-		err = s.decide(ctx, keep, reason)
-	case keep == keepHere: // nothing of it can be read, which is why it is not served
-		err = m.takeBack(ctx, e, reason)
-	default:
-		err = m.discard(ctx, e)
+	e, err := m.journal.Get(Source, id)
+	if errors.Is(err, ErrUnknownMigration) {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("%w on %s as source", err, m.cfg.Node))
+	}
+	if err == nil {
+		m.mu.Lock()
+		s := m.serving[id]
+		m.mu.Unlock()
+		if e.State == Serving && s != nil {
+			err = s.decide(ctx, keep, m.keptBy())
+		} else {
+			err = m.resolve(ctx, id, keep)
+		}
+	}
+	if err == nil {
+		e, err = m.journal.Get(Source, id)
 	}
 	if err != nil {
+		var ce *connect.Error
+		if errors.As(err, &ce) {
+			return nil, ce
+		}
 		return nil, connect.NewError(connect.CodeInternal, err)
 	}
-	if e, err = m.journal.Get(Source, e.ID); err != nil {
-		return nil, connect.NewError(connect.CodeInternal, err)
+	return connect.NewResponse(&v1.ResolveResponse{Migration: m.described(migrationOf(e, m.cfg.Node), e)}), nil
+}
+
+func (m *Manager) keptBy() string { return "an operator kept it on " + m.cfg.Node }
+
+// resolve settles a migration that nobody is asked about just now, and whose pages
+// nobody reads.
+func (m *Manager) resolve(ctx context.Context, id, keep string) error {
+	word := m.lastWord(id)
+	if err := word.Acquire(ctx, 1); err != nil {
+		return connect.NewError(connect.CodeCanceled, err)
 	}
-	return connect.NewResponse(&v1.ResolveResponse{Migration: migrationOf(e, m.cfg.Node)}), nil
+	defer word.Release(1)
+	// The destination may have answered meanwhile.
+	e, err := m.journal.Get(Source, id)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	_, running := m.outgoing[id]
+	m.mu.Unlock()
+	no := func(format string, args ...any) error {
+		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(format, args...))
+	}
+	switch {
+	case e.State == Returning:
+		note, _ := m.noteOf(e)
+		return no("migration %s: %s %s", id, e.Shard, note)
+	case e.State != Yielded && e.State != Serving:
+		return no("migration %s is %s: there is no doubt to resolve", id, e.State)
+	case running:
+		return no("migration %s is still under way", id)
+	case keep == keepThere:
+		err = m.discard(ctx, e)
+	case e.RunsThere:
+		return no("%s runs on %s; what is left of it here is removed as soon as that can be done", e.Shard, e.Peer)
+	default:
+		err = m.takeBack(ctx, e, m.keptBy())
+	}
+	if err == nil {
+		m.release(shardKey{e.Namespace, e.Shard}, id)
+	}
+	return err
 }
 
 // lookWhetherItRuns settles a restore that was under way when an earlier daemon

@@ -3,7 +3,7 @@ package migrate
 import "testing"
 
 func TestRecoveryNeverRunsTwoCopies(t *testing.T) {
-	source := []State{Preparing, Stopping, Yielded, Serving, Done, Aborted}
+	source := []State{Preparing, Stopping, Yielded, Serving, Returning, Done, Aborted}
 	destination := []State{Receiving, Sealed, Starting, Running, Done, Aborted}
 	for _, s := range source {
 		act := recoveryOf(Source, s)
@@ -14,6 +14,9 @@ func TestRecoveryNeverRunsTwoCopies(t *testing.T) {
 		}
 		if s == Serving && (act != serve || decisionOf(s) != decisionCommitted) {
 			t.Errorf("source %s: %s, although the shard runs there", s, act)
+		}
+		if s == Returning && (act != again || decisionOf(s) != decisionAborted) {
+			t.Errorf("source %s: %s, and tells the destination %s", s, act, decisionOf(s))
 		}
 		if s == Yielded && act != ask {
 			t.Errorf("source %s: %s", s, act)

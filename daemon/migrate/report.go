@@ -47,6 +47,8 @@ const (
 	CodeInDoubt   = "in-doubt"
 	CodePagesLost = "pages-lost"
 	CodeOverLimit = "max-blackout"
+	// CodeReturning: the shard is to go on at its source, and cannot yet.
+	CodeReturning = "returning"
 )
 
 // report collects what a migration did, and tells whoever follows it. Safe for
@@ -235,6 +237,11 @@ func migrationOf(e *Entry, node string) *v1.Migration {
 		m.Outcome, m.Phase = OutcomeDone, PhaseDone
 	case Aborted:
 		m.Outcome, m.Phase = OutcomeAborted, PhaseAborted
+	case Returning:
+		m.Outcome, m.Phase = OutcomeAborted, PhaseAborted
+		if !e.Runs {
+			m.Outcome, m.Code = OutcomeInDoubt, CodeReturning
+		}
 	case Yielded:
 		m.Outcome = OutcomeInDoubt
 	case Serving:

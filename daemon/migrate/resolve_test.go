@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
 
 	v1 "github.com/tranship/tranship/daemon/control/transhipv1"
 	"github.com/tranship/tranship/daemon/control/transhipv1/transhipv1connect"
@@ -18,7 +19,7 @@ import (
 	"github.com/tranship/tranship/transfer"
 )
 
-// fakePeer answers Commit, and nothing else.
+// fakePeer answers Commit and Abort, and nothing else.
 type fakePeer struct {
 	transhipv1connect.PeerClient
 	commit func() (*v1.CommitResponse, error)
@@ -30,6 +31,10 @@ func (p fakePeer) Commit(context.Context, *connect.Request[v1.CommitRequest]) (*
 		return nil, err
 	}
 	return connect.NewResponse(resp), nil
+}
+
+func (fakePeer) Abort(context.Context, *connect.Request[v1.AbortRequest]) (*connect.Response[v1.AbortResponse], error) {
+	return connect.NewResponse(&v1.AbortResponse{}), nil
 }
 
 // fakePeers is a pool of one other host.
@@ -44,7 +49,7 @@ func (fakePeers) Dial(context.Context, string, string, transfer.Options) (*trans
 }
 
 // inDoubt is a source that has yielded a shard and does not know whether it runs.
-func inDoubt(t *testing.T, ctx context.Context, peer fakePeer) (*Manager, *Entry) {
+func inDoubt(t *testing.T, peer fakePeer) (*Manager, *Entry) {
 	t.Helper()
 	journal, err := OpenJournal(filepath.Join(t.TempDir(), "journal.db"))
 	if err != nil {
@@ -59,17 +64,20 @@ func inDoubt(t *testing.T, ctx context.Context, peer fakePeer) (*Manager, *Entry
 	if err := journal.Put(e); err != nil {
 		t.Fatal(err)
 	}
-	return &Manager{
-		cfg: Config{Node: "here", StoreDir: t.TempDir()}, journal: journal, rt: &runtime.Runtime{}, peers: fakePeers{peer},
-		log: slog.New(slog.DiscardHandler), life: ctx, busy: map[shardKey]string{},
-	}, e
+	m, err := New(Config{Node: "here", StoreDir: t.TempDir(), TmpfsDir: t.TempDir()}, journal, &runtime.Runtime{}, fakePeers{peer},
+		NewMetrics(prometheus.NewRegistry()), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	return m, e
 }
 
 // A destination that was asked once more would run a shard that goes on here.
 func TestNobodyIsAskedAfterAnOperatorHasSpoken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var asked atomic.Int32
-		m, e := inDoubt(t, t.Context(), fakePeer{commit: func() (*v1.CommitResponse, error) {
+		m, e := inDoubt(t, fakePeer{commit: func() (*v1.CommitResponse, error) {
 			asked.Add(1)
 			return nil, connect.NewError(connect.CodeUnavailable, errors.New("the link is cut"))
 		}})
@@ -106,7 +114,7 @@ func TestAnOperatorsWordDoesNotOvertakeAnAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		answer := make(chan struct{})
-		m, e := inDoubt(t, ctx, fakePeer{commit: func() (*v1.CommitResponse, error) {
+		m, e := inDoubt(t, fakePeer{commit: func() (*v1.CommitResponse, error) {
 			<-answer
 			return &v1.CommitResponse{Running: true}, nil
 		}})

@@ -206,18 +206,27 @@ func (m *Manager) serve(ctx context.Context, s *serving) (keep string, err error
 			}
 			v.keep = keepThere
 		}
-		if v.keep == keepHere {
-			err = m.takeBack(ctx, s.entry, v.reason)
-		} else {
-			err = m.discard(ctx, s.entry)
-		}
+		err = m.carryOut(ctx, s.entry, v)
 		v.done <- err
-		if err == nil || s.entry.State.Final() {
+		if err == nil || s.entry.State.Final() || s.entry.State == Returning {
 			close(s.over)
 			return v.keep, nil
 		}
 		log.Error("end of post-copy", "err", err)
 	}
+}
+
+// carryOut does what a verdict says.
+func (m *Manager) carryOut(ctx context.Context, e *Entry, v verdict) error {
+	word := m.lastWord(e.ID)
+	if err := word.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer word.Release(1)
+	if v.keep == keepHere {
+		return m.takeBack(ctx, e, v.reason)
+	}
+	return m.discard(ctx, e)
 }
 
 // noteLost journals that the destination has lost a shard.
@@ -317,7 +326,7 @@ func (m *Manager) servingOf(ctx context.Context, id string) (*serving, *Entry, e
 	s := m.serving[id]
 	m.mu.Unlock()
 	switch {
-	case e.State.Final():
+	case e.State.Final(), e.State == Returning:
 		return nil, e, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("migration %s is %s", id, e.State))
 	case s == nil:
 		return nil, e, connect.NewError(connect.CodeUnavailable, fmt.Errorf("migration %s is %s", id, e.State))

@@ -219,7 +219,12 @@ func (o *outgoing) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	o.undo.push("files", func(context.Context) error { return os.RemoveAll(dir) })
+	o.undo.push("files", func(context.Context) error {
+		if o.entry.State == Returning {
+			return nil // they say what is to be undone
+		}
+		return os.RemoveAll(dir)
+	})
 
 	session, err := o.m.peers.Dial(ctx, o.entry.Peer, o.entry.ID, transfer.Options{Bandwidth: o.req.GetBandwidthBitsPerSecond()})
 	if err != nil {

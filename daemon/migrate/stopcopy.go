@@ -153,7 +153,7 @@ func (o *outgoing) sendHeld(ctx context.Context) error {
 // thaw is the undo of everything that stopAndCopy did to the shard. It does not
 // ask how far that came: every part may run on a shard that was not touched.
 func (o *outgoing) thaw(ctx context.Context) error {
-	err := o.m.giveBack(ctx, o.entry, o.rec, o.cgroup)
+	err := o.giveBack(ctx)
 	if o.hold == nil {
 		return err
 	}

@@ -87,7 +87,7 @@ func (o *outgoing) slow(ctx context.Context, level int, cpus float64) (bool, err
 	}
 	if o.entry.Throttle == nil {
 		o.entry.Throttle = &Throttling{Before: now}
-		o.undo.push("throttling", func(context.Context) error { return unthrottle(o.cgroup, o.entry.Throttle) })
+		o.undo.push("throttling", o.giveBack)
 	}
 	o.entry.Throttle.Set = append(o.entry.Throttle.Set, limit)
 	if err := o.m.journal.Put(o.entry); err != nil {
@@ -122,15 +122,6 @@ func unthrottle(cg runtime.Cgroup, t *Throttling) error {
 		return fmt.Errorf("give the CPU limit back: %w", err)
 	}
 	return nil
-}
-
-// unthrottleShard finds the cgroup of a shard that an earlier daemon slowed.
-func (m *Manager) unthrottleShard(ctx context.Context, e *Entry) error {
-	cg, err := m.rt.Cgroup(ctx, e.Namespace, e.Shard)
-	if err != nil {
-		return err
-	}
-	return unthrottle(cg, e.Throttle)
 }
 
 // half says that a limit is one that was cut short between the two files of v1.
