@@ -272,6 +272,7 @@ type shard struct {
 	IP        string `json:"ip"`
 	PID       int    `json:"pid"`
 	Migration string `json:"migration_id"`
+	Note      string `json:"note"`
 }
 
 func shardsOn(t *testing.T, host string) []shard {

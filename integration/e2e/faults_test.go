@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -303,6 +304,78 @@ func TestKillingCRIULeavesTheSourceRunning(t *testing.T) {
 		})
 	}
 	f.t = t
+	mustMigrate(t, f.name, "host-1", "host-2")
+	f.mustBeWholeAt("host-2", digest)
+}
+
+// containerd may be restarted while a shard stands still. What it remembers of the
+// shard is as before once it is back.
+func TestARollbackWithoutContainerdIsCompletedOnceItIsBack(t *testing.T) {
+	f := startFaulty(t, "containerd-away")
+	digest := f.digest()
+	const restart = "containerd.io/restart.status"
+	must(t, "host-1", "ctr", "containers", "label", f.name, restart+"=running")
+	_, wait := f.pauseAt("host-1", "source.frozen")
+	h := hostOf(t, "host-1")
+	if err := h.KillService(t.Context(), "containerd"); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "host-1", "tranship", "cancel", f.pendingID())
+	if r, code := wait(); code != 4 || r.Outcome != "aborted" {
+		t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+	}
+	if got := f.digest(); got != digest {
+		t.Errorf("while containerd is away, memory changed: digest %s, was %s", got, digest)
+	}
+	if err := h.StartService(t.Context(), "containerd"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "transhipd reaches containerd again", func() bool {
+		_, err := on(t, "host-1", "tranship", "ps", "-o", "json")
+		return err == nil
+	})
+	f.mustBeWholeAt("host-1", digest)
+	if out := must(t, "host-1", "ctr", "containers", "info", f.name); !strings.Contains(out, `"`+restart+`": "running"`) {
+		t.Errorf("containerd will not start it again if it ends:\n%s", out)
+	}
+	must(t, "host-1", "ctr", "containers", "label", f.name, restart+"=")
+}
+
+// What thaws a shard may be refused. It is tried until it works, by the next daemon
+// too.
+func TestAShardThatCannotBeThawedGoesOnOnceItCan(t *testing.T) {
+	f := startFaulty(t, "stuck")
+	digest := f.digest()
+	release, wait := f.pauseAt("host-1", "source.frozen")
+	file := strings.TrimSpace(must(t, "host-1", "sh", "-ec", `
+		f=/sys/fs/cgroup/freezer/tranship/default/stuck/freezer.state v=FROZEN
+		[ -e $f ] || f=/sys/fs/cgroup/tranship/default/stuck/cgroup.freeze v=1
+		echo $v > /run/stuck
+		mount --bind /run/stuck $f
+		mount -o remount,bind,ro $f
+		echo $f`))
+	allow := sync.OnceFunc(func() { must(t, "host-1", "sh", "-ec", "umount "+file+"; rm /run/stuck") })
+	t.Cleanup(allow)
+	if out := must(t, "host-1", "tranship", "cancel", f.pendingID()); !strings.Contains(out, "in-doubt") {
+		t.Errorf("cancelled: %s", out)
+	}
+	release()
+	if r, code := wait(); code != 7 || r.Outcome != "in-doubt" || !strings.Contains(r.Reason, "thaw") {
+		t.Errorf("exit code %d, outcome %q: %s", code, r.Outcome, r.Reason)
+	}
+	if s := where(t, f.name); len(s) != 1 || s[0].Status != "paused" || !strings.Contains(s[0].Note, "thaw") {
+		t.Errorf("tranship ps says %+v", s)
+	}
+	if r, code, _ := migrate(t, f.name, "host-1", "host-2"); code != 3 {
+		t.Errorf("a second migration: exit code %d: %s", code, r.Reason)
+	}
+	if err := hostOf(t, "host-1").KillDaemon(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.restart("host-1")
+	allow()
+	f.mustBeWholeAt("host-1", digest)
+	f.awaitNothingPending()
 	mustMigrate(t, f.name, "host-1", "host-2")
 	f.mustBeWholeAt("host-2", digest)
 }
