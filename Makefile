@@ -4,10 +4,8 @@ VERSION  = $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 MODULE  := github.com/tranship/tranship
 # Hosts are namespaces, so what makes them runs as root.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E env "PATH=$(PATH)")
-# The longest first, so that no processor waits for it at the end. What starts no
-# goroutine (internal holds it to that) has no race, and is slow beside the detector.
-UNRACED  = ./predict/...
-UNIT     = $(shell go list ./transfer ./... | grep -v '^$(MODULE)/predict')
+# The longest first, so that no processor waits for it at the end.
+UNIT     = $(shell go list ./predict/... ./transfer ./...)
 # Packages with tests that bring up hosts carry the build tag integration.
 HOSTED   = $(sort $(dir $(shell grep -rlE --include='*_test.go' '^//go:build integration' .)))
 
@@ -36,7 +34,6 @@ lint: ## gofmt, vet, staticcheck; golangci-lint with .golangci.yml where it is i
 test: setup build ## everything: vet, unit tests and, as root, the tests that bring up hosts
 	go vet -tags integration ./...
 	TRANSHIP_TEST_STRICT=1 go test -vet=off -race -timeout 30m -exec '$(AS_ROOT)' $(UNIT)
-	TRANSHIP_TEST_STRICT=1 go test -vet=off $(UNRACED)
 	TRANSHIP_TEST_STRICT=1 TRANSHIP_LAB=test go test -vet=off -race -exec '$(AS_ROOT)' -tags integration -p 1 -timeout 40m -count 1 $(HOSTED)
 
 demo: setup build ## move a running Redis between two hosts under the eyes of its clients

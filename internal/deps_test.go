@@ -4,14 +4,8 @@ package internal_test
 import (
 	"encoding/json"
 	"errors"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"io"
-	"io/fs"
 	"os/exec"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 )
@@ -106,46 +100,6 @@ func TestImportsRunOneWay(t *testing.T) {
 	}
 	if seen < 20 {
 		t.Errorf("only %d packages were looked at", seen)
-	}
-}
-
-// TestPredictStartsNoGoroutine holds why make test does without the race detector
-// there.
-func TestPredictStartsNoGoroutine(t *testing.T) {
-	looked := 0
-	err := filepath.WalkDir("../predict", func(path string, _ fs.DirEntry, err error) error {
-		if err != nil || filepath.Ext(path) != ".go" {
-			return err
-		}
-		looked++
-		set := token.NewFileSet()
-		file, err := parser.ParseFile(set, path, nil, 0)
-		if err != nil {
-			return err
-		}
-		for _, i := range file.Imports {
-			if name, _ := strconv.Unquote(i.Path.Value); within(name, "sync") || within(name, "golang.org/x/sync") {
-				t.Errorf("%s imports %s", path, name)
-			}
-		}
-		ast.Inspect(file, func(n ast.Node) bool {
-			switch n := n.(type) {
-			case *ast.GoStmt:
-				t.Errorf("%s: a goroutine", set.Position(n.Pos()))
-			case *ast.SelectorExpr: // context.AfterFunc, time.AfterFunc, testing.T.Parallel
-				if n.Sel.Name == "AfterFunc" || n.Sel.Name == "Parallel" {
-					t.Errorf("%s: %s starts a goroutine", set.Position(n.Pos()), n.Sel.Name)
-				}
-			}
-			return true
-		})
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if looked < 10 {
-		t.Errorf("only %d files were looked at", looked)
 	}
 }
 
