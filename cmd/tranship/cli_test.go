@@ -288,6 +288,7 @@ func TestAMigrationEndsWithItsExitCode(t *testing.T) {
 		{name: "cancelled by somebody", migrate: result(outcomeAborted, codeCancelled, "cancelled"), want: 4},
 		{name: "too slow", migrate: result(outcomeAborted, codeDeadline, "deadline"), want: 5, stderr: "--deadline"},
 		{name: "lost at the destination", migrate: result(outcomeInDoubt, codePagesLost, "nobody has its pages"), want: 7, stderr: "resolve m1 --keep here lets it go on"},
+		{name: "not given back yet", migrate: result(outcomeInDoubt, codeReturning, "is to go on here, and does as soon as that can be done: thaw: no"), want: 7, stderr: "on host-1: web is to go on here"},
 		{name: "in doubt", migrate: result(outcomeInDoubt, "in-doubt", "host-2 is silent"), want: 7, stderr: "migrations resolve m1 --keep here|there"},
 		{
 			name: "refused with findings", want: 3, stderr: "→ run it without -t",

@@ -219,6 +219,7 @@ const (
 	codeDeadline   = "deadline"
 	codeRefused    = "refused"
 	codePagesLost  = "pages-lost"
+	codeReturning  = "returning"
 )
 
 // reportMigration prints the result and turns it into an exit code.
@@ -269,6 +270,8 @@ func outcomeError(doc control.MigrationDocument, refused bool) error {
 		return &exitError{code: exitInDoubt, err: fmt.Errorf(
 			"%s was lost on %s: %s. %s has it as it was when it was frozen: tranship migrations resolve %s --keep here lets it go on there from then, --keep there gives it up",
 			doc.Shard, doc.To, doc.Reason, at, doc.ID)}
+	case doc.Outcome == outcomeInDoubt && doc.Code == codeReturning:
+		return &exitError{code: exitInDoubt, err: fmt.Errorf("on %s: %s %s", at, doc.Shard, doc.Reason)}
 	case doc.Outcome == outcomeInDoubt:
 		return &exitError{code: exitInDoubt, err: fmt.Errorf(
 			"migration %s is in doubt: %s. The hosts settle it once they reach each other; if one is gone for good, make sure that it is off, then: tranship migrations resolve %s --keep here|there",
