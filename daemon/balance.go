@@ -254,13 +254,18 @@ func (b *balanced) Volumes(ctx context.Context, paths []string) (here []string) 
 		})
 	}
 	for i, path := range paths {
+		var r singleflight.Result
 		select {
+		case r = <-asked[i]:
 		case <-ctx.Done():
-			return here
-		case r := <-asked[i]:
-			if r.Err == nil {
-				here = append(here, path)
+			select { // those behind one that does not answer have
+			case r = <-asked[i]:
+			default:
+				continue
 			}
+		}
+		if r.Err == nil {
+			here = append(here, path)
 		}
 	}
 	return here

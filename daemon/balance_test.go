@@ -42,6 +42,12 @@ func TestAFileServerThatDoesNotAnswerHoldsNobody(t *testing.T) {
 			<-b.stat
 		}
 		synctest.Wait() // whoever asked first has given up
+		release := make(chan struct{})
+		b.stats.DoChan("/away", func() (any, error) { <-release; return nil, nil })
+		if got := b.Volumes(t.Context(), []string{"/away", dir}); !slices.Equal(got, []string{dir}) {
+			t.Errorf("beside one that does not answer: %v", got)
+		}
+		close(release)
 		if got := b.Volumes(t.Context(), []string{dir}); len(got) != 1 {
 			t.Errorf("after it answered: %v", got)
 		}
