@@ -181,7 +181,7 @@ func (s *server) tryStop() answer {
 	}
 	s.mu.Unlock()
 	st, _ := s.snapshot()
-	if stop == nil && st.State != StateStopped {
+	if stop == nil {
 		return answer{Status: st, Refused: "a restore has begun"}
 	}
 	return answer{Status: st}

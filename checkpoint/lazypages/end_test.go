@@ -480,6 +480,24 @@ func TestAServerStopsOnlyBeforeARestore(t *testing.T) {
 	}
 }
 
+func TestAServerThatIsReadyCanBeStopped(t *testing.T) {
+	r := newRig(t)
+	stopped := errors.New("never ready")
+	r.cfg.Ready = func() { // before anything else of it has run
+		client, err := Dial(r.cfg.Control)
+		if err != nil {
+			stopped = err
+			return
+		}
+		stopped = client.Stop(r.ctx)
+	}
+	ctx, cancel := context.WithTimeout(r.ctx, 5*time.Second) // if it was refused
+	defer cancel()
+	if err := Serve(ctx, r.cfg); err != nil || stopped != nil {
+		t.Fatalf("%v; stop: %v", err, stopped)
+	}
+}
+
 func TestTheDeathOfAServerIsNoticed(t *testing.T) {
 	t.Run("before a restore, and the next one takes over", func(t *testing.T) {
 		r := newRig(t)

@@ -70,7 +70,11 @@ func Serve(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return errors.Join(err, control.Close(), s.close())
 	}
-	return s.serve(control, func() error { return s.serveRestore(ctx, lazy) })
+	// Set before anybody can ask for it.
+	until, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	s.stop = func() { stop(errStopped) }
+	return s.serve(control, func() error { return s.serveRestore(ctx, until, lazy) })
 }
 
 // serve answers the daemon until work has ended, and leaves the last status.
@@ -171,9 +175,10 @@ func (s *server) close() error {
 	return errors.Join(err, s.probe.close(), s.store.Close(), s.lock.Close())
 }
 
-// serveRestore accepts CRIU's connection and stays until the last page.
-func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error {
-	conn, err := s.accept(ctx, lazy)
+// serveRestore accepts CRIU's connection, until the other context ends, and
+// stays until the last page.
+func (s *server) serveRestore(ctx, until context.Context, lazy *net.UnixListener) error {
+	conn, err := s.accept(until, lazy)
 	if err != nil {
 		return err
 	}
@@ -207,19 +212,16 @@ func (s *server) serveTasks(ctx context.Context, take func(context.Context, *err
 	return errors.Join(err, s.release())
 }
 
-// accept waits for CRIU. One restore connects once; the socket is gone after.
+// accept waits for CRIU, or for s.stop, which ends ctx. One restore connects
+// once; the socket is gone after.
 func (s *server) accept(ctx context.Context, lazy *net.UnixListener) (*net.UnixConn, error) {
-	actx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(actx, func() { _ = lazy.SetDeadline(unixEpoch) })()
-	s.mu.Lock()
-	s.stop = func() { cancel(errStopped) }
-	s.mu.Unlock()
-
+	defer context.AfterFunc(ctx, func() { _ = lazy.SetDeadline(unixEpoch) })()
 	conn, err := lazy.AcceptUnix()
 	s.mu.Lock()
-	s.stop = nil
-	stopped := context.Cause(actx) // a Stop that was granted counts, even if CRIU has come
+	stopped := context.Cause(ctx) // a Stop that was granted counts, even if CRIU has come
+	if stopped == nil {
+		s.stop = nil
+	}
 	s.mu.Unlock()
 	err = errors.Join(err, os.Remove(s.cfg.Socket), lazy.Close())
 	if stopped != nil {
