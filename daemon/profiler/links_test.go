@@ -72,9 +72,18 @@ func (n namespace) up(t *testing.T, name string) (index int) {
 	return index
 }
 
-// send sends frames that nobody understands.
+// send sends frames that nobody understands, once the interface takes them: one
+// whose peer came up later drops them until the kernel's linkwatch has run.
 func (n namespace) send(t *testing.T, index, frames, size int) {
 	t.Helper()
+	eventually(t, fmt.Sprintf("interface %d is up", index), func() (up bool) {
+		n.do(t, func() error {
+			link, err := netlink.LinkByIndex(index)
+			up = err == nil && link.Attrs().OperState == netlink.OperUp
+			return err
+		})
+		return up
+	})
 	n.do(t, func() error {
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
