@@ -67,11 +67,6 @@ func (c *Client) WaitDone(ctx context.Context) (Status, error) {
 	return c.wait(ctx, func(s State) bool { return s == StateDone })
 }
 
-// Stop ends a server to which CRIU has not connected; else ErrRefused.
-func (c *Client) Stop(ctx context.Context) error {
-	return c.ask(ctx, opStop, func(answer) (bool, error) { return true, nil })
-}
-
 func (c *Client) wait(ctx context.Context, enough func(State) bool) (Status, error) {
 	var st Status
 	err := c.ask(ctx, opWatch, func(a answer) (bool, error) {
@@ -81,8 +76,6 @@ func (c *Client) wait(ctx context.Context, enough func(State) bool) (Status, err
 			return true, nil
 		case st.State == StateFailed:
 			return true, &FailedError{st}
-		case st.State == StateStopped:
-			return true, fmt.Errorf("page server was stopped: %w", ErrRefused)
 		}
 		return false, nil
 	})
@@ -102,8 +95,6 @@ func (c *Client) ask(ctx context.Context, op string, use func(answer) (enough bo
 		return err
 	case lastErr != nil:
 		return errors.Join(err, lastErr)
-	case op == opStop && last.State != StateStopped:
-		return fmt.Errorf("%w: it has ended: %s", ErrRefused, last.State)
 	}
 	enough, err := use(answer{Status: last})
 	if !enough && err == nil {

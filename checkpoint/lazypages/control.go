@@ -10,8 +10,8 @@ import (
 )
 
 // The control protocol is lines of JSON: a request, then one answer, or for
-// opWatch one at once and one whenever the state has changed, up to a final one. After opPull the connection is a puller's
-// (pull.go).
+// opWatch one at once and one whenever the state has changed, up to a final one.
+// After opPull the connection is a puller's (pull.go).
 type request struct {
 	Op string `json:"op"`
 }
@@ -25,7 +25,6 @@ type answer struct {
 const (
 	opStatus = "status"
 	opWatch  = "watch"
-	opStop   = "stop"
 )
 
 const (
@@ -92,10 +91,6 @@ func (s *server) serveClient(conn *net.UnixConn) {
 		case opStatus:
 			st, _ := s.snapshot()
 			if !s.tell(conn, answer{Status: st}) {
-				return
-			}
-		case opStop:
-			if !s.tell(conn, s.tryStop()) {
 				return
 			}
 		case opWatch:
@@ -170,19 +165,4 @@ func (s *server) write(conn *net.UnixConn, line []byte) bool {
 	_ = conn.SetWriteDeadline(time.Now().Add(farewell))
 	_, err := conn.Write(append(line, '\n'))
 	return err == nil
-}
-
-// tryStop ends the server if CRIU has not connected.
-func (s *server) tryStop() answer {
-	s.mu.Lock()
-	stop := s.stop
-	if stop != nil {
-		stop()
-	}
-	s.mu.Unlock()
-	st, _ := s.snapshot()
-	if stop == nil {
-		return answer{Status: st, Refused: "a restore has begun"}
-	}
-	return answer{Status: st}
 }

@@ -62,11 +62,11 @@ type Task struct {
 }
 
 // State is how far a server has come; the states follow each other in this
-// order, and stopped and failed may follow listening and restoring.
+// order, and failed may follow each but done.
 type State string
 
 const (
-	// StateListening: CRIU has not connected. The only state that Stop ends.
+	// StateListening: CRIU has not connected.
 	StateListening State = "listening"
 	// StateRestoring: CRIU is handing over tasks; faults are answered.
 	StateRestoring State = "restoring"
@@ -77,15 +77,13 @@ const (
 	StateFilling State = "filling"
 	// StateDone: every page is placed; the store holds none any more.
 	StateDone State = "done"
-	// StateStopped: stopped before CRIU connected.
-	StateStopped State = "stopped"
 	// StateFailed: no task runs. Before StateFinished the store is untouched
 	// and another restore may be tried.
 	StateFailed State = "failed"
 )
 
 // Final reports whether no other state follows.
-func (s State) Final() bool { return s == StateDone || s == StateStopped || s == StateFailed }
+func (s State) Final() bool { return s == StateDone || s == StateFailed }
 
 // finished reports whether the shard has begun to run.
 func (s State) finished() bool {

@@ -171,8 +171,7 @@ func command(cfg Config, argv ...string) *exec.Cmd {
 // PID is the server's host pid.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Wait returns when the process has ended; nil if every page was placed, or it
-// was stopped before a restore.
+// Wait returns when the process has ended; nil if every page was placed.
 func (p *Process) Wait() error {
 	if err := p.cmd.Wait(); err != nil {
 		return fmt.Errorf("page server: %w", err)

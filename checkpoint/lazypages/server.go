@@ -41,14 +41,10 @@ type server struct {
 	families []*family
 	news     chan struct{} // closed and replaced when a puller may find something
 	fillFrom time.Time
-	stop     func() // ends listening; nil once CRIU has connected
 }
 
-var errStopped = errors.New("stopped before a restore began")
-
-// Serve answers one restore: it returns nil when every page is placed, or when
-// it was stopped before CRIU connected. On any other error, of ctx too, no task
-// that was handed over runs any more.
+// Serve answers one restore: it returns nil when every page is placed. On an error,
+// of ctx too, no task that was handed over runs any more.
 //
 //  1. listen for the daemon and for CRIU
 //  2. receive tasks; serve each from the moment it comes
@@ -70,11 +66,7 @@ func Serve(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return errors.Join(err, control.Close(), s.close())
 	}
-	// Set before anybody can ask for it.
-	until, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	s.stop = func() { stop(errStopped) }
-	return s.serve(control, func() error { return s.serveRestore(ctx, until, lazy) })
+	return s.serve(control, func() error { return s.serveRestore(ctx, lazy) })
 }
 
 // serve answers the daemon until work has ended, and leaves the last status.
@@ -88,10 +80,7 @@ func (s *server) serve(control *net.UnixListener, work func() error) error {
 		s.cfg.Ready()
 	}
 	err := work()
-	if errors.Is(err, errStopped) {
-		err = nil
-		s.setState(StateStopped, nil)
-	} else if err != nil {
+	if err != nil {
 		s.setState(StateFailed, err)
 	} else {
 		s.setState(StateDone, nil)
@@ -175,10 +164,9 @@ func (s *server) close() error {
 	return errors.Join(err, s.probe.close(), s.store.Close(), s.lock.Close())
 }
 
-// serveRestore accepts CRIU's connection, until the other context ends, and
-// stays until the last page.
-func (s *server) serveRestore(ctx, until context.Context, lazy *net.UnixListener) error {
-	conn, err := s.accept(until, lazy)
+// serveRestore accepts CRIU's connection and stays until the last page.
+func (s *server) serveRestore(ctx context.Context, lazy *net.UnixListener) error {
+	conn, err := s.accept(ctx, lazy)
 	if err != nil {
 		return err
 	}
@@ -212,23 +200,16 @@ func (s *server) serveTasks(ctx context.Context, take func(context.Context, *err
 	return errors.Join(err, s.release())
 }
 
-// accept waits for CRIU, or for s.stop, which ends ctx. One restore connects
-// once; the socket is gone after.
+// accept waits for CRIU. One restore connects once; the socket is gone after.
 func (s *server) accept(ctx context.Context, lazy *net.UnixListener) (*net.UnixConn, error) {
 	defer context.AfterFunc(ctx, func() { _ = lazy.SetDeadline(unixEpoch) })()
 	conn, err := lazy.AcceptUnix()
-	s.mu.Lock()
-	stopped := context.Cause(ctx) // a Stop that was granted counts, even if CRIU has come
-	if stopped == nil {
-		s.stop = nil
-	}
-	s.mu.Unlock()
 	err = errors.Join(err, os.Remove(s.cfg.Socket), lazy.Close())
-	if stopped != nil {
+	if ctx.Err() != nil {
 		if conn != nil {
 			_ = conn.Close()
 		}
-		return nil, stopped
+		return nil, context.Cause(ctx)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("accept a restore: %w", err)
