@@ -29,21 +29,8 @@ func (e *FailedError) Error() string { return "page server: " + e.Status.Error }
 // connection of its own.
 type Client struct{ path string }
 
-// Dial returns a client for the server with the control socket path, which
-// listens there or has left its last status.
-func Dial(path string) (*Client, error) {
-	c := &Client{path: path}
-	conn, err := c.connect(context.Background())
-	if err == nil {
-		return c, conn.Close()
-	}
-	if _, lastErr := ReadStatus(path); lastErr != nil {
-		return nil, errors.Join(err, lastErr)
-	}
-	return c, nil
-}
-
-// At is Dial for a server that may be dead, or not yet there.
+// At is the client of the server with the control socket path, which may be dead, or
+// not yet there.
 func At(path string) *Client { return &Client{path: path} }
 
 // Status asks how far the server is.

@@ -152,7 +152,7 @@ func (r *rig) serve() {
 	case err := <-r.done:
 		r.t.Fatal(err)
 	}
-	r.dial()
+	r.client = At(r.cfg.Control)
 	r.t.Cleanup(func() {
 		if r.criu != nil {
 			_ = r.criu.Close()
@@ -178,7 +178,7 @@ func (r *rig) spawn() {
 		r.t.Fatal(err)
 	}
 	r.proc = proc
-	r.dial()
+	r.client = At(r.cfg.Control)
 	r.t.Cleanup(func() {
 		for _, task := range r.tasks {
 			task.kill()
@@ -195,15 +195,6 @@ func (r *rig) spawn() {
 			r.t.Logf("page server: %s", raw)
 		}
 	})
-}
-
-func (r *rig) dial() {
-	r.t.Helper()
-	client, err := Dial(r.cfg.Control)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.client = client
 }
 
 // connect is CRIU's one connection.

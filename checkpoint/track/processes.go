@@ -1,7 +1,6 @@
 package track
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -15,58 +14,9 @@ import (
 	"github.com/tranship/tranship/checkpoint"
 )
 
-// ErrHostPIDNamespace: the shard has no pid namespace of its own, so "all its
-// processes" would be all of the host's.
-var ErrHostPIDNamespace = errors.New("the process is in the daemon's own pid namespace")
-
-// Processes lists all processes in the pid namespace of a shard's init process,
-// and in namespaces below it, ordered by PID. It walks /proc: ProcessesInCgroup
-// is cheaper on a busy host. Processes that end meanwhile, and zombies, are left
-// out.
-func Processes(initHostPID int) ([]checkpoint.Process, error) {
-	var own, shard unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/pid", &own); err != nil {
-		return nil, fmt.Errorf("own pid namespace: %w", err)
-	}
-	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/pid", initHostPID), &shard); err != nil {
-		return nil, fmt.Errorf("pid namespace of process %d: %w", initHostPID, err)
-	}
-	if own.Ino == shard.Ino {
-		return nil, fmt.Errorf("processes beside %d: %w", initHostPID, ErrHostPIDNamespace)
-	}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, fmt.Errorf("processes beside %d: %w", initHostPID, err)
-	}
-	var pids []int
-	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return ProcessesOf(pids, initHostPID)
-}
-
-// ProcessesInCgroup lists the processes of a cgroup.procs file, as Processes
-// does. The file of a cgroup without children is complete.
-func ProcessesInCgroup(procsFile string, initHostPID int) ([]checkpoint.Process, error) {
-	raw, err := os.ReadFile(procsFile)
-	if err != nil {
-		return nil, fmt.Errorf("processes of the cgroup: %w", err)
-	}
-	var pids []int
-	for _, field := range bytes.Fields(raw) {
-		pid, err := strconv.Atoi(string(field))
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", procsFile, err)
-		}
-		pids = append(pids, pid)
-	}
-	return ProcessesOf(pids, initHostPID)
-}
-
-// ProcessesOf finds the shard's own pids of the given host pids, as Processes
-// does. Processes outside the pid namespace of init are left out.
+// ProcessesOf finds, of the given host pids, the processes in the pid namespace of
+// a shard's init process and in namespaces below it, ordered by PID. Processes that
+// end meanwhile, and zombies, are left out.
 func ProcessesOf(hostPIDs []int, initHostPID int) ([]checkpoint.Process, error) {
 	init, err := readIdentity(initHostPID)
 	if err != nil {
