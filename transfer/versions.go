@@ -133,10 +133,3 @@ func (v *versions) room(key versionKey, known checkpoint.Pages) *version {
 	}
 	return nil
 }
-
-// bytes is what the versions take.
-func (v *versions) bytes() checkpoint.Bytes {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return checkpoint.Bytes(len(v.keys)) * checkpoint.PageSize
-}

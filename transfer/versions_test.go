@@ -320,3 +320,10 @@ func TestVersionsOfPagesThatChangeAsAWholeAreHardlyWatched(t *testing.T) {
 		t.Errorf("%d of %d pages are still watched", kept, pages)
 	}
 }
+
+// bytes is what the versions take.
+func (v *versions) bytes() checkpoint.Bytes {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return checkpoint.Bytes(len(v.keys)) * checkpoint.PageSize
+}
