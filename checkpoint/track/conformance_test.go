@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -75,23 +74,10 @@ func (r *rig) mmap(pages int) uint64 {
 	return r.do("mmap 0 %d %d 0", pages*page, unix.PROT_READ|unix.PROT_WRITE)
 }
 
-// mapAgain maps pages where free has just unmapped some. The victim's own runtime
-// may have taken the place meanwhile: then it is left alone, and free does it all
-// once more, elsewhere.
-func (r *rig) mapAgain(pages int, free func() uint64) uint64 {
+// mapAgain maps pages where some were unmapped.
+func (r *rig) mapAgain(at uint64, pages int) {
 	r.Helper()
-	for range 20 {
-		at := free()
-		_, err := r.victim.try("mmap %d %d %d %d", at, pages*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_FIXED_NOREPLACE)
-		if err == nil {
-			return at
-		}
-		if !strings.Contains(err.Error(), unix.EEXIST.Error()) {
-			r.Fatal(err)
-		}
-	}
-	r.Fatal("the victim's runtime took every place that was free")
-	return 0
+	r.do("mmap %d %d %d %d", at, pages*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_FIXED_NOREPLACE)
 }
 
 func (r *rig) write(addr uint64, pages int) {
@@ -411,14 +397,12 @@ var lifetimes = []struct {
 		r.collect()
 	}},
 	{"memory that is unmapped and mapped again empty reads as zero", func(r *rig) {
-		r.mapAgain(64, func() uint64 {
-			a := r.mmap(64)
-			r.write(a, 64)
-			r.collect()
-			r.do("munmap %d %d", a, 64*page)
-			r.collect()
-			return a
-		})
+		a := r.mmap(64)
+		r.write(a, 64)
+		r.collect()
+		r.do("munmap %d %d", a, 64*page)
+		r.collect()
+		r.mapAgain(a, 64)
 		r.collect()
 	}},
 	{"memory that is mapped over between the report and the read", func(r *rig) {
@@ -553,13 +537,11 @@ var lifetimes = []struct {
 		r.collect()
 	}},
 	{"a new mapping beside a tracked one", func(r *rig) {
-		a := r.mapAgain(64, func() uint64 {
-			a := r.mmap(128)
-			r.do("munmap %d %d", a+64*page, 64*page)
-			r.write(a, 64)
-			r.collect()
-			return a + 64*page
-		}) - 64*page
+		a := r.mmap(128)
+		r.do("munmap %d %d", a+64*page, 64*page)
+		r.write(a, 64)
+		r.collect()
+		r.mapAgain(a+64*page, 64)
 		r.write(a+60*page, 10)
 		r.collect()
 		r.write(a+64*page, 10)

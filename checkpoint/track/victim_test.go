@@ -138,10 +138,18 @@ type victimState struct {
 	rng    *rand.Rand
 	stress *stress
 	stamp  atomic.Uint64
+	// place is the lowest address that a mapping was given.
+	place uint64
 }
 
+// firstPlace is where neither the kernel, which begins below the stack, nor Go's
+// heap nor the race detector (runtime/race) puts a mapping by itself. What is
+// unmapped there stays so until a test maps it again: elsewhere the next mapping of
+// the victim's runtime would land in the hole, and be written over.
+const firstPlace = 0x5000_0000_0000
+
 func runVictim() {
-	s := &victimState{rng: rand.New(rand.NewPCG(uint64(os.Getpid()), 1))}
+	s := &victimState{rng: rand.New(rand.NewPCG(uint64(os.Getpid()), 1)), place: firstPlace}
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
 		n, err := s.command(strings.Fields(in.Text()))
@@ -177,6 +185,10 @@ func (s *victimState) command(words []string) (uint64, error) {
 	case "hello":
 		return uint64(os.Getpid()), nil
 	case "mmap": // addr length prot flags
+		if arg[0] == 0 { // beside the last one, as the kernel does
+			s.place -= (arg[1] + page - 1) &^ (page - 1)
+			arg[0], arg[3] = s.place, arg[3]|unix.MAP_FIXED_NOREPLACE
+		}
 		return sys(unix.SYS_MMAP, arg[0], arg[1], arg[2], arg[3]|unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, ^uint64(0), 0)
 	case "mapzero": // length: a private mapping of the zero device
 		f, err := os.OpenFile("/dev/zero", os.O_RDWR, 0)
